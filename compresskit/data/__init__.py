@@ -1,0 +1,1 @@
+"""The door to data: readers, the embedded ``stdlib:`` corpus, packing, the token cache."""

@@ -1,0 +1,17 @@
+"""Quantisation: which grid weights lie on. One file per method; this table is the registry."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from compresskit.registry import Registry
+
+if TYPE_CHECKING:  # keeps torch out of `compresskit --help`
+    from compresskit.quant.base import Quantizer
+
+QUANTIZERS: Registry[Quantizer] = Registry(
+    "quantizer",
+    {
+        "rtn": "compresskit.quant.rtn:RoundToNearest",
+    },
+)

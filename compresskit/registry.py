@@ -1,0 +1,66 @@
+"""Name -> class tables that cost nothing to import and can be read with grep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, Generic, TypeVar, cast
+
+from compresskit.errors import Fault, UnknownMethodError
+
+T = TypeVar("T")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The known names closest to ``name``, or all of them, as text for an error."""
+    known = sorted(names)
+    return ", ".join(get_close_matches(name, known, n=3) or known)
+
+
+def locate(target: str) -> Any:
+    """Import ``"package.module:attribute"`` and return the attribute."""
+    module, _, attribute = target.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+class Registry(Mapping[str, type[T]], Generic[T]):
+    """A literal table of ``name: "module:Class"``; a class is imported when looked up.
+
+    Third parties add names through the entry-point group ``compresskit.<kind>``; a name
+    in the table always wins over a plugin's.
+
+    Raises:
+        UnknownMethodError: on lookup of a name in neither; the message lists near names.
+    """
+
+    def __init__(self, kind: str, table: Mapping[str, str]) -> None:
+        self.kind = kind
+        plugins = {e.name: e.value for e in entry_points(group=f"compresskit.{kind}")}
+        self._targets = {**plugins, **table}
+
+    def __getitem__(self, name: str) -> type[T]:
+        self.require(name, where=self.kind)
+        return cast(type[T], locate(self._targets[name]))
+
+    def require(self, name: str, *, where: str) -> None:
+        """Raise UnknownMethodError, saying ``where``, unless ``name`` is known; imports nothing."""
+        if name not in self._targets:
+            raise UnknownMethodError(
+                Fault(
+                    where=where,
+                    expected=f"the name of a {self.kind}",
+                    got=repr(name),
+                    cure=f"Did you mean: {nearest(name, self._targets)}?",
+                )
+            )
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._targets
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._targets)
+
+    def __len__(self) -> int:
+        return len(self._targets)

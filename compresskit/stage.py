@@ -1,0 +1,171 @@
+"""The vocabulary every stage and the pipeline share: Stage, StageContext, StageResult, Promise.
+
+A stage reads one checkpoint directory and writes the next. Between stages a checkpoint is an
+ordinary dense Hugging Face directory; a quantised layer's weights already lie on their grid and
+the grids themselves stand beside them (``compresskit.formats.grid``), so a later stage of any
+kind can read it, and packing happens once, at the end.
+
+Shapes: O = out_features, I = in_features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from compresskit.data.spec import DataSpec
+from compresskit.errors import Fault
+from compresskit.registry import Registry
+
+if TYPE_CHECKING:  # keeps torch out of `compresskit --help`
+    from torch import Tensor
+
+    from compresskit.formats.grid import Grid
+    from compresskit.modeling.anatomy import Anatomy
+    from compresskit.modeling.source import ModelSource
+
+Json = Any
+
+
+class Weights(Protocol):
+    """Read access to one checkpoint, one tensor at a time."""
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def tensor(self, name: str) -> Tensor:
+        """The parameter called ``name`` (qualified as in the module), on the CPU."""
+        ...
+
+    def weight_OI(self, layer: str) -> Tensor:
+        """The weight (O, I) of linear layer ``layer``, whichever way its class stores it."""
+        ...
+
+    def grid(self, layer: str) -> Grid | None:
+        """The grid that ``layer`` was quantised onto, if it was."""
+        ...
+
+
+class Promise(Protocol):
+    """Something a stage won that every later stage must keep; a frozen dataclass of plain data."""
+
+    kind: ClassVar[str]
+    layer: str
+
+    def broken(self, made: Weights, now: Weights) -> tuple[str, ...]:
+        """Say what is broken, group by group; nothing when the promise is kept.
+
+        Args:
+            made: the checkpoint of the stage that made the promise.
+            now: the checkpoint to check.
+
+        Returns:
+            Sentences such as ``row 3, group 17: 1 zero of 2``; at most ten, the last one counting the rest.
+        """
+        ...
+
+
+PROMISES: Registry[Promise] = Registry(
+    "promise",
+    {
+        "zeros": "compresskit.sparse.promise:Zeros",
+        "grid": "compresskit.quant.promise:OnGrid",
+        "shape": "compresskit.modeling.promise:Shape",
+        "tied": "compresskit.modeling.promise:Tied",
+    },
+)
+
+
+def promise_to_json(promise: Promise) -> dict[str, Json]:
+    """``promise`` as plain data; :func:`promise_from_json` is its inverse."""
+    return {"kind": promise.kind, **asdict(promise)}  # type: ignore[call-overload]
+
+
+def promise_from_json(data: Mapping[str, Json]) -> Promise:
+    """Rebuild a promise that :func:`promise_to_json` wrote."""
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "kind"}
+    return PROMISES[data["kind"]](**fields)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerRecord:
+    """What one stage did to one layer.
+
+    Attributes:
+        name: module name.
+        zero_fraction: zeros of the weight after the stage, in [0, 1].
+        bits: bits of one stored weight after the stage.
+        relative_error: squared norm of the change of the layer's calibration output over the squared norm of
+            that output; None where no calibration ran.
+        note: anything a reader should know, e.g. ``damping raised to 0.1``.
+    """
+
+    name: str
+    zero_fraction: float
+    bits: float
+    relative_error: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageResult:
+    """What a stage hands back besides the checkpoint it wrote.
+
+    Everything here is deterministic: it goes into the manifest, whose bytes are compared. Durations and
+    other measurements belong in ``StageContext.scratch / "record.json"``.
+
+    Attributes:
+        promises: what every later stage must keep.
+        layers: one record per layer touched.
+        metrics: named figures, e.g. ``{"final_loss": 1.25, "steps": 200}``.
+        warnings: full sentences; shown, and kept in manifest and report.
+    """
+
+    promises: tuple[Promise, ...] = ()
+    layers: tuple[LayerRecord, ...] = ()
+    metrics: Mapping[str, Json] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageContext:
+    """What the pipeline gives a stage.
+
+    Attributes:
+        out: an existing empty directory for the next checkpoint.
+        scratch: a directory that survives a kill; training checkpoints and logs live here.
+        original: the directory of the model before the first stage; the default teacher.
+        data: the recipe's data, for a stage that names none.
+        promises: all promises in force, in the order they were made.
+        seed: of this stage.
+        dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:0``.
+        cache: directory of the token cache.
+        trust_remote_code: whether code in model directories may run.
+    """
+
+    out: Path
+    scratch: Path
+    original: Path
+    data: DataSpec
+    promises: tuple[Promise, ...] = ()
+    seed: int = 0
+    dtype: str = "auto"
+    device: str = "auto"
+    cache: Path
+    trust_remote_code: bool = False
+
+
+class Stage(Protocol):
+    """A frozen, torch-free dataclass of what the user wants; heavy code is imported inside the verbs."""
+
+    kind: ClassVar[str]
+
+    def faults(self, anatomy: Anatomy, where: str) -> list[Fault]:
+        """Everything wrong with this stage for a model of this ``anatomy``, before any weight is loaded."""
+        ...
+
+    def run(self, model: ModelSource, context: StageContext) -> StageResult:
+        """Read ``model``, write the next checkpoint into ``context.out``."""
+        ...

@@ -1,0 +1,1 @@
+"""The door to Trainer and accelerate: one trainer, strategies and their rules, held zeros."""

@@ -1,0 +1,52 @@
+"""The fields every stage that trains shares. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingFields:
+    """How to train; inherited by the stages that do.
+
+    Attributes:
+        steps: optimiser steps; None counts epochs instead.
+        epochs: passes over the data, when ``steps`` is None.
+        learning_rate: peak, after warm-up.
+        batch_size: rows per optimiser step over all processes; accumulation and ranks divide it.
+        micro_batch_size: rows per forward pass of one process; None is ``batch_size / processes``.
+        context_length: tokens per row; None is the model's own maximum, 2048 at most.
+        warmup_fraction: of the steps, linear.
+        lr_schedule: a name transformers knows: ``cosine``, ``linear``, ``constant``.
+        optimizer: a name transformers knows: ``adamw_torch``, ``adafactor``.
+        weight_decay: decoupled.
+        max_grad_norm: always set, on every engine.
+        precision: ``fp32``, ``bf16`` or ``fp16`` (with dynamic loss scaling) compute; weights stay fp32.
+        activation_checkpointing: recompute activations in the backward pass.
+        eval_every: steps between evaluations on the validation split; 0 evaluates at the end only.
+        checkpoint_every: steps between checkpoints that a restart continues from; 0 keeps none.
+        processes: training processes on this machine.
+        strategy: ``ddp``, ``fsdp`` or ``deepspeed``; with one process ``auto`` is no wrapper at all.
+        zero_stage: 1, 2 or 3 under ``deepspeed``.
+        deepspeed_config: path of a ds_config.json of the user's own; its "auto" values are filled in.
+    """
+
+    steps: int | None = None
+    epochs: float = 1.0
+    learning_rate: float = 5e-4
+    batch_size: int = 16
+    micro_batch_size: int | None = None
+    context_length: int | None = None
+    warmup_fraction: float = 0.05
+    lr_schedule: str = "cosine"
+    optimizer: str = "adamw_torch"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    precision: str = "fp32"
+    activation_checkpointing: bool = False
+    eval_every: int = 0
+    checkpoint_every: int = 100
+    processes: int = 1
+    strategy: str = "auto"
+    zero_stage: int = 2
+    deepspeed_config: str | None = None
