@@ -1,4 +1,4 @@
-"""Pruning: which weights become zero. One file per method; this table is the registry."""
+"""Pruning: which weights become zero. One file per method; these tables are the registry."""
 
 from __future__ import annotations
 
@@ -7,12 +7,20 @@ from typing import TYPE_CHECKING
 from compresskit.registry import Registry
 
 if TYPE_CHECKING:  # keeps torch out of `compresskit --help`
-    from compresskit.sparse.base import Pruner
+    from compresskit.sparse.base import Pruner, StructuredPruner
 
 PRUNERS: Registry[Pruner] = Registry(
     "pruner",
     {
         "magnitude": "compresskit.sparse.magnitude:Magnitude",
         "wanda": "compresskit.sparse.wanda:Wanda",
+    },
+)
+
+# Methods that take whole layers or neurons away, so the result is smaller and has no zeros to keep.
+STRUCTURED_PRUNERS: Registry[StructuredPruner] = Registry(
+    "structured pruner",
+    {
+        "cut": "compresskit.sparse.cut:Cut",
     },
 )
