@@ -129,4 +129,3 @@ def _tied_fault(name: str, where: str) -> Fault:
         f"{name}, which shares its weight with the token embedding",
         f"Add {name} to ignore.",
     )
-'''
