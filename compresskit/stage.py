@@ -128,6 +128,26 @@ class StageResult:
     warnings: tuple[str, ...] = ()
 
 
+def result_to_json(result: StageResult) -> dict[str, Json]:
+    """``result`` as plain data; :func:`result_from_json` is its inverse."""
+    return {
+        "promises": [promise_to_json(p) for p in result.promises],
+        "layers": [asdict(layer) for layer in result.layers],
+        "metrics": dict(result.metrics),
+        "warnings": list(result.warnings),
+    }
+
+
+def result_from_json(data: Mapping[str, Json]) -> StageResult:
+    """Rebuild a result that :func:`result_to_json` wrote."""
+    return StageResult(
+        promises=tuple(promise_from_json(p) for p in data["promises"]),
+        layers=tuple(LayerRecord(**layer) for layer in data["layers"]),
+        metrics=data["metrics"],
+        warnings=tuple(data["warnings"]),
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageContext:
     """What the pipeline gives a stage.
@@ -157,13 +177,72 @@ class StageContext:
     trust_remote_code: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """What is known at plan time of the model a stage will be given, before that model exists.
+
+    Attributes:
+        anatomy: its blocks, linear layers and shapes.
+        config: its transformers configuration.
+        tokenizer: directory of its tokenizer.
+        original: directory of the model before the first stage; the default teacher.
+        weight_bytes: of one stored parameter that is not quantised.
+        layer_bits: bits of one stored weight of each quantised layer, scales included.
+        data: the recipe's data, for a stage that names none.
+    """
+
+    anatomy: Anatomy
+    config: Any
+    tokenizer: Path
+    original: Path
+    weight_bytes: float
+    layer_bits: Mapping[str, float] = field(default_factory=dict)
+    data: DataSpec = field(default_factory=DataSpec)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Size of the packed weights on disk."""
+        total = self.anatomy.num_parameters * self.weight_bytes
+        for name, bits in self.layer_bits.items():
+            layer = self.anatomy.linears[name]
+            total += layer.out_features * layer.in_features * (bits / 8 - self.weight_bytes)
+        return round(total)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """What a stage will do, as far as that can be told before it runs.
+
+    Attributes:
+        after: the outlook of the next stage.
+        layers: how many linear layers are touched.
+        memory_bytes: estimated peak memory of one process beyond the bare interpreter with its libraries.
+        notes: sentences a user should read before starting, such as that zeros alone are no faster.
+    """
+
+    after: Outlook
+    layers: int
+    memory_bytes: int
+    notes: tuple[str, ...] = ()
+
+
 class Stage(Protocol):
     """A frozen, torch-free dataclass of what the user wants; heavy code is imported inside the verbs."""
 
     kind: ClassVar[str]
+    trains: ClassVar[bool]
 
-    def faults(self, anatomy: Anatomy, where: str) -> list[Fault]:
-        """Everything wrong with this stage for a model of this ``anatomy``, before any weight is loaded."""
+    @property
+    def reshapes(self) -> bool:
+        """Whether tensors change their shapes, so that earlier promises about them cannot be checked."""
+        ...
+
+    def faults(self, model: Outlook, where: str) -> list[Fault]:
+        """Everything wrong with this stage for such a ``model``, before any weight is loaded."""
+        ...
+
+    def forecast(self, model: Outlook) -> Forecast:
+        """What this stage will do to such a ``model``; called only when it has no faults."""
         ...
 
     def run(self, model: ModelSource, context: StageContext) -> StageResult:

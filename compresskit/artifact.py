@@ -1,0 +1,147 @@
+"""An artifact: a Hugging Face directory with a manifest that says how it came to be.
+
+On disk: the model's own files, ``recipe.yaml`` (resolved, runnable), ``compresskit.json`` (the manifest:
+recipe, versions, stages with their promises and checks, SHA-256 of every file) and ``records/`` (what was
+measured; durations differ from run to run, so records are not part of the digest).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from compresskit.errors import Fault, ModelError, OutputError
+from compresskit.stage import Json
+
+MANIFEST = "compresskit.json"
+RECIPE = "recipe.yaml"
+RECORDS = "records"
+STAGES = "stages"
+UNHASHED = (RECORDS, STAGES)
+CHUNK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A finished artifact directory and its manifest."""
+
+    directory: Path
+    manifest: Mapping[str, Json]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest, hence of every file that it lists."""
+        return sha256_of(self.directory / MANIFEST)
+
+    def damaged(self) -> tuple[str, ...]:
+        """Names of files whose bytes are not those the manifest lists; reads everything."""
+        return tuple(
+            name
+            for name, digest in self.manifest["files"].items()
+            if not (self.directory / name).is_file() or sha256_of(self.directory / name) != digest
+        )
+
+
+def open_artifact(directory: str | Path) -> Artifact:
+    """Read the manifest of ``directory``.
+
+    Raises:
+        ModelError: it has none, or one that cannot be read.
+    """
+    path = Path(directory) / MANIFEST
+    try:
+        return Artifact(Path(directory), json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            Fault(
+                str(path),
+                "the manifest of an artifact",
+                str(error),
+                "Give a directory that compresskit wrote.",
+            )
+        ) from error
+
+
+def is_artifact(directory: Path) -> bool:
+    """Whether ``directory`` was written by compresskit."""
+    return (directory / MANIFEST).is_file()
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, read in chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, data: Json) -> None:
+    """Write ``data`` so that a reader finds the old file or the new one, never a part."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _sync(partial)
+    partial.replace(path)
+
+
+def seal(directory: Path, manifest: Mapping[str, Json]) -> None:
+    """Add every file's SHA-256 to ``manifest`` and write it into ``directory``."""
+    files = {str(p.relative_to(directory)): sha256_of(p) for p in _hashed_files(directory)}
+    write_json(directory / MANIFEST, {**manifest, "files": files})
+
+
+def _hashed_files(directory: Path) -> Iterator[Path]:
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and path.relative_to(directory).parts[0] not in (*UNHASHED, MANIFEST):
+            yield path
+
+
+def check_output(out: Path, *, overwrite: bool) -> None:
+    """Raise OutputError unless an artifact may be written to ``out``."""
+    parent = out.absolute().parent
+    if not parent.is_dir():
+        raise OutputError(Fault(str(out), "a parent directory", "none", f"Make {parent} first."))
+    if not os.access(parent, os.W_OK):
+        raise OutputError(Fault(str(out), "a writable parent directory", "none", "Choose another place."))
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not is_artifact(out):
+        raise OutputError(
+            Fault(
+                str(out),
+                "a new directory, or an artifact to replace",
+                "something that compresskit did not write",
+                "Choose another output directory.",
+            )
+        )
+    if not overwrite:
+        raise OutputError(
+            Fault(str(out), "a new directory", "an artifact of another run", "Add --overwrite to replace it.")
+        )
+
+
+def publish(partial: Path, out: Path) -> None:
+    """Make the finished directory ``partial`` appear as ``out``, whole; an older ``out`` is replaced."""
+    for path in sorted(partial.rglob("*")):
+        _sync(path)
+    _sync(partial)
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    partial.rename(out)
+    _sync(out.absolute().parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

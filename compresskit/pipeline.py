@@ -1,0 +1,322 @@
+"""The one loop: run each stage, check every promise made so far, publish the artifact.
+
+Everything happens in a hidden sibling of the output directory. A finished stage is renamed into place
+there, so the same command started again after a kill continues at the first unfinished stage.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from compresskit.artifact import (
+    RECIPE,
+    RECORDS,
+    STAGES,
+    Artifact,
+    check_output,
+    is_artifact,
+    open_artifact,
+    publish,
+    seal,
+    write_json,
+)
+from compresskit.errors import Fault, OutputError, PromiseError, WorkerError
+from compresskit.formats import export
+from compresskit.modeling import ModelSource, open_model
+from compresskit.modeling.promise import standing_promises
+from compresskit.plan import Plan, PlannedStage
+from compresskit.stage import (
+    Json,
+    Promise,
+    StageContext,
+    promise_from_json,
+    result_to_json,
+)
+
+SOURCE = "0-source"
+STATE = "stage.json"
+KEY = "plan.json"
+FAILED = "failed"
+POLL_S = 0.2
+
+AfterStage = Callable[[str, Path], list[Mapping[str, Json]]]
+"""Called with a stage's name and its checkpoint; returns records to keep."""
+
+
+def run(
+    plan: Plan,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    keep_stages: bool = False,
+    after_stage: AfterStage | None = None,
+) -> Artifact:
+    """Run every stage of ``plan`` and publish the artifact.
+
+    Args:
+        plan: of a recipe, with no faults.
+        out: directory to write; must not exist, or be an artifact when ``overwrite`` is set.
+        overwrite: replace an artifact of another run.
+        keep_stages: leave each stage's checkpoint in ``out/stages``.
+        after_stage: measures a checkpoint; also called on the model before the first stage.
+
+    Returns:
+        The artifact. If ``out`` already holds this very plan's artifact it is returned as it is.
+
+    Raises:
+        OutputError: ``out`` is not ours, the disk is too small, or another process works there.
+        PromiseError: a stage broke what an earlier one had won, or had no effect.
+        RunError: a stage had to stop; finished stages stay on disk and a restart continues.
+    """
+    out = Path(out).absolute()
+    if is_artifact(out) and open_artifact(out).manifest.get("plan") == plan.digest:
+        return open_artifact(out)
+    check_output(out, overwrite=overwrite)
+    work = out.with_name(f".{out.name}.work")
+    if int(os.environ.get("RANK", "0")) > 0:
+        return _follow(plan, out, work)
+    with _workplace(plan, work, out):
+        (work / FAILED).unlink(missing_ok=True)
+        try:
+            model, checks = _run_stages(plan, work, after_stage)
+            _assemble(plan, model, checks, work, out, keep_stages)
+        except BaseException:
+            (work / FAILED).touch()
+            raise
+    shutil.rmtree(work, ignore_errors=True)
+    return open_artifact(out)
+
+
+@contextmanager
+def _workplace(plan: Plan, work: Path, out: Path) -> Iterator[None]:
+    """Take ``work`` for this process alone; what another plan left there is thrown away."""
+    work.mkdir(exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise OutputError(
+                Fault(
+                    str(out),
+                    "a place of its own",
+                    "another compresskit process at work",
+                    "Wait for it to end.",
+                )
+            ) from error
+        plan.check_disk(work)
+        key = work / KEY
+        if not key.is_file() or key.read_text().strip() != f'"{plan.resume_key}"':
+            for path in work.iterdir():
+                if path.name != "lock":
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            write_json(key, plan.resume_key)
+        yield
+
+
+def _run_stages(
+    plan: Plan, work: Path, after_stage: AfterStage | None
+) -> tuple[ModelSource, list[dict[str, Json]]]:
+    """Run what is not finished yet; returns the last checkpoint and what was checked after each stage."""
+    model = plan.source
+    made: list[tuple[Promise, ModelSource]] = [(p, model) for p in standing_promises(model)]
+    states: list[dict[str, Json]] = []
+    _measure(SOURCE, model.directory, work, after_stage)
+    for stage in plan.stages:
+        done = work / stage.name
+        if not (done / STATE).is_file():
+            _run_one(stage, model, made, plan, work)
+        state = _read_state(done)
+        model = open_model(done, trust_remote_code=plan.recipe.trust_remote_code)
+        if stage.reshapes:
+            made = [(p, model) for p in standing_promises(model)]
+        made += [(promise_from_json(p), model) for p in state["result"]["promises"]]
+        states.append(state)
+        _measure(stage.name, done, work, after_stage)
+    return model, states
+
+
+def _run_one(
+    stage: PlannedStage, model: ModelSource, made: list[tuple[Promise, ModelSource]], plan: Plan, work: Path
+) -> None:
+    """Run one stage into a partial directory, check it, and rename it into place."""
+    partial, scratch = work / f"{stage.name}.partial", work / f"{stage.name}.scratch"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    scratch.mkdir(exist_ok=True)
+    context = stage_context(stage, plan, partial, scratch, tuple(p for p, _ in made))
+    started = time.monotonic()
+    result = stage.stage.run(model, context)
+    after = open_model(partial, trust_remote_code=plan.recipe.trust_remote_code)
+    _require_effect(stage, model, after)
+    if stage.reshapes:
+        made = [(p, after) for p in standing_promises(after)]
+    checks = check_promises([*made, *((p, after) for p in result.promises)], after, stage.name)
+    write_json(
+        partial / STATE,
+        {"name": stage.name, "kind": stage.stage.kind, "result": result_to_json(result), "checks": checks},
+    )
+    write_json(scratch / "seconds.json", time.monotonic() - started)
+    partial.rename(work / stage.name)
+
+
+def stage_context(
+    stage: PlannedStage, plan: Plan, out: Path, scratch: Path, promises: tuple[Promise, ...]
+) -> StageContext:
+    """What ``stage`` is run with; the seed is the recipe's plus the stage's place in the chain."""
+    recipe = plan.recipe
+    return StageContext(
+        out=out,
+        scratch=scratch,
+        original=plan.source.directory,
+        data=recipe.data,
+        promises=promises,
+        seed=recipe.seed + stage.index,
+        dtype=recipe.dtype,
+        device=recipe.device,
+        cache=plan.cache,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+
+
+def check_promises(
+    made: list[tuple[Promise, ModelSource]], now: ModelSource, stage: str
+) -> dict[str, dict[str, int]]:
+    """Check every promise against ``now``.
+
+    Returns:
+        For each kind of promise, how many were checked and how many hold (all of them).
+
+    Raises:
+        PromiseError: any is broken; every broken layer is named, group by group.
+    """
+    counts: dict[str, dict[str, int]] = {}
+    faults = []
+    for promise, then in made:
+        broken = promise.broken(then, now)
+        count = counts.setdefault(promise.kind, {"checked": 0, "kept": 0})
+        count["checked"] += 1
+        count["kept"] += not broken
+        if broken:
+            faults.append(
+                Fault(
+                    f"stage {stage}, {promise.layer}",
+                    f"the promise '{promise.kind}' kept",
+                    "; ".join(broken),
+                    "This is a fault of the stage, not of the recipe: please report it.",
+                )
+            )
+    if faults:
+        raise PromiseError(*faults)
+    return counts
+
+
+def _require_effect(stage: PlannedStage, before: ModelSource, after: ModelSource) -> None:
+    """Raise PromiseError if ``stage`` changed neither a tensor, a shape nor a grid."""
+    names = before.names()
+    if names != after.names() or any(before.shape(n) != after.shape(n) for n in names):
+        return
+    layers = before.anatomy.linears
+    if any((before.grid(layer) is None) != (after.grid(layer) is None) for layer in layers):
+        return
+    if all(before.tensor(n).equal(after.tensor(n)) for n in names):
+        raise PromiseError(
+            Fault(
+                f"stage {stage.name}",
+                "a changed model",
+                "every tensor exactly as before",
+                "Drop the stage, or ask more of it (a higher sparsity, more steps, other targets).",
+            )
+        )
+
+
+def _measure(name: str, checkpoint: Path, work: Path, after_stage: AfterStage | None) -> None:
+    """Call ``after_stage`` once for a checkpoint and keep its records across a restart."""
+    records = work / RECORDS
+    records.mkdir(exist_ok=True)
+    target = records / f"{name}.json"
+    if after_stage is not None and not target.is_file():
+        write_json(target, after_stage(name, checkpoint))
+
+
+def _assemble(
+    plan: Plan, model: ModelSource, states: list[dict[str, Json]], work: Path, out: Path, keep_stages: bool
+) -> None:
+    """Encode the last checkpoint, check it once more as a reader will see it, and publish."""
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    export(model, partial)
+    (partial / STATE).unlink(missing_ok=True)
+    (partial / RECIPE).write_text(plan.recipe.to_yaml(), encoding="utf-8")
+    seal(partial, manifest_of(plan, states))
+    shutil.copytree(work / RECORDS, partial / RECORDS)
+    _keep_timings(plan, work, partial / RECORDS)
+    if keep_stages:
+        for stage in plan.stages:
+            shutil.copytree(work / stage.name, partial / STAGES / stage.name)
+    publish(partial, out)
+
+
+def _keep_timings(plan: Plan, work: Path, records: Path) -> None:
+    for stage in plan.stages:
+        scratch = work / f"{stage.name}.scratch"
+        for name in ("seconds.json", "record.json", "losses.jsonl"):
+            if (scratch / name).is_file():
+                target = records / f"{stage.name}.{name}"
+                shutil.copyfile(scratch / name, target)
+
+
+def manifest_of(plan: Plan, states: list[dict[str, Json]]) -> dict[str, Json]:
+    """Everything about a run that is the same whenever it is repeated."""
+    return {
+        "format": 1,
+        "plan": plan.digest,
+        "recipe": plan.recipe.to_json(),
+        "source": plan.source_fingerprint,
+        "versions": plan.versions,
+        "stages": states,
+        "warnings": [w for state in states for w in state["result"]["warnings"]],
+    }
+
+
+def _read_state(stage: Path) -> dict[str, Json]:
+    state: dict[str, Json] = json.loads((stage / STATE).read_text(encoding="utf-8"))
+    return state
+
+
+def _follow(plan: Plan, out: Path, work: Path) -> Artifact:
+    """The part of a rank above 0: join the stages that train, wait for rank 0 in all else."""
+    model = plan.source
+    made = [*standing_promises(model)]
+    for stage in plan.stages:
+        done = work / stage.name
+        if stage.trains:
+            scratch = work / f"{stage.name}.scratch"
+            _wait_for(scratch, work)
+            stage.stage.run(
+                model, stage_context(stage, plan, work / f"{stage.name}.partial", scratch, tuple(made))
+            )
+        _wait_for(done, work)
+        model = open_model(done, trust_remote_code=plan.recipe.trust_remote_code)
+        made += [promise_from_json(p) for p in _read_state(done)["result"]["promises"]]
+    _wait_for(out / RECIPE, work)
+    return open_artifact(out)
+
+
+def _wait_for(path: Path, work: Path) -> None:
+    """Wait until rank 0 has made ``path``; give up when it says that it failed since this process began."""
+    began = psutil.Process().create_time()
+    failed = work / FAILED
+    while not path.exists():
+        if failed.exists() and failed.stat().st_mtime > began:
+            raise WorkerError(Fault("rank 0", f"{path.name}", "a failed run", "See the error of rank 0."))
+        time.sleep(POLL_S)
