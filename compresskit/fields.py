@@ -41,7 +41,7 @@ def fit(value: Any, hint: Any) -> tuple[bool, Any]:
             if ok:
                 return ok, result
         return False, None
-    if origin in SEQUENCES:
+    if is_sequence(hint):
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
             return False, None
@@ -59,12 +59,17 @@ def fit(value: Any, hint: Any) -> tuple[bool, Any]:
     return (isinstance(value, hint), value) if isinstance(hint, type) else (True, value)
 
 
+def is_sequence(hint: Any) -> bool:
+    """Whether ``hint`` is a list or a tuple of something."""
+    return get_origin(hint) in SEQUENCES
+
+
 def describe(hint: Any) -> str:
     """``hint`` in words: ``int | None`` is ``a whole number or null``."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(describe(option) for option in get_args(hint))
-    if origin in SEQUENCES:
+    if is_sequence(hint):
         return f"a list of {describe(get_args(hint)[0])}"
     if is_dataclass(hint):
         return "a path or a mapping of " + ", ".join(f.name for f in fields(hint))

@@ -46,5 +46,7 @@ def option_faults(
             faults.append(Fault(f"{where}.{name}", wanted, repr(value), f"Write {name} as {wanted}."))
     for name, field in known.items():
         if name not in given and field.default is MISSING and field.default_factory is MISSING:
-            faults.append(Fault(where, f"a value for {name}", "none", f"Add {name}: {describe(hints[name])}."))
+            faults.append(
+                Fault(where, f"a value for {name}", "none", f"Add {name}: {describe(hints[name])}.")
+            )
     return faults

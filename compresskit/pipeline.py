@@ -33,7 +33,7 @@ from compresskit.errors import Fault, OutputError, PromiseError, WorkerError
 from compresskit.formats import export
 from compresskit.modeling import ModelSource, open_model
 from compresskit.modeling.promise import standing_promises
-from compresskit.plan import Plan, PlannedStage
+from compresskit.planner import Plan, PlannedStage
 from compresskit.stage import (
     Json,
     Promise,

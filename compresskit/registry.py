@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
+from functools import cached_property
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar, cast
@@ -37,8 +38,13 @@ class Registry(Mapping[str, type[T]], Generic[T]):
 
     def __init__(self, kind: str, table: Mapping[str, str]) -> None:
         self.kind = kind
-        plugins = {e.name: e.value for e in entry_points(group=f"compresskit.{kind}")}
-        self._targets = {**plugins, **table}
+        self._table = table
+
+    @cached_property
+    def _targets(self) -> Mapping[str, str]:
+        """The table and the plugins; found at first need, since it reads every package's metadata."""
+        plugins = {e.name: e.value for e in entry_points(group=f"compresskit.{self.kind}")}
+        return {**plugins, **self._table}
 
     def __getitem__(self, name: str) -> type[T]:
         self.require(name, where=self.kind)
@@ -46,7 +52,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
 
     def require(self, name: str, *, where: str) -> None:
         """Raise UnknownMethodError, saying ``where``, unless ``name`` is known; imports nothing."""
-        if name not in self._targets:
+        if name not in self:
             raise UnknownMethodError(
                 Fault(
                     where=where,
@@ -57,7 +63,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
             )
 
     def __contains__(self, name: object) -> bool:
-        return name in self._targets
+        return name in self._table or name in self._targets
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._targets)

@@ -1,0 +1,181 @@
+"""The verbs of the Python face; the command line calls the same."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compresskit.artifact import RECORDS, Artifact
+from compresskit.data.spec import DataSpec
+from compresskit.errors import Fault, InputError
+from compresskit.modeling import load_model, load_tokenizer
+from compresskit.pipeline import run as run_plan
+from compresskit.planner import Plan, plan
+from compresskit.recipe import Recipe
+from compresskit.stage import Json, Stage
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from compresskit.measure import Record
+    from compresskit.reports import Report
+
+MEASURES = ("size", "quality", "latency", "memory")
+DEFAULT_MEASURES = ("size", "quality")
+
+
+def run(
+    recipe: Recipe | Plan,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    keep_stages: bool = False,
+    measures: Sequence[str] = DEFAULT_MEASURES,
+    documents: int | None = 200,
+) -> Artifact:
+    """Plan and run a recipe, measuring the model before the first and after every stage.
+
+    Args:
+        recipe: what to do, or its plan.
+        out: directory to write.
+        overwrite: replace an artifact of another run.
+        keep_stages: leave each stage's checkpoint in ``out/stages``.
+        measures: any of ``size``, ``quality``, ``latency``, ``memory``; empty measures nothing.
+        documents: of the evaluation data, at most so many.
+
+    Returns:
+        The artifact; its measurements are in ``out/records``.
+
+    Raises:
+        InputError: something is wrong with what was asked; nothing was written.
+        RunError: a stage had to stop; the same call continues after the last finished work.
+    """
+    planned = recipe if isinstance(recipe, Plan) else plan(recipe)
+    wanted = planned.recipe
+    data = wanted.evaluation or wanted.data
+    _check_measures(measures)
+
+    def after_stage(name: str, checkpoint: Path) -> list[Mapping[str, Json]]:
+        records = bench(checkpoint, data=data, measures=measures, documents=documents, subject=name)
+        return [record.to_json() for record in records]
+
+    return run_plan(
+        planned,
+        out,
+        overwrite=overwrite,
+        keep_stages=keep_stages,
+        after_stage=after_stage if measures else None,
+    )
+
+
+def bench(
+    directory: str | Path,
+    *,
+    data: DataSpec | str | None = None,
+    measures: Sequence[str] = MEASURES,
+    documents: int | None = 200,
+    subject: str | None = None,
+) -> list[Record]:
+    """Measure a checkpoint as its users load it: with plain transformers, in fresh processes.
+
+    Args:
+        directory: any Hugging Face directory.
+        data: for quality; None is the ``stdlib:`` validation split.
+        measures: any of ``size``, ``quality``, ``latency``, ``memory``.
+        documents: of ``data``, at most so many.
+        subject: a name for the records; None is the directory's.
+
+    Returns:
+        One record per measure.
+    """
+    from compresskit.measure import measure
+
+    _check_measures(measures)
+    spec = DataSpec(source=data) if isinstance(data, str) else data or DataSpec()
+    return measure(Path(directory), data=spec, what=measures, max_documents=documents, subject=subject)
+
+
+def report(*subjects: Artifact | str | Path) -> Report:
+    """Build the report of one or more artifacts or record files; measures nothing."""
+    from compresskit.reports import build
+
+    return build([s.directory if isinstance(s, Artifact) else Path(s) for s in subjects])
+
+
+def load(directory: str | Path, *, dtype: str = "auto", device: str = "cpu") -> nn.Module:
+    """The model in ``directory``, whole, ready to run; any Hugging Face directory will do."""
+    return load_model(directory, dtype=dtype, device=device)
+
+
+def compress(
+    model: nn.Module,
+    stages: Iterable[Stage],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataSpec | str = "stdlib:",
+    seed: int = 0,
+    out: str | Path | None = None,
+) -> Artifact | None:
+    """Run ``stages`` on a live transformers model, in place.
+
+    The model takes the same road as one on disk, by way of a temporary directory; each parameter of
+    ``model`` then holds the result. A quantised weight holds the values on its grid; activations stay as
+    they are, so load the artifact to run those quantised too.
+
+    Args:
+        model: a ``PreTrainedModel`` with its weights.
+        stages: as in a recipe; none may change shapes unless ``out`` is given.
+        tokenizer: of the model.
+        data: for calibration and training.
+        seed: of the run.
+        out: keep the artifact here; then ``model`` is left alone.
+
+    Returns:
+        The artifact when ``out`` was given.
+
+    Raises:
+        InputError: a stage changes shapes and there is no ``out`` to put the result.
+    """
+    with tempfile.TemporaryDirectory(prefix="compresskit-") as place:
+        start = Path(place) / "model"
+        model.save_pretrained(start)  # type: ignore[operator]
+        tokenizer.save_pretrained(start)
+        source = DataSpec(source=data) if isinstance(data, str) else data
+        recipe = Recipe(model=str(start), stages=tuple(stages), data=source, seed=seed)
+        planned = plan(recipe)
+        if out is not None:
+            return run(planned, out, measures=())
+        if any(stage.reshapes for stage in planned.stages):
+            raise InputError(
+                Fault("stages", "stages that keep every shape", "a cut", "Give out=DIRECTORY and load that.")
+            )
+        _copy_weights(run(planned, Path(place) / "result", measures=(), keep_stages=True), planned, model)
+    return None
+
+
+def _copy_weights(artifact: Artifact, planned: Plan, model: nn.Module) -> None:
+    from compresskit.modeling import open_model
+
+    last = open_model(artifact.directory / "stages" / planned.stages[-1].name)
+    parameters = dict(model.named_parameters())
+    for name in last.names():
+        if name in parameters:
+            parameters[name].data.copy_(last.tensor(name))
+
+
+def _check_measures(measures: Sequence[str]) -> None:
+    if unknown := set(measures) - set(MEASURES):
+        raise InputError(
+            Fault(
+                "measures",
+                f"any of {', '.join(MEASURES)}",
+                ", ".join(sorted(unknown)),
+                "Drop what is unknown.",
+            )
+        )
+
+
+__all__ = ["RECORDS", "bench", "compress", "load", "load_tokenizer", "plan", "report", "run"]

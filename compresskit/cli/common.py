@@ -1,0 +1,205 @@
+"""What the commands share: options made from a stage's fields, and the one way to run a recipe."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import click
+
+from compresskit.fields import describe, fit, is_sequence
+from compresskit.recipe import Recipe, recipe_from
+from compresskit.yaml12 import parse_yaml
+
+F = TypeVar("F", bound=Callable[..., Any])
+RENAMED = {"processes": "--nproc"}
+HIDDEN = ("options", "data")
+
+
+def documented(cls: type[Any]) -> dict[str, str]:
+    """The ``Attributes:`` of a class and its bases: field -> first clause of what is said of it."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        section = (base.__doc__ or "").partition("Attributes:")[2]
+        for name, text in re.findall(r"^ {8}(\w+): ((?:.|\n {12})*)", section, re.M):
+            found[name] = re.sub(r"\s+", " ", text).replace("``", "").strip()
+    return found
+
+
+def stage_options(cls: type[Any], *, skip: tuple[str, ...] = ()) -> Callable[[F], F]:
+    """One option per field of the stage ``cls``, with the help its docstring gives."""
+
+    def decorate(function: F) -> F:
+        said, hints = documented(cls), get_type_hints(cls)
+        for field in reversed(fields(cls)):
+            if field.name not in HIDDEN + skip:
+                function = _option(field, hints[field.name], said.get(field.name, ""))(function)
+        return function
+
+    return decorate
+
+
+def _option(field: Field[Any], hint: Any, text: str) -> Callable[[F], F]:
+    flag = RENAMED.get(field.name, "--" + field.name.replace("_", "-"))
+    default = None if field.default is MISSING else field.default
+    shown = default if not isinstance(default, list | tuple) else " ".join(default)
+    if shown not in (None, "", ()):
+        text += f" [{shown}]"
+    if hint is bool:
+        return click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=text)
+    return click.option(
+        flag, field.name, default=None, multiple=is_sequence(hint), metavar=_metavar(hint), help=text
+    )
+
+
+def _metavar(hint: Any) -> str:
+    words = describe(hint)
+    return "N" if "whole number" in words else "X" if "number" in words else "TEXT"
+
+
+def run_options(function: F) -> F:
+    """The options of every command that runs a recipe."""
+    for option in reversed(
+        [
+            click.option("-o", "--out", metavar="DIR", help="Directory to write."),
+            click.option("--seed", metavar="N", help="Of the run. [0]"),
+            click.option("--dtype", help="auto, float32, bfloat16 or float16. [auto]"),
+            click.option("--device", help="auto, cpu, cuda or cuda:N. [auto]"),
+            click.option("--trust-remote-code", is_flag=True, help="Let code in model directories run."),
+            click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any other field."),
+            click.option("--measure", metavar="LIST", help="size,quality,latency,memory, all or none."),
+            click.option("--eval-documents", type=int, default=200, show_default=True, help="For quality."),
+            click.option("--keep-stages", is_flag=True, help="Keep each stage's checkpoint."),
+            click.option("--overwrite", is_flag=True, help="Replace an artifact of another run."),
+            click.option("--dry-run", is_flag=True, help="Show the plan and do nothing else."),
+            click.option(
+                "--json", "as_json", is_flag=True, help="Print the result as JSON on the last line."
+            ),
+            click.option("-v", "--verbose", is_flag=True, help="Show what the libraries log."),
+        ]
+    ):
+        function = option(function)
+    return function
+
+
+def parse_set(pairs: tuple[str, ...]) -> dict[str, str]:
+    """``("a=1", "b=x")`` as a mapping; raises UsageError for one without ``=``."""
+    for pair in pairs:
+        if "=" not in pair:
+            raise click.UsageError(f"--set {pair}: expected KEY=VALUE")
+    return dict((pair.partition("=")[0], pair.partition("=")[2]) for pair in pairs)
+
+
+def one_stage_recipe(
+    kind: str,
+    cls: type[Any],
+    model: str,
+    given: Mapping[str, Any],
+    *,
+    first: tuple[Mapping[str, Any], ...] = (),
+    **recipe_fields: Any,
+) -> Recipe:
+    """A recipe from what was typed.
+
+    Args:
+        kind: of the stage.
+        cls: its class.
+        model: path or hub id.
+        given: option name -> text, as click hands it over; None was not typed.
+        first: stages to run before, as plain data.
+        recipe_fields: ``data``, ``tokenizer`` ... of the recipe; None leaves the default.
+
+    Returns:
+        The recipe; its errors name the options.
+
+    Raises:
+        RecipeError: every fault together.
+    """
+    hints = get_type_hints(cls)
+    where = f"stages[{len(first)}]"
+    stage: dict[str, Any] = {}
+    origins = {where: f"compresskit {kind}"}
+    for name, text in given.items():
+        if name in hints and text not in (None, ()):
+            stage[name] = _typed(text, hints[name])
+            origins[f"{where}.{name}"] = RENAMED.get(name, "--" + name.replace("_", "-"))
+    for name, text in parse_set(given.get("overrides", ())).items():
+        stage[name] = parse_yaml(text, f"--set {name}")[0]
+        origins[f"{where}.{name}"] = f"--set {name}"
+    data: dict[str, Any] = {"model": model, "stages": [*first, {kind: stage}]}
+    for name in ("dtype", "device", "trust_remote_code"):
+        if given.get(name):
+            data[name] = given[name]
+            origins[name] = "--" + name.replace("_", "-")
+    if given.get("seed") is not None:
+        data["seed"] = parse_yaml(given["seed"], "--seed")[0]
+        origins["seed"] = "--seed"
+    for name, value in recipe_fields.items():
+        if value is not None:
+            data[name] = value
+            origins[name] = f"--{name}"
+    return recipe_from(data, {**origins, "model": "MODEL"})
+
+
+def _typed(text: Any, hint: Any) -> Any:
+    """``text`` as it is where the field takes text, else read as a YAML scalar."""
+    if not isinstance(text, str):
+        return list(text) if isinstance(text, tuple) else text
+    if fit(text, hint)[0]:
+        return text
+    return parse_yaml(text, "option")[0]
+
+
+def execute(recipe: Recipe, given: Mapping[str, Any]) -> None:
+    """Plan ``recipe``; unless ``--dry-run``, run it and print what came out."""
+    from compresskit import api
+
+    quiet_libraries(verbose=given["verbose"])
+    plan = api.plan(recipe)
+    if given["dry_run"]:
+        click.echo(json.dumps(plan.to_json()) if given["as_json"] else str(plan))
+        return
+    if not given["out"]:
+        raise click.UsageError("missing option '-o' / '--out': the directory to write")
+    click.echo(str(plan), err=True)
+    artifact = api.run(
+        plan,
+        given["out"],
+        overwrite=given["overwrite"],
+        keep_stages=given["keep_stages"],
+        measures=parse_measures(given["measure"], api.DEFAULT_MEASURES),
+        documents=given["eval_documents"],
+    )
+    report = api.report(artifact)
+    click.echo(report.table())
+    for warning in artifact.manifest["warnings"]:
+        click.echo(f"warning: {warning}", err=True)
+    click.echo(f"artifact: {given['out']}   sha256 of its manifest: {artifact.digest}")
+    if given["as_json"]:
+        click.echo(json.dumps({"artifact": str(Path(given["out"]).absolute()), "digest": artifact.digest}))
+
+
+def parse_measures(text: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
+    """``all``, ``none`` or names between commas."""
+    from compresskit.api import MEASURES
+
+    if text is None:
+        return default
+    return {"all": MEASURES, "none": ()}.get(text, tuple(text.split(",")))
+
+
+def quiet_libraries(*, verbose: bool) -> None:
+    """Keep third parties' progress bars and log lines out of ours unless asked for."""
+    import transformers
+
+    if verbose:
+        transformers.logging.set_verbosity_info()
+        logging.basicConfig(level=logging.INFO)
+        return
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

@@ -1,0 +1,27 @@
+"""`compresskit plan`: what a recipe will do."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from compresskit.cli.common import execute, run_options
+from compresskit.cli.run import recipe_with
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(), required=False)
+@click.option("--schema", is_flag=True, help="Print the JSON Schema of a recipe and do nothing else.")
+@run_options
+def plan(recipe: str | None, schema: bool, **given: Any) -> None:
+    """Show what RECIPE, a YAML file, will do: every fault, bytes and memory. Loads no weights."""
+    if schema:
+        from compresskit.schema import recipe_schema
+
+        click.echo(json.dumps(recipe_schema(), indent=1))
+        return
+    if recipe is None:
+        raise click.UsageError("missing argument 'RECIPE'")
+    execute(recipe_with(recipe, given), {**given, "dry_run": True})

@@ -1,0 +1,263 @@
+"""A recipe against a model's skeleton and this machine: every fault, bytes and memory. No weight is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+
+from compresskit.errors import Fault, OutputError, PlanError
+from compresskit.modeling import ModelSource, open_model
+from compresskit.recipe import Recipe
+from compresskit.stage import Forecast, Json, Outlook, Stage
+
+PACKAGES = ("compresskit", "torch", "transformers", "compressed-tensors", "accelerate")
+DISK_MARGIN_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStage:
+    """One stage in its place in the chain, and what it will do."""
+
+    index: int
+    stage: Stage
+    before: Outlook
+    forecast: Forecast
+
+    @property
+    def name(self) -> str:
+        """``2-distill``: the name of its checkpoint, its records and its row in reports."""
+        return f"{self.index}-{self.stage.kind}"
+
+    @property
+    def trains(self) -> bool:
+        """Whether several processes may take part."""
+        return self.stage.trains
+
+    @property
+    def reshapes(self) -> bool:
+        """Whether tensors change their shapes."""
+        return self.stage.reshapes
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A recipe that can run here, and what it will do; print it to read it."""
+
+    recipe: Recipe
+    source: ModelSource
+    stages: tuple[PlannedStage, ...]
+    cache: Path
+    interpreter_bytes: int
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of every package whose code shapes the result."""
+        return {name: version(name) for name in PACKAGES}
+
+    @property
+    def source_fingerprint(self) -> str:
+        """SHA-256 over names, types and shapes of the model's tensors and over its configuration."""
+        model = self.source
+        shapes = [(name, str(model.dtype(name)), list(model.shape(name))) for name in model.names()]
+        return _digest([shapes, json.loads((model.directory / "config.json").read_text(encoding="utf-8"))])
+
+    @property
+    def digest(self) -> str:
+        """The same for the same recipe, model shapes and versions; stands in the manifest."""
+        return _digest([self.recipe.to_json(), self.source_fingerprint, self.versions])
+
+    @property
+    def resume_key(self) -> str:
+        """:attr:`digest` and the state of the source's files: a restart continues only where both agree."""
+        files = sorted(self.source.directory.glob("*.safetensors"))
+        return _digest([self.digest, [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]])
+
+    @property
+    def memory_bytes(self) -> int:
+        """Estimated peak of one process over the whole chain, libraries included."""
+        return self.interpreter_bytes + max((s.forecast.memory_bytes for s in self.stages), default=0)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Needed while the chain runs: each stage's dense checkpoint, the artifact, training checkpoints."""
+        need = 0
+        for stage in self.stages:
+            after = stage.forecast.after
+            dense = round(after.anatomy.num_parameters * after.weight_bytes)
+            need += dense + (2 * 12 * after.anatomy.num_parameters if stage.trains else 0)
+            need += dense if stage is self.stages[-1] else 0
+        return need + DISK_MARGIN_BYTES
+
+    def check_disk(self, place: Path) -> None:
+        """Raise OutputError unless the disk under ``place`` holds what the chain writes."""
+        free = shutil.disk_usage(place).free
+        if free < self.disk_bytes:
+            raise OutputError(
+                Fault(
+                    str(place.parent),
+                    f"{size(self.disk_bytes)} of free disk",
+                    f"{size(free)}",
+                    "Free some, or choose another output directory.",
+                )
+            )
+
+    def to_json(self) -> dict[str, Json]:
+        """The plan as plain data."""
+        return {
+            "model": self.recipe.model,
+            "parameters": self.source.anatomy.num_parameters,
+            "memory_bytes": self.memory_bytes,
+            "disk_bytes": self.disk_bytes,
+            "stages": [
+                {
+                    "name": s.name,
+                    "layers": s.forecast.layers,
+                    "bytes_before": s.before.checkpoint_bytes,
+                    "bytes_after": s.forecast.after.checkpoint_bytes,
+                    "memory_bytes": self.interpreter_bytes + s.forecast.memory_bytes,
+                    "notes": list(s.forecast.notes),
+                }
+                for s in self.stages
+            ],
+        }
+
+    def __str__(self) -> str:
+        anatomy = self.source.anatomy
+        head = (
+            f"{self.recipe.model}: {anatomy.num_parameters:,} parameters, {len(anatomy.blocks)} blocks, "
+            f"{len(anatomy.linears)} linear layers\n"
+        )
+        row = "{:<14} {:<26} {:>6} {:>10} {:>10} {:>12}"
+        lines = [row.format("stage", "what", "layers", "before", "after", "peak memory")]
+        notes = []
+        for s in self.stages:
+            lines.append(
+                row.format(
+                    s.name,
+                    summary(s.stage)[:26],
+                    s.forecast.layers,
+                    size(s.before.checkpoint_bytes),
+                    size(s.forecast.after.checkpoint_bytes),
+                    size(self.interpreter_bytes + s.forecast.memory_bytes),
+                )
+            )
+            notes += [f"{s.name}: {note}" for note in s.forecast.notes]
+        lines.append(f"disk while running: {size(self.disk_bytes)}")
+        return "\n".join([head, *lines, *notes])
+
+
+def plan(recipe: Recipe, *, cache: Path | None = None, build_dir: Path | None = None) -> Plan:
+    """Check ``recipe`` against its model, its data and this machine.
+
+    Args:
+        recipe: what to do.
+        cache: of tokens; None is ``~/.cache/compresskit`` or ``COMPRESSKIT_CACHE``.
+        build_dir: where a model given as a config.json is built; None is under ``cache``.
+
+    Returns:
+        The plan; printing it shows bytes before and after and the estimated peak memory.
+
+    Raises:
+        InputError: every fault that can be known now, all of them together.
+    """
+    cache = cache or Path(os.environ.get("COMPRESSKIT_CACHE", "~/.cache/compresskit")).expanduser()
+    source = open_model(
+        recipe.model,
+        tokenizer=recipe.tokenizer,
+        revision=recipe.revision,
+        trust_remote_code=recipe.trust_remote_code,
+        build_dir=build_dir or cache / "built",
+        seed=recipe.seed,
+    )
+    outlook = Outlook(
+        anatomy=source.anatomy,
+        config=source.config,
+        tokenizer=source.directory,
+        original=source.directory,
+        weight_bytes=source.bytes / max(source.anatomy.num_parameters, 1),
+        data=recipe.data,
+    )
+    faults = _data_faults(recipe)
+    stages: list[PlannedStage] = []
+    for index, stage in enumerate(recipe.stages):
+        where = f"stages[{index}]"
+        found = stage.faults(outlook, where) + _chain_faults(stage, stages, where)
+        faults += found
+        if found:
+            continue
+        forecast = stage.forecast(outlook)
+        stages.append(PlannedStage(index + 1, stage, outlook, forecast))
+        outlook = forecast.after
+    if faults:
+        raise PlanError(*(_placed(fault, recipe) for fault in faults))
+    return Plan(recipe, source, tuple(stages), cache, psutil.Process().memory_info().rss)
+
+
+def _chain_faults(stage: Stage, before: list[PlannedStage], where: str) -> list[Fault]:
+    """What this place in the chain forbids, whatever the stage."""
+    faults = []
+    quantised = next((s for s in before if s.stage.kind == "quantize"), None)
+    if stage.trains and quantised is not None:
+        faults.append(
+            Fault(
+                where,
+                "training before quantisation",
+                f"{stage.kind} after {quantised.name}, which would move weights off their grid",
+                "Put this stage before the quantisation.",
+            )
+        )
+    holds = next((s for s in before if not s.trains and not s.reshapes), None)
+    if stage.reshapes and holds is not None:
+        faults.append(
+            Fault(
+                where,
+                "cutting before zeroing or quantising",
+                f"a cut after {holds.name}, whose groups it would break",
+                "Put the cut first.",
+            )
+        )
+    return faults
+
+
+def _data_faults(recipe: Recipe) -> list[Fault]:
+    from compresskit.data import check
+
+    places = [(recipe.data, "data")]
+    if recipe.evaluation:
+        places.append((recipe.evaluation, "evaluation"))
+    for index, stage in enumerate(recipe.stages):
+        if own := getattr(stage, "data", None):
+            places.append((own, f"stages[{index}].data"))
+    return [fault for spec, where in places for fault in check(spec, where)]
+
+
+def _placed(fault: Fault, recipe: Recipe) -> Fault:
+    return Fault(recipe.place(fault.where), fault.expected, fault.got, fault.cure)
+
+
+def summary(stage: Stage) -> str:
+    """A stage in a few words: ``wanda 2:4``."""
+    words = [getattr(stage, n, None) for n in ("method", "loss", "pattern", "scheme")]
+    if stage.reshapes:
+        words = [getattr(stage, "method", None), *(f"{k}={v}" for k, v in getattr(stage, "options", ()))]
+    return " ".join(str(w) for w in words if w)
+
+
+def size(count: float) -> str:
+    """Bytes for people: ``3.42 MB`` (powers of ten)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _digest(data: Json) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
