@@ -1,0 +1,155 @@
+"""The token cache: a corpus' token ids on disk, memory-mapped by every process that trains.
+
+One folder per entry, named by a hash of everything that decides its contents: the text, the
+tokenizer, the options and this code's version. A folder is written beside its final name and
+renamed, so a reader sees a whole entry or none, and of two processes that build the same entry
+at once one wins and both use it.
+
+Files: ``tokens.bin`` (N little-endian ids), ``starts.npy`` (the offset of each document's first
+token, int64 (D,)), ``entry.json`` (sizes and checksums).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from compresskit.data.readers import file_sha256
+from compresskit.errors import DataError, Fault
+
+VERSION = 1
+STALE_S = 24 * 3600.0
+TOKENS, STARTS, ENTRY = "tokens.bin", "starts.npy", "entry.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One whole entry of the cache.
+
+    Attributes:
+        folder: where it lies.
+        tokens: token ids (N,), memory-mapped, uint16 or uint32.
+        starts: offset of each document's first token (D,), int64, increasing, the first one 0.
+        notes: sentences about the source for whoever uses the tokens.
+    """
+
+    folder: Path
+    tokens: npt.NDArray[Any]
+    starts: npt.NDArray[np.int64]
+    notes: tuple[str, ...]
+
+
+def read_entry(folder: Path) -> Entry:
+    """Open the entry in ``folder``.
+
+    Raises:
+        ValueError: the entry is damaged; the message says how.
+        OSError: a file of it cannot be read.
+    """
+    facts = json.loads((folder / ENTRY).read_text(encoding="utf-8"))
+    if not isinstance(facts, dict) or facts.get("version") != VERSION:
+        raise ValueError(f"{ENTRY} is not of version {VERSION}")
+    for name in (TOKENS, STARTS):
+        if file_sha256(folder / name) != facts["sha256"][name]:
+            raise ValueError(f"{name} differs from its checksum")
+    tokens = np.memmap(folder / TOKENS, dtype=facts["dtype"], mode="r")
+    return Entry(folder, tokens, np.load(folder / STARTS), tuple(facts["notes"]))
+
+
+def _write(folder: Path, pieces: Iterable[list[int]], dtype: str, notes: Iterable[str]) -> None:
+    starts, offset = [], 0
+    with (folder / TOKENS).open("wb") as file:
+        for piece in pieces:
+            starts.append(offset)
+            offset += len(piece)
+            file.write(np.asarray(piece, dtype=dtype).tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+    np.save(folder / STARTS, np.asarray(starts, dtype=np.int64))
+    facts = {
+        "version": VERSION,
+        "dtype": dtype,
+        "sha256": {name: file_sha256(folder / name) for name in (TOKENS, STARTS)},
+        "notes": list(notes),  # read after the pieces: a generator's last words about its source
+    }
+    (folder / ENTRY).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def _sweep(cache: Path) -> None:
+    """Remove what a killed process left half-written, a day later."""
+    for path in cache.glob(".*.part"):
+        try:
+            if time.time() - path.stat().st_mtime > STALE_S:
+                shutil.rmtree(path, ignore_errors=True)
+        except FileNotFoundError:
+            continue  # another process swept it first
+
+
+def build_entry(
+    cache: Path, key: str, pieces: Iterable[list[int]], *, dtype: str, notes: Iterable[str] = ()
+) -> Entry:
+    """The entry called ``key``: opened where it is whole, else written from ``pieces``.
+
+    Args:
+        cache: the folder of all entries; made if need be.
+        key: hash of everything that decides the entry's contents.
+        pieces: the token ids of each document; consumed only where the entry has to be written.
+        dtype: numpy name of the stored integers, ``<u2`` or ``<u4``.
+        notes: kept with the entry; consumed after ``pieces``.
+
+    Raises:
+        DataError: the cache folder cannot be written.
+    """
+    folder = cache / key
+    if folder.exists():
+        try:
+            return read_entry(folder)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            # A damaged entry costs time, not results; it is replaced, and the user hears of the disk.
+            warnings.warn(f"The token cache {folder} is damaged ({error}); it is rebuilt.", stacklevel=3)
+            _remove(folder)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        _sweep(cache)
+        part = cache / f".{key}.{os.getpid()}.{secrets.token_hex(4)}.part"
+        part.mkdir()
+    except OSError as error:
+        raise DataError(
+            Fault(str(cache), "a folder that can be written", str(error), "Name another cache folder.")
+        ) from error
+    try:
+        _write(part, pieces, dtype, notes)
+        try:
+            part.rename(folder)
+        except OSError:  # another process was first; its entry has the same contents
+            if not folder.exists():
+                raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return read_entry(folder)
+
+
+def _remove(folder: Path) -> None:
+    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
+    try:
+        folder.rename(aside)  # at once for every reader; removing file by file would not be
+    except FileNotFoundError:
+        return  # another process found the damage first
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def key_of(*facts: str) -> str:
+    """A name for the entry that ``facts`` decide."""
+    return hashlib.sha256("\0".join((str(VERSION), *facts)).encode()).hexdigest()[:40]
