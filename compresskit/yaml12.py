@@ -32,6 +32,9 @@ for _tag, _pattern, _first in (
     )
 
 
+_Core.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+
+
 def parse_yaml(text: str, name: str) -> tuple[Any, dict[str, int]]:
     """Parse one YAML document.
 

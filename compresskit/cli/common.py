@@ -77,9 +77,7 @@ def run_options(function: F) -> F:
             click.option("--keep-stages", is_flag=True, help="Keep each stage's checkpoint."),
             click.option("--overwrite", is_flag=True, help="Replace an artifact of another run."),
             click.option("--dry-run", is_flag=True, help="Show the plan and do nothing else."),
-            click.option(
-                "--json", "as_json", is_flag=True, help="Print the result as JSON on the last line."
-            ),
+            click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, last line."),
             click.option("-v", "--verbose", is_flag=True, help="Show what the libraries log."),
         ]
     ):

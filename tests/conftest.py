@@ -1,0 +1,32 @@
+"""What the whole suite shares."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real models and text beside the checkout; tests that need them skip where they are absent."""
+    place = Path(os.environ.get("COMPRESSKIT_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not (place / "models").is_dir():
+        pytest.skip(f"no test data at {place}; set COMPRESSKIT_TEST_DATA to try with some")
+    return place
+
+
+@pytest.fixture(autouse=True, scope="session")
+def token_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The suite leaves the user's own cache alone."""
+    place = tmp_path_factory.mktemp("cache")
+    os.environ["COMPRESSKIT_CACHE"] = str(place)
+    return place

@@ -1,0 +1,148 @@
+"""Taste, as tests: layering, sizes, import weight, docstrings, registries, what may not be said."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import compresskit
+from compresskit.cli import COMMANDS
+from compresskit.distill import LOSSES
+from compresskit.errors import UnknownMethodError
+from compresskit.quant import QUANTIZERS
+from compresskit.recipe import STAGES
+from compresskit.registry import Registry
+from compresskit.sparse import PRUNERS
+
+ROOT = Path(compresskit.__file__).parent
+ORDER = (
+    {"errors", "yaml12"},
+    {"registry", "progress"},
+    {"fields", "kernels"},
+    {"options"},
+    {"data", "targets", "formats"},
+    {"modeling"},
+    {"calibration"},
+    {"stage"},
+    {"training"},
+    {"quant", "sparse", "distill"},
+    {"recipe"},
+    {"schema", "planner", "artifact"},
+    {"pipeline"},
+    {"measure", "reports", "assets"},
+    {"api"},
+    {"cli"},
+)
+LAYER = {name: rank for rank, names in enumerate(ORDER) for name in names}
+MAX_LINES = 400
+MAX_FUNCTION_LINES = 60
+MAX_COMMAND_LINES = 60
+FORBIDDEN = re.compile(r"/work/|/root/|/tmp/w|\bTODO\b|\bFIXME\b")
+TORCH_FREE = ("", "recipe", "schema", "fields", "options", "registry", "progress", "yaml12", "data.spec")
+
+
+def modules() -> list[Path]:
+    return sorted(ROOT.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imported(tree: ast.Module) -> Iterator[ast.ImportFrom]:
+    """Every import from this package, except those for type checkers alone and inside functions."""
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("compresskit."):
+            yield node
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_imports_point_down(path: Path) -> None:
+    here = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    if here == "__init__":
+        return
+    for node in imported(ast.parse(path.read_text())):
+        there = (node.module or "").split(".")[1]
+        assert here == there or LAYER[there] < LAYER[here], f"{here} may not import {there}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_files_and_functions_stay_small(path: Path) -> None:
+    text = path.read_text()
+    limit = MAX_COMMAND_LINES if path.parent.name == "cli" and path.stem in COMMANDS else MAX_LINES
+    assert text.count("\n") <= limit, f"{path}: split it"
+    assert text.isascii(), f"{path}: ASCII only"
+    assert not FORBIDDEN.search(text), f"{path}: {FORBIDDEN.search(text)}"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            assert lines <= MAX_FUNCTION_LINES, f"{path}:{node.lineno} {node.name} has {lines} lines"
+
+
+def test_nothing_tracked_names_a_machine() -> None:
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT.parent, capture_output=True, text=True).stdout
+    for name in names.splitlines():
+        path = ROOT.parent / name
+        if path.suffix in {".md", ".toml", ".yaml", ".json", ".txt", ".py"} and path.is_file():
+            found = re.search(r"/(work|root|farm)/", path.read_text(errors="replace"))
+            assert not found or path == Path(__file__), f"{name}: {found}"
+
+
+def test_importing_the_package_and_its_plain_parts_imports_no_torch() -> None:
+    names = [f"compresskit.{part}".rstrip(".") for part in TORCH_FREE]
+    names += ["compresskit.sparse.stage", "compresskit.quant.stage", "compresskit.distill.stage"]
+    code = f"import sys, {', '.join(names)}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_does_not_import_torch(command: str) -> None:
+    code = (
+        "import sys; from click.testing import CliRunner; from compresskit.cli import main;"
+        f"r = CliRunner().invoke(main, {[*command.split(), '--help']});"
+        "sys.exit(r.exit_code or int('torch' in sys.modules) or int('Usage' not in r.output))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def methods() -> list[tuple[str, type[Any], str]]:
+    tables: list[tuple[Registry[Any], str]] = [(PRUNERS, "prune"), (QUANTIZERS, "quantize")]
+    found = [(f"{r.kind} {name}", r[name], verb) for r, verb in tables for name in r]
+    return found + [(f"loss {name}", LOSSES[name], "__call__") for name in LOSSES]
+
+
+@pytest.mark.parametrize(("label", "cls", "verb"), methods(), ids=[m[0] for m in methods()])
+def test_every_method_documents_itself(label: str, cls: type[Any], verb: str) -> None:
+    module_doc = inspect.getdoc(inspect.getmodule(cls)) or ""
+    assert all(section in module_doc for section in ("Paper:", "Shapes:")), label
+    verb_doc = inspect.getdoc(getattr(cls, verb)) or ""
+    assert all(section in verb_doc for section in ("Args:", "Returns:")), label
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_every_stage_is_frozen_and_documents_each_field(kind: str) -> None:
+    from dataclasses import fields
+
+    from compresskit.cli.common import documented
+
+    cls: Any = STAGES[kind]
+    assert cls.__dataclass_params__.frozen
+    assert {f.name for f in fields(cls)} <= set(documented(cls)), f"{kind}: a field is not documented"
+
+
+def test_every_command_is_listed_and_has_its_file() -> None:
+    files = {p.stem for p in (ROOT / "cli").glob("*.py")} - {"__init__", "common"}
+    assert files == set(COMMANDS)
+
+
+def test_an_unknown_name_suggests_the_nearest() -> None:
+    with pytest.raises(UnknownMethodError, match="Did you mean: wanda"):
+        PRUNERS["wnada"]
