@@ -1,0 +1,90 @@
+"""What can be told of a training stage before it runs: its faults for a model, and the memory it takes. No torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from compresskit.errors import Fault
+from compresskit.stage import Forecast
+from compresskit.training.fields import TrainingFields
+from compresskit.training.rules import Setting, launched_processes, training_faults
+
+if TYPE_CHECKING:
+    from compresskit.stage import Outlook
+
+DEFAULT_CONTEXT = 2048
+STATE_BYTES = 16
+"""Of one trained parameter: fp32 weight, gradient and the two moments of Adam."""
+LOGIT_ROWS = 1024
+"""Tokens whose logits are alive at once; see ``compresskit.kernels``."""
+UNSUPPORTED_SCALES = ("logit_scale", "logits_scaling")
+
+
+def student_faults(fields: TrainingFields, model: Outlook, where: str) -> list[Fault]:
+    """What is wrong with training such a ``model`` with these ``fields``."""
+    faults = training_faults(fields, where)
+    if not model.anatomy.is_causal or model.anatomy.head is None:
+        faults.append(
+            Fault(
+                where,
+                "a causal language model with an output projection",
+                type(model.config).__name__,
+                "Train another model: only next-token models can be trained so far.",
+            )
+        )
+    for name in UNSUPPORTED_SCALES:
+        if getattr(model.config, name, 1.0) not in (None, 1.0):
+            faults.append(
+                Fault(
+                    where,
+                    f"a model whose logits are not scaled ({name})",
+                    f"{name}={getattr(model.config, name)}",
+                    "Train another model: the fused losses do not know this scale yet.",
+                )
+            )
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if fields.context_length and limit and fields.context_length > limit:
+        faults.append(
+            Fault(
+                f"{where}.context_length",
+                f"at most {limit}, the model's own maximum",
+                str(fields.context_length),
+                "Lower context_length.",
+            )
+        )
+    return faults
+
+
+def forecast_training(fields: TrainingFields, model: Outlook, *, teacher_bytes: int) -> Forecast:
+    """Memory of one process, in bytes: weights, gradients, optimiser, activations and the loss's chunks.
+
+    Args:
+        fields: of the stage.
+        model: what the stage will be given.
+        teacher_bytes: of the teacher's weights, which every process holds whole.
+    """
+    setting = Setting(fields, launched_processes() or fields.processes, "cpu")
+    config, anatomy = model.config, model.anatomy
+    width = getattr(config, "hidden_size", 0) or 0
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    vocabulary = getattr(config, "vocab_size", 0) or 0
+    tokens = setting.micro_batch_size * (
+        fields.context_length or min(getattr(config, "max_position_embeddings", None) or 2048, DEFAULT_CONTEXT)
+    )
+    shards = {"fsdp": setting.processes, "deepspeed": setting.processes}.get(setting.strategy, 1)
+    states = anatomy.num_parameters * STATE_BYTES // shards
+    if setting.strategy == "deepspeed" and fields.zero_stage < 3:
+        states = anatomy.num_parameters * (8 + 8 // shards)
+    per_token = len(anatomy.blocks) * (1 if fields.activation_checkpointing else 8) * width
+    activations = 4 * tokens * (per_token + 4 * inner)
+    logits = 4 * 4 * min(tokens, LOGIT_ROWS) * vocabulary
+    loading = anatomy.num_parameters * 4
+    notes = ()
+    if setting.strategy in ("fsdp", "deepspeed"):
+        notes = ("Each process loads the whole model once before it keeps only its shard.",)
+    return Forecast(
+        after=model,
+        layers=len(anatomy.linears),
+        memory_bytes=max(states, loading) + activations + logits + teacher_bytes,
+        notes=notes,
+    )

@@ -1,0 +1,92 @@
+"""What a recipe says about distillation. No torch until a verb is called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from compresskit.data.spec import DataSpec
+from compresskit.distill import LOSSES
+from compresskit.errors import Fault
+from compresskit.registry import nearest
+from compresskit.training.fields import TrainingFields
+
+if TYPE_CHECKING:
+    from compresskit.modeling.source import ModelSource
+    from compresskit.stage import Forecast, Outlook, StageContext, StageResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distill(TrainingFields):
+    """Train the model to predict what a teacher predicts; pruned weights stay zero.
+
+    Attributes:
+        teacher: directory or hub id; None is the model as it was before the first stage.
+        loss: a name of ``compresskit.distill.LOSSES``.
+        temperature: divides both models' logits; the loss is multiplied by its square.
+        cross_entropy_weight: share of the ordinary next-token loss in the mix, in [0, 1].
+        data: text to train on; None takes the recipe's.
+    """
+
+    kind: ClassVar[str] = "distill"
+    trains: ClassVar[bool] = True
+
+    teacher: str | None = None
+    loss: str = "forward_kl"
+    temperature: float = 1.0
+    cross_entropy_weight: float = 0.0
+    data: DataSpec | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.data, str):
+            object.__setattr__(self, "data", DataSpec(source=self.data))
+
+    @property
+    def reshapes(self) -> bool:
+        """False: training changes values, not shapes."""
+        return False
+
+    def faults(self, model: Outlook, where: str) -> list[Fault]:
+        """Everything wrong with this stage for such a ``model``; reads no weight.
+
+        Args:
+            model: what this stage will be given.
+            where: prefix of each fault, e.g. ``stages[1]``.
+
+        Returns:
+            All faults together: of the training fields, the loss, the teacher and its vocabulary.
+        """
+        from compresskit.distill.outlook import student_faults
+        from compresskit.distill.vocabulary import teacher_faults
+
+        faults = student_faults(self, model, where)
+        if self.loss not in LOSSES:
+            cure = f"Did you mean: {nearest(self.loss, LOSSES)}?"
+            faults.append(Fault(f"{where}.loss", "the name of a distillation loss", repr(self.loss), cure))
+        if not self.temperature > 0:
+            got = str(self.temperature)
+            faults.append(Fault(f"{where}.temperature", "a number above 0", got, "Raise temperature."))
+        if not 0 <= self.cross_entropy_weight <= 1:
+            got = str(self.cross_entropy_weight)
+            cure = "Give the share of the next-token loss, such as 0.5."
+            faults.append(Fault(f"{where}.cross_entropy_weight", "a number from 0 to 1", got, cure))
+        return faults + teacher_faults(self.teacher, model, where)
+
+    def forecast(self, model: Outlook) -> Forecast:
+        """What this stage will do to such a ``model``; called only when it has no faults."""
+        from compresskit.distill.outlook import forecast_training
+        from compresskit.distill.vocabulary import teacher_bytes
+
+        return forecast_training(self, model, teacher_bytes=teacher_bytes(self.teacher, model))
+
+    def run(self, model: ModelSource, context: StageContext) -> StageResult:
+        """Train ``model`` into ``context.out``.
+
+        Raises:
+            InputError: the teacher's vocabulary is another one, or the engine asked for is not to be had.
+            NumericError: a loss or weight is no longer finite; names the step and the layer.
+            WorkerError: a training process died.
+        """
+        from compresskit.distill.work import run_stage
+
+        return run_stage(self, model, context)

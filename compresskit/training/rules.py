@@ -1,0 +1,270 @@
+"""What does not combine when training, with the cure of each: one table of data, checked at plan time. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from compresskit.errors import Fault
+from compresskit.training.fields import TrainingFields
+
+STRATEGIES = ("auto", "ddp", "fsdp", "deepspeed")
+PRECISIONS = ("fp32", "bf16", "fp16")
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
+OPTIMIZERS = ("adamw_torch", "adafactor", "sgd", "rmsprop", "adagrad")
+"""Each leaves a weight at zero whose gradient has always been zero, so held zeros stay exact."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a rule looks at: the fields, and where they will run.
+
+    Attributes:
+        fields: of the stage.
+        processes: that take part; those of an existing launch where there is one.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    fields: TrainingFields
+    processes: int
+    device: str
+
+    @property
+    def strategy(self) -> str:
+        """The strategy in force: ``auto`` is ``ddp`` for several processes and ``single`` for one."""
+        if self.fields.strategy == "auto":
+            return "ddp" if self.processes > 1 else "single"
+        return self.fields.strategy
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Rows per forward pass of one process."""
+        return self.fields.micro_batch_size or max(1, self.fields.batch_size // self.processes)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One thing that does not combine.
+
+    Attributes:
+        name: short and stable; tests go by it.
+        field: the field a user would change.
+        broken: whether the rule is broken.
+        expected: what would have been right.
+        got: what was found, as a format string over the fields.
+        cure: what to change.
+    """
+
+    name: str
+    field: str
+    broken: Callable[[Setting], bool]
+    expected: str
+    got: str
+    cure: str
+
+
+def _divides(s: Setting) -> bool:
+    rows = s.micro_batch_size * s.processes
+    return s.fields.batch_size >= rows and s.fields.batch_size % rows == 0
+
+
+def _config_stage(s: Setting) -> bool:
+    """Whether the user's ds_config.json names another ZeRO stage than the recipe."""
+    stage = _read_config(s).get("zero_optimization", {}).get("stage", s.fields.zero_stage)
+    return bool(stage != s.fields.zero_stage)
+
+
+def _config_readable(s: Setting) -> bool:
+    try:
+        return isinstance(json.loads(Path(s.fields.deepspeed_config or "").read_text("utf-8")), dict)
+    except (OSError, ValueError):
+        return False
+
+
+def _read_config(s: Setting) -> dict[str, dict[str, object]]:
+    if s.strategy != "deepspeed" or s.fields.deepspeed_config is None or not _config_readable(s):
+        return {}
+    config: dict[str, dict[str, object]] = json.loads(Path(s.fields.deepspeed_config).read_text("utf-8"))
+    return config
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "strategy-name",
+        "strategy",
+        lambda s: s.fields.strategy not in STRATEGIES,
+        "auto, ddp, fsdp or deepspeed",
+        "{strategy!r}",
+        "Choose one of these.",
+    ),
+    Rule(
+        "precision-name",
+        "precision",
+        lambda s: s.fields.precision not in PRECISIONS,
+        "fp32, bf16 or fp16",
+        "{precision!r}",
+        "Choose one of these.",
+    ),
+    Rule(
+        "schedule-name",
+        "lr_schedule",
+        lambda s: s.fields.lr_schedule not in SCHEDULES,
+        f"one of {', '.join(SCHEDULES)}",
+        "{lr_schedule!r}",
+        "Choose one of these.",
+    ),
+    Rule(
+        "optimizer-name",
+        "optimizer",
+        lambda s: s.fields.optimizer not in OPTIMIZERS,
+        f"one of {', '.join(OPTIMIZERS)} (they keep pruned weights at zero on every engine)",
+        "{optimizer!r}",
+        "Choose one of these.",
+    ),
+    Rule(
+        "zero-stage",
+        "zero_stage",
+        lambda s: s.fields.zero_stage not in (1, 2, 3),
+        "1, 2 or 3",
+        "{zero_stage}",
+        "Choose one of these.",
+    ),
+    Rule(
+        "batch-divides",
+        "batch_size",
+        lambda s: s.fields.batch_size >= 1 and (s.fields.micro_batch_size or 1) >= 1 and not _divides(s),
+        "a multiple of processes x micro_batch_size",
+        "batch_size={batch_size}, micro_batch_size={micro_batch_size} on {processes} processes",
+        "Choose a batch_size that they divide, or set micro_batch_size.",
+    ),
+    Rule(
+        "one-process-shards-nothing",
+        "strategy",
+        lambda s: s.processes == 1 and s.fields.strategy in ("ddp", "fsdp"),
+        "at least 2 processes for strategy {strategy}",
+        "1",
+        "Set processes to 2 or more, or strategy to auto.",
+    ),
+    Rule(
+        "deepspeed-missing",
+        "strategy",
+        lambda s: s.strategy == "deepspeed" and find_spec("deepspeed") is None,
+        "the package deepspeed",
+        "an environment without it",
+        "Install it with `pip install compresskit[deepspeed]`, or use strategy fsdp.",
+    ),
+    Rule(
+        "deepspeed-config-without-deepspeed",
+        "deepspeed_config",
+        lambda s: s.fields.deepspeed_config is not None and s.strategy != "deepspeed",
+        "strategy deepspeed beside deepspeed_config",
+        "strategy {strategy}",
+        "Set strategy to deepspeed, or drop deepspeed_config.",
+    ),
+    Rule(
+        "deepspeed-config-unreadable",
+        "deepspeed_config",
+        lambda s: (
+            s.fields.deepspeed_config is not None and s.strategy == "deepspeed" and not _config_readable(s)
+        ),
+        "a JSON object in {deepspeed_config}",
+        "no such file, or something else in it",
+        "Correct the path or the file.",
+    ),
+    Rule(
+        "deepspeed-config-stage",
+        "zero_stage",
+        _config_stage,
+        "the ZeRO stage that {deepspeed_config} names",
+        "zero_stage={zero_stage}",
+        "Make the two agree, or take the stage out of the file.",
+    ),
+    Rule(
+        "deepspeed-config-optimizer",
+        "deepspeed_config",
+        lambda s: bool({"optimizer", "scheduler"} & set(_read_config(s))),
+        "no optimizer or scheduler in {deepspeed_config}",
+        "one there, beside the recipe's own",
+        "Take it out of the file: optimizer, learning_rate and lr_schedule of the recipe are used on every "
+        "engine.",
+    ),
+    Rule(
+        "deepspeed-config-precision",
+        "deepspeed_config",
+        lambda s: any(
+            _read_config(s).get(kind, {}).get("enabled") not in (None, False, "auto")
+            for kind in ("bf16", "fp16")
+        ),
+        "no bf16 or fp16 section enabled in {deepspeed_config}",
+        "one there, beside the recipe's precision",
+        "Take it out of the file and set precision in the recipe: weights are kept in fp32 on every engine.",
+    ),
+    Rule(
+        "fp16-sharded",
+        "precision",
+        lambda s: s.fields.precision == "fp16" and s.strategy in ("fsdp", "deepspeed"),
+        "fp32 or bf16 with strategy {strategy}",
+        "fp16, whose loss scale must see the gradients of all ranks at once",
+        "Use precision bf16, or strategy ddp.",
+    ),
+)
+
+
+def launched_processes() -> int | None:
+    """The processes of the torchrun or accelerate launch this process belongs to; None outside of one."""
+    if "LOCAL_RANK" not in os.environ or "RANK" not in os.environ:
+        return None
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def number_faults(fields: TrainingFields, where: str) -> list[Fault]:
+    """Fields that must be positive, or not negative, and are not."""
+    least = {"batch_size": 1, "processes": 1, "eval_every": 0, "checkpoint_every": 0}
+    least |= {"weight_decay": 0, "warmup_fraction": 0}
+    for name in ("steps", "micro_batch_size", "context_length"):
+        if getattr(fields, name) is not None:
+            least[name] = 2 if name == "context_length" else 1
+    faults = [
+        Fault(f"{where}.{name}", f"at least {low}", str(getattr(fields, name)), f"Raise {name}.")
+        for name, low in least.items()
+        if getattr(fields, name) < low
+    ]
+    for name in ("learning_rate", "max_grad_norm", "epochs"):
+        if not getattr(fields, name) > 0:
+            got = str(getattr(fields, name))
+            faults.append(Fault(f"{where}.{name}", "a number above 0", got, f"Raise {name}."))
+    if not fields.warmup_fraction < 1:
+        got = str(fields.warmup_fraction)
+        faults.append(
+            Fault(f"{where}.warmup_fraction", "less than 1", got, "Give a fraction of the steps, such as 0.05.")
+        )
+    return faults
+
+
+def training_faults(fields: TrainingFields, where: str, *, device: str = "cpu") -> list[Fault]:
+    """Everything wrong with ``fields`` here and now.
+
+    Args:
+        fields: of a stage that trains.
+        where: prefix of each fault, e.g. ``stages[1]``.
+        device: ``cpu`` or ``cuda``.
+
+    Returns:
+        One fault per broken rule, and per number out of range.
+    """
+    faults = number_faults(fields, where)
+    if any(f.where.endswith((".batch_size", ".processes", ".micro_batch_size")) for f in faults):
+        return faults
+    setting = Setting(fields, launched_processes() or fields.processes, device)
+    said = {name: getattr(fields, name) for name in fields.__dataclass_fields__}
+    said |= {"processes": setting.processes, "micro_batch_size": setting.micro_batch_size}
+    faults += [
+        Fault(f"{where}.{rule.field}", rule.expected.format(**said), rule.got.format(**said), rule.cure)
+        for rule in RULES
+        if rule.broken(setting)
+    ]
+    return faults
