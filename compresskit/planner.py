@@ -1,4 +1,4 @@
-"""A recipe against a model's skeleton and this machine: every fault, bytes and memory. No weight is loaded."""
+"""A recipe against a model's skeleton and this machine: faults, bytes, memory. No weight is loaded."""
 
 from __future__ import annotations
 

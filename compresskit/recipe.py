@@ -225,7 +225,7 @@ def _unknown_key(recipe: Recipe, where: str, known: Any, owner: str) -> Fault:
 
 
 def _flat(where: str) -> str:
-    """``stages[0].prune.pattern`` and ``stages.0.pattern`` as ``stages[0].pattern``: one spelling of a path."""
+    """One spelling of a path: ``stages[0].prune.pattern`` and ``stages.0.pattern`` are ``stages[0].pattern``."""
     match = re.match(r"stages[.\[](\d+)\]?\.?(.*)$", where)
     if match is None:
         return where
