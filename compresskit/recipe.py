@@ -96,7 +96,8 @@ class Recipe:
 def stage_to_json(stage: Stage) -> dict[str, Json]:
     """The fields of ``stage`` as plain data, the method's own fields among them."""
     plain = {f.name: _plain(getattr(stage, f.name)) for f in fields(stage)}  # type: ignore[arg-type]
-    return {**plain, **dict(plain.pop("options", ()))}
+    options = dict(plain.pop("options", ()))
+    return {**plain, **options}
 
 
 def _plain(value: Any) -> Json:
@@ -225,7 +226,7 @@ def _unknown_key(recipe: Recipe, where: str, known: Any, owner: str) -> Fault:
 
 
 def _flat(where: str) -> str:
-    """One spelling of a path: ``stages[0].prune.pattern`` and ``stages.0.pattern`` are ``stages[0].pattern``."""
+    """One spelling of a path: ``stages[0].prune.pattern`` is ``stages.0.pattern`` is ``stages[0].pattern``."""
     match = re.match(r"stages[.\[](\d+)\]?\.?(.*)$", where)
     if match is None:
         return where
