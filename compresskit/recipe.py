@@ -226,7 +226,7 @@ def _unknown_key(recipe: Recipe, where: str, known: Any, owner: str) -> Fault:
 
 
 def _flat(where: str) -> str:
-    """One spelling of a path: ``stages[0].prune.pattern`` is ``stages.0.pattern`` is ``stages[0].pattern``."""
+    """One spelling of a path: ``stages[0].prune.pattern`` and ``stages.0.pattern`` become one."""
     match = re.match(r"stages[.\[](\d+)\]?\.?(.*)$", where)
     if match is None:
         return where
