@@ -74,7 +74,8 @@ def test_the_schema_takes_what_we_take_and_refuses_what_we_refuse(path: Path) ->
 def test_every_fault_is_told_with_its_line_and_the_nearest_names(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(
-        "modle: x\nseed: many\nstages:\n  - prun: {}\n  - distill:\n      step: 3\n      loss: 7\n  - quantize: 3\n"
+        "modle: x\nseed: many\nstages:\n  - prun: {}\n"
+        "  - distill:\n      step: 3\n      loss: 7\n  - quantize: 3\n"
     )
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)

@@ -1,0 +1,210 @@
+"""The loop: promises checked group by group after every stage, nothing half-written, restarts continue."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import compresskit as ck
+from compresskit.artifact import open_artifact
+from compresskit.errors import Fault, OutputError, PlanError, PromiseError
+from compresskit.modeling import ModelSource
+from compresskit.pipeline import run
+from compresskit.planner import Plan, plan
+from compresskit.sparse.promise import Zeros
+from compresskit.stage import Forecast, Outlook, StageContext, StageResult
+from tests.tiny import tiny_llama
+
+LAYER = "model.layers.0.mlp.up_proj"
+RUNS: list[str] = []
+
+
+class Interrupted(Exception):
+    """Stands for a kill: nothing in the pipeline catches it."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A stage that changes one layer by a function of the test's."""
+
+    kind: ClassVar[str] = "edit"
+    trains: ClassVar[bool] = False
+    reshapes: ClassVar[bool] = False
+
+    name: str
+    change: Callable[[torch.Tensor], torch.Tensor]
+    promise: bool = False
+
+    def faults(self, model: Outlook, where: str) -> list[Fault]:
+        return []
+
+    def forecast(self, model: Outlook) -> Forecast:
+        return Forecast(after=model, layers=1, memory_bytes=0)
+
+    def run(self, model: ModelSource, context: StageContext) -> StageResult:
+        RUNS.append(self.name)
+        shutil.copytree(model.directory, context.out, dirs_exist_ok=True)
+        (context.out / "stage.json").unlink(missing_ok=True)
+        tensors = load_file(context.out / "model.safetensors")
+        tensors[f"{LAYER}.weight"] = self.change(tensors[f"{LAYER}.weight"]).contiguous()
+        save_file(tensors, context.out / "model.safetensors", {"format": "pt"})
+        return StageResult(promises=(half_of_four(),) if self.promise else (), warnings=("one thing",))
+
+
+def half_of_four() -> Any:
+    return Zeros(layer=LAYER, pattern="2:4")
+
+
+def two_of_four(weight: torch.Tensor) -> torch.Tensor:
+    return weight * torch.tensor([1.0, 0.0, 0.0, 1.0]).repeat(weight.shape[1] // 4)
+
+
+def move_two_zeros(weight: torch.Tensor) -> torch.Tensor:
+    """The overall density stays one half; one group of four loses a zero and another gains one."""
+    weight = weight.clone()
+    weight[3, 9], weight[3, 12] = 1.0, 0.0
+    return weight
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    RUNS.clear()
+    return tiny_llama(tmp_path / "model")
+
+
+def planned(model: Path, *stages: Any) -> Plan:
+    return plan(ck.Recipe(model=str(model), stages=stages))
+
+
+def prune() -> Edit:
+    return Edit("prune", two_of_four, promise=True)
+
+
+def double() -> Edit:
+    return Edit("double", lambda w: 2 * w)
+
+
+def test_the_artifact_loads_and_its_manifest_tells_the_truth(model: Path, tmp_path: Path) -> None:
+    artifact = run(planned(model, prune(), double()), tmp_path / "out")
+    weight = ck.load(tmp_path / "out").get_submodule(LAYER).weight
+    before = load_file(model / "model.safetensors")[f"{LAYER}.weight"]
+    torch.testing.assert_close(weight, 2 * two_of_four(before), rtol=0, atol=0)
+    assert [s["name"] for s in artifact.manifest["stages"]] == ["1-edit", "2-edit"]
+    assert artifact.manifest["stages"][1]["checks"]["zeros"] == {"checked": 1, "kept": 1}
+    assert artifact.manifest["stages"][0]["checks"]["shape"]["checked"] > 0
+    assert artifact.manifest["stages"][0]["checks"]["tied"] == {"checked": 1, "kept": 1}
+    assert artifact.manifest["warnings"] == ["one thing", "one thing"]
+    assert artifact.damaged() == ()
+    assert not list(tmp_path.glob(".out*")), "nothing is left beside the artifact"
+
+
+def test_a_changed_file_is_found(model: Path, tmp_path: Path) -> None:
+    artifact = run(planned(model, double()), tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    path.write_text(path.read_text() + " ")
+    assert artifact.damaged() == ("config.json",)
+
+
+def test_a_broken_group_is_found_though_the_density_is_right(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(PromiseError, match=rf"2-edit, {LAYER}.*row 3") as caught:
+        run(planned(model, prune(), Edit("break", move_two_zeros)), tmp_path / "out")
+    assert caught.value.exit_code == 3
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stage_without_effect_is_an_error(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(PromiseError, match="every tensor exactly as before"):
+        run(planned(model, Edit("idle", lambda w: w)), tmp_path / "out")
+
+
+def test_a_restart_continues_at_the_first_unfinished_stage(model: Path, tmp_path: Path) -> None:
+    def die(weight: torch.Tensor) -> torch.Tensor:
+        raise Interrupted
+
+    stages = [prune(), Edit("second", die)]
+    with pytest.raises(Interrupted):
+        run(planned(model, *stages), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    object.__setattr__(stages[1], "change", lambda w: 3 * w)
+    broken_off = Plan.resume_key.fget(planned(model, *stages))  # type: ignore[attr-defined]
+    key = tmp_path / ".out.work" / "plan.json"
+    key.write_text(json.dumps(broken_off))  # a function's name differs; to the pipeline it is the same recipe
+    run(planned(model, *stages), tmp_path / "out")
+    assert RUNS == ["prune", "second", "second"]
+
+
+def test_another_recipe_starts_afresh(model: Path, tmp_path: Path) -> None:
+    def die(weight: torch.Tensor) -> torch.Tensor:
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run(planned(model, prune(), Edit("second", die)), tmp_path / "out")
+    run(planned(model, double()), tmp_path / "out")
+    assert RUNS == ["prune", "second", "double"]
+
+
+def test_the_same_plan_twice_is_done_already(model: Path, tmp_path: Path) -> None:
+    stages = [double()]
+    first = run(planned(model, *stages), tmp_path / "out")
+    again = run(planned(model, *stages), tmp_path / "out")
+    assert RUNS == ["double"]
+    assert first.digest == again.digest
+
+
+def test_measurements_are_taken_once_per_checkpoint_and_kept(model: Path, tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def measure(name: str, checkpoint: Path) -> list[dict[str, Any]]:
+        seen.append(name)
+        return [{"tensors": len(ModelSource(checkpoint).names())}]
+
+    run(planned(model, prune(), double()), tmp_path / "out", after_stage=measure, keep_stages=True)
+    assert seen == ["0-source", "1-edit", "2-edit"]
+    assert {p.name for p in (tmp_path / "out" / "records").iterdir()} >= {f"{name}.json" for name in seen}
+    assert ModelSource(tmp_path / "out" / "stages" / "1-edit").names()
+
+
+def test_output_that_is_not_ours_or_not_to_be_replaced(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match="did not write"):
+        run(planned(model, double()), tmp_path / "full", overwrite=True)
+    run(planned(model, double()), tmp_path / "out")
+    with pytest.raises(OutputError, match="--overwrite"):
+        run(planned(model, prune()), tmp_path / "out")
+    artifact = run(planned(model, prune()), tmp_path / "out", overwrite=True)
+    assert artifact.digest == open_artifact(tmp_path / "out").digest
+    with pytest.raises(OutputError, match="parent directory"):
+        run(planned(model, double()), tmp_path / "no" / "such" / "place")
+
+
+def test_too_little_disk_is_told_before_anything_is_done(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: type("Usage", (), {"free": 1000}))
+    with pytest.raises(OutputError, match=r"free disk, got 1 kB"):
+        run(planned(model, double()), tmp_path / "out")
+    assert RUNS == []
+
+
+def test_two_processes_at_one_output(model: Path, tmp_path: Path) -> None:
+    def start_another(weight: torch.Tensor) -> torch.Tensor:
+        with pytest.raises(OutputError, match="another compresskit process"):
+            run(planned(model, double()), tmp_path / "out")
+        return 2 * weight
+
+    run(planned(model, Edit("outer", start_another)), tmp_path / "out")
+
+
+def test_training_after_quantisation_is_refused_with_the_cure(model: Path) -> None:
+    stages = (ck.Quantize("rtn", scheme="w8a8"), ck.Finetune(steps=1))
+    with pytest.raises(PlanError, match=r"stages\[1\].*off their grid.*before the quantisation"):
+        planned(model, *stages)
