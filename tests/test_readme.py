@@ -43,7 +43,7 @@ def test_there_are_commands() -> None:
 @pytest.mark.slow
 def test_every_command_in_order(place: Path) -> None:
     for command in commands():
-        argv = [sys.executable, "-c", "from compresskit.cli import main; main()", *command.split()[1:]]
+        argv = [sys.executable, "-m", "compresskit", *command.split()[1:]]
         done = subprocess.run(argv, cwd=place, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     assert (place / "report.html").is_file()

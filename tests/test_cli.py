@@ -1,0 +1,150 @@
+"""The command line as a new user meets it: rightly, and wrongly in every way we know."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from compresskit.cli import main
+from tests.tiny import tiny_llama
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models and data, good and bad."""
+    place = tmp_path_factory.mktemp("material")
+    tiny_llama(place / "model")
+    tiny_llama(place / "odd", intermediate_size=172)
+    other = tiny_llama(place / "other", vocab_size=300)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (place / "text.jsonl").write_text("\n".join(json.dumps({"text": f"line {n} " * 20}) for n in range(200)))
+    (place / "empty.txt").write_text("")
+    (place / "cut.jsonl").write_text('{"text": "whole"}\n{"text": "cut of')
+    (place / "latin.txt").write_bytes(b"caf\xe9 " * 50)
+    (place / "two.csv").write_text("left,right\nsome words,other words\n")
+    return place
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv: object) -> Result:
+        return CliRunner().invoke(main, [str(a) for a in argv])
+
+    return run
+
+
+def test_prune_rightly(cli: Run, material: Path, tmp_path: Path) -> None:
+    argv = ["prune", material / "model", "--method", "magnitude", "--pattern", "2:4", "-o", "out"]
+    done = cli(*argv, "--measure", "size", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout.splitlines()[-1])["artifact"] == str(tmp_path / "out")
+    shown = cli("inspect", "out", "--verify")
+    assert shown.exit_code == 0, shown.output
+    assert "zeros 14/14" in shown.output
+    assert "50.0%" in shown.output
+
+
+def test_dry_run_writes_nothing(cli: Run, material: Path, tmp_path: Path) -> None:
+    done = cli("quantize", material / "model", "--scheme", "W8A8", "-o", "out", "--dry-run", "--json")
+    assert done.exit_code == 0, done.output
+    stage = json.loads(done.stdout.splitlines()[-1])["stages"][0]
+    assert stage["bytes_after"] < stage["bytes_before"]
+    assert stage["layers"] == 14
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_prints_the_schema(cli: Run) -> None:
+    assert json.loads(cli("plan", "--schema").stdout)["title"] == "compresskit recipe"
+
+
+def test_doctor_tells_versions_and_what_is_missing(cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import compresskit.cli.doctor as doctor
+
+    monkeypatch.setattr(doctor, "installed", lambda name: None if name == "peft" else "9.9")
+    done = cli("doctor", "--json")
+    assert done.exit_code == 0
+    assert "peft missing; it would give LoRA" in done.output
+    assert "torch 9.9" in done.output
+    assert json.loads(done.stdout.splitlines()[-1])["packages"]["peft"] is None
+
+
+WRONG = {
+    "unknown method": (
+        "prune {m}/model -o out --method wnada",
+        ["--method stages[0].method: expected", "'wnada'", "wanda"],
+    ),
+    "unknown field": ("prune {m}/model -o out --set sampels=3", ["--set sampels", "'sampels'", "samples"]),
+    "unknown field of a quantiser": ("quantize {m}/model -o out --set grup=3", ["--set grup", "'grup'"]),
+    "pattern that is none": ("prune {m}/model -o out --pattern 4:2", ["--pattern stages[0].pattern", "4:2"]),
+    "pattern that does not divide": (
+        "prune {m}/odd -o out --pattern 8:16",
+        ["172", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", "on_indivisible"],
+    ),
+    "scheme that is none": ("quantize {m}/model -o out --scheme w3a5", ["--scheme", "w3a5"]),
+    "scheme that does not divide": (
+        "quantize {m}/odd -o out --scheme w4a16-g128",
+        ["model.layers.0.mlp.down_proj", "172"],
+    ),
+    "target that matches nothing": (
+        "prune {m}/model -o out --targets *.up_prj",
+        ["stages[0].targets", "*.up_prj", "up_proj"],
+    ),
+    "no such model": ("prune {m}/absent -o out", ["absent", "hub"]),
+    "a model that is a file": ("prune {m}/text.jsonl -o out", ["text.jsonl", "expected a model directory"]),
+    "no such data": ("finetune {m}/model -o out --data {m}/absent.txt", ["--data", "absent.txt"]),
+    "empty data": ("finetune {m}/model -o out --data {m}/empty.txt", ["--data", "empty.txt"]),
+    "truncated data": ("finetune {m}/model -o out --data {m}/cut.jsonl", ["--data", "cut.jsonl:2"]),
+    "data that is not UTF-8": ("finetune {m}/model -o out --data {m}/latin.txt", ["latin.txt", "UTF-8"]),
+    "data without a text column": (
+        "finetune {m}/model -o out --data {m}/two.csv",
+        ["two.csv", "left", "right"],
+    ),
+    "other vocabulary": (
+        "distill --teacher {m}/model --student {m}/other -o out --data {m}/text.jsonl",
+        ["vocabular"],
+    ),
+    "cut that is none": ("distill --teacher {m}/model --student cut:layers -o out", ["cut:layers=3,ffn=0.5"]),
+    "cut beyond what is there": (
+        "distill --teacher {m}/model --student cut:layers=9 -o out",
+        ["layers", "9", "2"],
+    ),
+    "unknown strategy": ("finetune {m}/model -o out --nproc 2 --strategy fdsp", ["--strategy", "fsdp"]),
+    "unknown loss": (
+        "distill --teacher {m}/model --student {m}/model -o out --loss kl",
+        ["--loss", "forward_kl"],
+    ),
+    "ill-typed number": ("finetune {m}/model -o out --steps many", ["--steps", "a whole number", "'many'"]),
+    "no output": ("prune {m}/model", ["--out"]),
+    "output not ours": ("prune {m}/model -o full --method magnitude", ["full", "did not write"]),
+    "unknown measure": ("prune {m}/model -o out --measure speed", ["speed", "latency"]),
+    "unknown command": ("prun {m}/model", ["did you mean: prune"]),
+    "report of nothing": ("report {m}/model", ["compresskit.json"]),
+    "several faults at once": (
+        "prune {m}/model -o out --pattern 4:2 --samples 0 --data {m}/empty.txt",
+        ["4:2", "samples", "empty.txt"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrongly(case: str, cli: Run, material: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("x")
+    command, parts = WRONG[case]
+    done = cli(*command.format(m=material).split())
+    assert done.exit_code == 2, f"{done.output}\n{done.exception!r}"
+    for part in parts:
+        assert part in done.output, done.output
+    assert "Traceback" not in done.output
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["full", "mine"], "something was written"
