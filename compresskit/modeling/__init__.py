@@ -1,0 +1,20 @@
+"""The door to transformers: checkpoints, skeletons, what a model consists of, blocks one at a time."""
+
+from __future__ import annotations
+
+from compresskit.modeling.anatomy import Anatomy, Linear
+from compresskit.modeling.fetch import copy_sidecars
+from compresskit.modeling.skeleton import context_length, load_model, load_tokenizer, skeleton
+from compresskit.modeling.source import ModelSource, open_model
+
+__all__ = [
+    "Anatomy",
+    "Linear",
+    "ModelSource",
+    "context_length",
+    "copy_sidecars",
+    "load_model",
+    "load_tokenizer",
+    "open_model",
+    "skeleton",
+]
