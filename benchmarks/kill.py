@@ -2,8 +2,9 @@
 
     python -m benchmarks.kill --model DIR --data FILE --kills 10
 
-Runs prune -> distil -> quantise once undisturbed; then, for each kill, starts the same command, sends SIGKILL to its
-whole process group after a random share of the undisturbed time, starts it again, and compares the digests.
+Runs prune -> distil -> quantise once undisturbed; then, for each kill, starts the same command, sends
+SIGKILL to its whole process group after a random share of the undisturbed time, starts it again, and
+compares the digests.
 """
 
 from __future__ import annotations
