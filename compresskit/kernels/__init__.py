@@ -1,0 +1,1 @@
+"""Fused operations: a reference implementation specifies each, and a table says which one runs."""
