@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from compresskit.data.readers import file_sha256
+from compresskit.data.lines import file_sha256
 from compresskit.errors import DataError, Fault
 
 VERSION = 1

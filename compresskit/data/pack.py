@@ -157,8 +157,9 @@ def packed(
     dtype = "<u2" if size <= 1 << 16 else "<u4"
     key = key_of(corpus.fingerprint(), split, _identity(tokenizer), dtype)
     title = f"tokenising {spec.source} ({split})"
-    pieces = _token_lists(corpus.documents(split), tokenizer, title)
-    entry = build_entry(cache, key, pieces, dtype=dtype)
+    notes: list[str] = []  # filled while the documents are read
+    pieces = _token_lists(corpus.documents(split, notes), tokenizer, title)
+    entry = build_entry(cache, key, pieces, dtype=dtype, notes=notes)
     if len(entry.tokens) == 0:
         raise DataError(
             Fault(

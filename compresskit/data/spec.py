@@ -12,7 +12,7 @@ class DataSpec:
     """Where text comes from and how it is cut.
 
     Attributes:
-        source: a file (.txt .jsonl .json .csv .tsv .parquet), a folder, a glob, a hub data set, or ``stdlib:``.
+        source: a file (.txt .jsonl .json .csv .tsv .parquet), a folder, a glob, a hub data set, ``stdlib:``.
         column: the column that holds the text; found by itself where there is only one candidate.
         documents: read at most so many documents; None reads all.
         cross_documents: let attention cross the documents packed into one row.
