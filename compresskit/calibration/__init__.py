@@ -1,0 +1,1 @@
+"""Run data through a model block by block and measure what methods need."""
