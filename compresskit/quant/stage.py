@@ -13,10 +13,9 @@ from compresskit.options import Options, freeze_options, option_faults
 from compresskit.registry import nearest
 
 if TYPE_CHECKING:
-    from compresskit.modeling.anatomy import Anatomy
     from compresskit.modeling.source import ModelSource
     from compresskit.quant.scheme import Scheme
-    from compresskit.stage import StageContext, StageResult
+    from compresskit.stage import Forecast, Outlook, StageContext, StageResult
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Quantize:
 
     Attributes:
         method: a name of ``compresskit.quant.QUANTIZERS``.
-        scheme: ``w8a8``, ``w8a16``, ``w4a16`` (groups of 128), ``w4a16-g32``, ``w4a16-channel`` ... in any case.
+        scheme: ``w8a8``, ``w8a16``, ``w4a16`` (groups of 128), ``w4a16-g32``, ``w4a16-channel``, in any case.
         targets: which layers: module names, fnmatch patterns, ``re:`` patterns or ``Linear``.
         ignore: which of those to leave alone.
         data: calibration text, for a method that reads any; None takes the recipe's.
@@ -33,6 +32,7 @@ class Quantize:
     """
 
     kind: ClassVar[str] = "quantize"
+    trains: ClassVar[bool] = False
 
     method: str = "rtn"
     _: KW_ONLY
@@ -49,12 +49,17 @@ class Quantize:
             object.__setattr__(self, "data", DataSpec(source=self.data))
         object.__setattr__(self, "options", freeze_options(self.options))
 
-    def faults(self, anatomy: Anatomy, where: str) -> list[Fault]:
-        """Everything wrong with this stage for a model of this ``anatomy``; reads no weight.
+    @property
+    def reshapes(self) -> bool:
+        """False: quantisation changes values, not shapes."""
+        return False
+
+    def faults(self, model: Outlook, where: str) -> list[Fault]:
+        """Everything wrong with this stage for such a ``model``; reads no weight.
 
         Args:
-            anatomy: of the model this stage will be given.
-            where: prefix of each fault, e.g. ``recipe.yaml:7 stages[0]``.
+            model: what this stage will be given.
+            where: prefix of each fault, e.g. ``stages[0]``.
 
         Returns:
             All faults together; each layer the scheme does not fit is named.
@@ -63,7 +68,13 @@ class Quantize:
             cure = f"Did you mean: {nearest(self.method, QUANTIZERS)}?"
             return [Fault(f"{where}.method", "the name of a quantizer", repr(self.method), cure)]
         faults = option_faults(QUANTIZERS[self.method], self._options, where=where)
-        return faults + self._scheme_faults(anatomy, where)
+        return faults + self._scheme_faults(model, where)
+
+    def forecast(self, model: Outlook) -> Forecast:
+        """What this stage will do to such a ``model``; called only when it has no faults."""
+        from compresskit.quant.outlook import forecast_rounding
+
+        return forecast_rounding(self, model)
 
     def run(self, model: ModelSource, context: StageContext) -> StageResult:
         """Quantise ``model`` into ``context.out``.
@@ -79,41 +90,43 @@ class Quantize:
     def _options(self) -> Options:
         return cast(Options, self.options)
 
-    def _scheme_faults(self, anatomy: Anatomy, where: str) -> list[Fault]:
+    def _scheme_faults(self, model: Outlook, where: str) -> list[Fault]:
         from compresskit.quant.scheme import parse
         from compresskit.targets import select
 
+        linears = model.anatomy.linears
         faults: list[Fault] = []
         try:
             scheme = parse(self.scheme, where=f"{where}.scheme")
         except InputError as error:
             faults += [f for f in error.faults if isinstance(f, Fault)]
         try:
-            layers = select(anatomy, self.targets, self.ignore, where=where)
+            layers = select(model.anatomy, self.targets, self.ignore, where=where)
         except InputError as error:
             return faults + [f for f in error.faults if isinstance(f, Fault)]
-        faults += [_tied_fault(name, where) for name in layers if anatomy.linears[name].tied]
+        faults += [_tied_fault(name, where) for name in layers if linears[name].tied]
+        if conv := [name for name in layers if linears[name].transposed]:
+            faults.append(_transposed_fault(conv, where))
+        if again := [name for name in layers if name in model.layer_bits]:
+            faults.append(_again_fault(again, where))
         if not faults:
-            faults += self._fit_faults(anatomy, layers, scheme, where)
+            faults += self._fit_faults(model, layers, scheme, where)
         return faults
 
     def _fit_faults(
-        self, anatomy: Anatomy, layers: Sequence[str], scheme: Scheme, where: str
+        self, model: Outlook, layers: Sequence[str], scheme: Scheme, where: str
     ) -> list[Fault]:
         misfits: dict[tuple[str, int], list[str]] = {}
         for name in layers:
-            linear = anatomy.linears[name]
-            expected = scheme.misfit(linear.in_features)
-            if expected:
-                misfits.setdefault((expected, linear.in_features), []).append(name)
+            inputs = model.anatomy.linears[name].in_features
+            if expected := scheme.misfit(inputs):
+                misfits.setdefault((expected, inputs), []).append(name)
+        cure = (
+            "Choose a group size that divides it, use one scale per row (w4a16-channel), or add these layers "
+            "to ignore."
+        )
         return [
-            Fault(
-                f"{where}.scheme",
-                expected,
-                f"{inputs} in {', '.join(names)}",
-                "Choose a group size that divides it, use one scale per row (w4a16-channel), or add these "
-                "layers to ignore.",
-            )
+            Fault(f"{where}.scheme", expected, f"{inputs} in {', '.join(names)}", cure)
             for (expected, inputs), names in misfits.items()
         ]
 
@@ -128,4 +141,22 @@ def _tied_fault(name: str, where: str) -> Fault:
         "layers with weights of their own",
         f"{name}, which shares its weight with the token embedding",
         f"Add {name} to ignore.",
+    )
+
+
+def _transposed_fault(names: Sequence[str], where: str) -> Fault:
+    return Fault(
+        f"{where}.targets",
+        "layers of class torch.nn.Linear, the only ones that compressed-tensors packs",
+        f"Conv1D in {', '.join(names)}",
+        "Add these layers to ignore, or leave this stage out for such a model.",
+    )
+
+
+def _again_fault(names: Sequence[str], where: str) -> Fault:
+    return Fault(
+        f"{where}.targets",
+        "layers that are not quantised yet",
+        f"a grid already on {', '.join(names)}",
+        "Quantise each layer once: drop one of the stages, or narrow its targets.",
     )

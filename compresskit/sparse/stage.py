@@ -13,10 +13,9 @@ from compresskit.registry import nearest
 from compresskit.sparse import PRUNERS, STRUCTURED_PRUNERS
 
 if TYPE_CHECKING:
-    from compresskit.modeling.anatomy import Anatomy
     from compresskit.modeling.source import ModelSource
     from compresskit.sparse.pattern import Pattern
-    from compresskit.stage import StageContext, StageResult
+    from compresskit.stage import Forecast, Outlook, StageContext, StageResult
 
 ON_INDIVISIBLE = ("error", "skip")
 
@@ -40,6 +39,7 @@ class Prune:
     """
 
     kind: ClassVar[str] = "prune"
+    trains: ClassVar[bool] = False
 
     method: str = "wanda"
     _: KW_ONLY
@@ -60,16 +60,16 @@ class Prune:
         object.__setattr__(self, "options", freeze_options(self.options))
 
     @property
-    def is_structured(self) -> bool:
+    def reshapes(self) -> bool:
         """Whether the method takes layers and neurons away instead of zeroing weights."""
         return self.method in STRUCTURED_PRUNERS
 
-    def faults(self, anatomy: Anatomy, where: str) -> list[Fault]:
-        """Everything wrong with this stage for a model of this ``anatomy``; reads no weight.
+    def faults(self, model: Outlook, where: str) -> list[Fault]:
+        """Everything wrong with this stage for such a ``model``; reads no weight.
 
         Args:
-            anatomy: of the model this stage will be given.
-            where: prefix of each fault, e.g. ``recipe.yaml:7 stages[0]``.
+            model: what this stage will be given.
+            where: prefix of each fault, e.g. ``stages[0]``.
 
         Returns:
             All faults together; each layer the pattern does not fit is named.
@@ -78,28 +78,52 @@ class Prune:
         if self.method not in methods:
             cure = f"Did you mean: {nearest(self.method, methods)}?"
             return [Fault(f"{where}.method", "the name of a pruner", repr(self.method), cure)]
-        registry: Mapping[str, type[Any]] = STRUCTURED_PRUNERS if self.is_structured else PRUNERS
+        registry: Mapping[str, type[Any]] = STRUCTURED_PRUNERS if self.reshapes else PRUNERS
         method = registry[self.method]
         faults = option_faults(method, self._options, where=where, reserved=("pattern",))
         faults += self._number_faults(where)
-        if self.is_structured:
-            return faults or list(method(**dict(self._options)).faults(anatomy, where))
-        return faults + self._pattern_faults(anatomy, where)
+        if self.reshapes:
+            return faults or list(method(**dict(self._options)).faults(model, where))
+        return faults + self._pattern_faults(model, where)
+
+    def forecast(self, model: Outlook) -> Forecast:
+        """What this stage will do to such a ``model``; called only when it has no faults."""
+        if self.reshapes:
+            forecast: Forecast = STRUCTURED_PRUNERS[self.method](**dict(self._options)).forecast(model)
+            return forecast
+        from compresskit.sparse.outlook import forecast_zeroing
+
+        return forecast_zeroing(self, model)
 
     def run(self, model: ModelSource, context: StageContext) -> StageResult:
         """Prune ``model`` into ``context.out``.
 
         Raises:
-            PatternError: the pattern does not fit a layer, or the model is tied where it must not be.
+            PatternError: the pattern does not fit a layer, or a cut would break an earlier promise.
             StatisticError: calibration measured nothing usable.
         """
-        if self.is_structured:
-            from compresskit.sparse.cut import run_cut
-
-            return run_cut(self, model, context)
+        if self.reshapes:
+            result: StageResult = STRUCTURED_PRUNERS[self.method](**dict(self._options)).run(model, context)
+            return result
         from compresskit.sparse.oneshot import run_oneshot
 
         return run_oneshot(self, model, context)
+
+    def layers(self, model: Outlook, where: str = "targets") -> tuple[str, ...]:
+        """The layers this stage prunes, those left out that the pattern does not fit when told to skip.
+
+        Raises:
+            InputError: the pattern or the targets are wrong.
+        """
+        from compresskit.sparse.pattern import parse_pattern
+        from compresskit.targets import select
+
+        linears = model.anatomy.linears
+        chosen = select(model.anatomy, self.targets, self.ignore, where=where)
+        if self.on_indivisible != "skip":
+            return chosen
+        pattern = parse_pattern(self.pattern)
+        return tuple(n for n in chosen if not pattern.misfit(linears[n].out_features, linears[n].in_features))
 
     @property
     def _options(self) -> Options:
@@ -116,10 +140,11 @@ class Prune:
             faults.append(Fault(f"{where}.on_indivisible", "error or skip", repr(self.on_indivisible), cure))
         return faults
 
-    def _pattern_faults(self, anatomy: Anatomy, where: str) -> list[Fault]:
+    def _pattern_faults(self, model: Outlook, where: str) -> list[Fault]:
         from compresskit.sparse.pattern import parse_pattern
         from compresskit.targets import select
 
+        anatomy = model.anatomy
         faults: list[Fault] = []
         try:
             pattern = parse_pattern(self.pattern, where=f"{where}.pattern")
@@ -131,15 +156,15 @@ class Prune:
             return faults + [f for f in error.faults if isinstance(f, Fault)]
         faults += [_tied_fault(name, where) for name in layers if anatomy.linears[name].tied]
         if not faults:
-            faults += self._fit_faults(anatomy, layers, pattern, where)
+            faults += self._fit_faults(model, layers, pattern, where)
         return faults
 
     def _fit_faults(
-        self, anatomy: Anatomy, layers: Sequence[str], pattern: Pattern, where: str
+        self, model: Outlook, layers: Sequence[str], pattern: Pattern, where: str
     ) -> list[Fault]:
         misfits: dict[tuple[str, int], list[str]] = {}
         for name in layers:
-            linear = anatomy.linears[name]
+            linear = model.anatomy.linears[name]
             expected = pattern.misfit(linear.out_features, linear.in_features)
             if expected:
                 misfits.setdefault((expected, linear.in_features), []).append(name)

@@ -1,0 +1,58 @@
+"""The contract of a format, and what one is written from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from compresskit.formats.grid import Grid
+
+
+class Decoded(NamedTuple):
+    """A parameter as the module has it, and for a packed weight the grid it lies on."""
+
+    name: str
+    tensor: Tensor
+    grid: Grid | None
+
+
+class Format(Protocol):
+    """A pure mapping between a model's parameters and the tensors that stand in a file, one at a time."""
+
+    def config(self, grids: Mapping[str, Grid], ignore: Sequence[str]) -> dict[str, Any]:
+        """What goes into config.json for a model with ``grids``; ``ignore``: linear layers without one."""
+        ...
+
+    def encode(
+        self, tensors: Iterable[tuple[str, Tensor]], grids: Mapping[str, Grid]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The tensors to store, in order; each is made when asked for."""
+        ...
+
+    def decode(
+        self, tensors: Iterable[tuple[str, Tensor]], config: Mapping[str, Any]
+    ) -> Iterator[Decoded]:
+        """The parameters again, equal to the bit to what was encoded."""
+        ...
+
+
+class Checkpoint(Protocol):
+    """What an export reads: a dense checkpoint between two stages."""
+
+    directory: Path
+    anatomy: Any  # its ``linears`` is a mapping with a key per linear layer
+
+    def names(self) -> tuple[str, ...]:
+        """Every stored parameter."""
+        ...
+
+    def tensor(self, name: str) -> Tensor:
+        """One of them."""
+        ...
+
+    def grid(self, layer: str) -> Grid | None:
+        """The grid that ``layer`` was quantised onto, if it was."""
+        ...

@@ -1,0 +1,106 @@
+"""A finished checkpoint on disk, as its users load it: packed where there are grids, else as it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compresskit.formats import FORMATS
+from compresskit.formats.base import Checkpoint
+from compresskit.formats.grid import GRIDS_FILE
+from compresskit.progress import Progress
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 1 << 30
+WEIGHTS = (".safetensors", INDEX, ".bin", ".pt", ".pth", ".h5", ".gguf", ".msgpack", ".onnx")
+
+
+def export_checkpoint(model: Checkpoint, out: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write ``model`` into ``out`` in a form that plain ``from_pretrained`` loads.
+
+    Layers with a grid are packed as compressed-tensors; a model without any is copied. At most one shard is in
+    memory; the bytes depend on the model alone.
+
+    Args:
+        model: a dense checkpoint, its quantised weights on their grids.
+        out: an existing directory.
+        shard_bytes: tensors of at most so many bytes go into one file.
+
+    Raises:
+        FormatError: a quantised weight does not lie on its grid.
+    """
+    linears = tuple(model.anatomy.linears)
+    grids = {layer: grid for layer in linears if (grid := model.grid(layer)) is not None}
+    for path in sorted(model.directory.iterdir()):
+        is_weight = path.name.endswith(WEIGHTS)
+        if path.is_file() and not path.name.startswith(".") and path.name != GRIDS_FILE:
+            if not is_weight or (not grids and path.name.endswith((".safetensors", INDEX))):
+                shutil.copyfile(path, out / path.name)
+    if not grids:
+        return
+    packer = FORMATS["compressed-tensors"]()
+    names = model.names()
+    with Progress("packing", len(names), unit="tensors") as progress:
+        encoded = packer.encode(_read(model, names, progress), grids)
+        write_shards(out, encoded, shard_bytes=shard_bytes)
+    config = json.loads((out / CONFIG).read_text(encoding="utf-8"))
+    ignore = [layer for layer in linears if layer not in grids]
+    config["quantization_config"] = packer.config(grids, ignore)
+    (out / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_shards(out: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write ``tensors`` into one safetensors file, or several and an index.
+
+    Args:
+        out: an existing directory.
+        tensors: (key, tensor); read one at a time.
+        shard_bytes: start another file before this is exceeded.
+    """
+    parts: list[tuple[Path, list[str]]] = []
+    total = 0
+    for index, shard in enumerate(_shards(tensors, shard_bytes)):
+        path = out / f".{index}.safetensors.partial"
+        save_file(shard, path, metadata={"format": "pt"})
+        parts.append((path, list(shard)))
+        total += sum(_bytes(t) for t in shard.values())
+    if len(parts) == 1:
+        parts[0][0].rename(out / SINGLE)
+        return
+    places = {}
+    for index, (path, keys) in enumerate(parts, 1):
+        name = f"model-{index:05d}-of-{len(parts):05d}.safetensors"
+        path.rename(out / name)
+        places.update(dict.fromkeys(keys, name))
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2, sort_keys=True)
+    (out / INDEX).write_text(text + "\n", encoding="utf-8")
+
+
+def _read(model: Checkpoint, names: Iterable[str], progress: Progress) -> Iterator[tuple[str, Tensor]]:
+    for name in names:
+        yield name, model.tensor(name)
+        progress.advance()
+
+
+def _shards(tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for key, tensor in tensors:
+        if shard and size + _bytes(tensor) > shard_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[key] = tensor.contiguous()
+        size += _bytes(tensor)
+    yield shard
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * torch.empty((), dtype=tensor.dtype).element_size()

@@ -1,0 +1,239 @@
+"""compressed-tensors checkpoints, which transformers and vLLM load.
+
+Format: https://github.com/vllm-project/compressed-tensors. ``int-quantized`` (w8a8) stores int8 weights;
+``pack-quantized`` (w8a16, w4a16) stores several integers in an int32, the first in its lowest bits, shifted to
+be unsigned. Both store ``weight_scale`` (O, G) beside.
+
+Shapes: O = out_features, I = in_features, G = groups along I, W = int32 words along I.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from compresskit.errors import Fault, FormatError
+from compresskit.formats.base import Decoded
+from compresskit.formats.grid import Grid
+
+METHOD = "compressed-tensors"
+INT, PACKED, MIXED = "int-quantized", "pack-quantized", "mixed-precision"
+WORD_BITS = 32
+PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+
+_Form = tuple[int, int | None, bool, int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedTensors:
+    """The format; see the module."""
+
+    def config(self, grids: Mapping[str, Grid], ignore: Sequence[str]) -> dict[str, Any]:
+        """The ``quantization_config`` of config.json.
+
+        Args:
+            grids: layer name -> grid.
+            ignore: linear layers that have none.
+
+        Returns:
+            Plain data. Where all grids have one form it targets the class ``Linear`` less ``ignore``, which is
+            what most readers know best; else it lists the layers of each form.
+        """
+        forms: dict[_Form, list[str]] = {}
+        for layer, grid in grids.items():
+            forms.setdefault(_form(grid), []).append(layer)
+        groups = {}
+        for index, (form, layers) in enumerate(sorted(forms.items(), key=repr)):
+            targets = ["Linear"] if len(forms) == 1 else sorted(layers)
+            groups[f"group_{index}"] = _group(form, targets)
+        formats = {group["format"] for group in groups.values()}
+        return {
+            "quant_method": METHOD,
+            "format": formats.pop() if len(formats) == 1 else MIXED,
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": sorted(ignore),
+        }
+
+    def encode(
+        self, tensors: Iterable[tuple[str, Tensor]], grids: Mapping[str, Grid]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Pack the weights of the layers in ``grids``; everything else passes through.
+
+        Args:
+            tensors: (parameter name, tensor); read one at a time.
+            grids: layer name -> grid, on which the layer's weight has to lie.
+
+        Returns:
+            (key, tensor) pairs, in order.
+
+        Raises:
+            FormatError: a weight does not lie on its grid, or a layer of ``grids`` never came.
+        """
+        left = set(grids)
+        for name, tensor in tensors:
+            layer, _, part = name.rpartition(".")
+            if part == "weight" and layer in grids:
+                left.discard(layer)
+                yield from _encode_weight(layer, tensor, grids[layer])
+            else:
+                yield name, tensor
+        if left:
+            cure = "Write grids for layers of this model only."
+            raise FormatError(Fault("grids", "a weight for each grid", f"none for {sorted(left)[:10]}", cure))
+
+    def decode(self, tensors: Iterable[tuple[str, Tensor]], config: Mapping[str, Any]) -> Iterator[Decoded]:
+        """The inverse of :meth:`encode`.
+
+        Args:
+            tensors: (key, tensor) in any order; of a packed layer, the parts are held until all have come.
+            config: the ``quantization_config`` that :meth:`config` made.
+
+        Returns:
+            Each parameter with its grid, if it has one.
+
+        Raises:
+            FormatError: the configuration is of another kind, or parts of a layer are missing.
+        """
+        groups = _groups(config)
+        held: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors:
+            layer, _, part = key.rpartition(".")
+            if part not in PARTS or (part == "weight" and tensor.is_floating_point()):
+                yield Decoded(key, tensor, None)
+                continue
+            parts = held.setdefault(layer, {})
+            parts[part] = tensor
+            args = _args_of(layer, groups)
+            if not _absent(parts, args):
+                grid, q_OI = _unpack_layer(held.pop(layer), args)
+                yield Decoded(f"{layer}.weight", grid.dequantize(q_OI), grid)
+        for layer, parts in sorted(held.items()):
+            lost = ", ".join(_absent(parts, _args_of(layer, groups)))
+            cure = "Write the checkpoint again; it is incomplete."
+            raise FormatError(Fault(layer, "every part of a packed weight", f"no {lost}", cure))
+
+
+def pack(q_OI: Tensor, bits: int) -> Tensor:
+    """Pack signed integers of ``bits`` bits into int32 words along the last dimension.
+
+    Args:
+        q_OI: int8 (O, I), each in -2**(bits-1) ... 2**(bits-1)-1; ``bits`` divides 32.
+        bits: 4 or 8.
+
+    Returns:
+        int32 (O, W), W = ceil(I * bits / 32); what is left of the last word is zero.
+    """
+    per_word = WORD_BITS // bits
+    unsigned_OI = q_OI.to(torch.int32) + (1 << (bits - 1))
+    padded_OI = pad(unsigned_OI, (0, -q_OI.shape[1] % per_word))
+    fields_OWP = padded_OI.reshape(q_OI.shape[0], -1, per_word)
+    shifts_P = torch.arange(0, WORD_BITS, bits, dtype=torch.int32, device=q_OI.device)
+    return (fields_OWP << shifts_P).sum(-1, dtype=torch.int32)
+
+
+def unpack(packed_OW: Tensor, bits: int, inputs: int) -> Tensor:
+    """The inverse of :func:`pack`: int8 (O, ``inputs``)."""
+    shifts_P = torch.arange(0, WORD_BITS, bits, dtype=torch.int32, device=packed_OW.device)
+    fields_OWP = (packed_OW.unsqueeze(-1) >> shifts_P) & ((1 << bits) - 1)
+    return (fields_OWP.flatten(1)[:, :inputs] - (1 << (bits - 1))).to(torch.int8)
+
+
+def _encode_weight(layer: str, weight_OI: Tensor, grid: Grid) -> Iterator[tuple[str, Tensor]]:
+    q_OI = grid.quantize(weight_OI)
+    if weight_OI.dtype != grid.scale_OG.dtype or not torch.equal(grid.dequantize(q_OI), weight_OI):
+        off = int((grid.snap(weight_OI) != weight_OI).sum())
+        got = f"{off} of {weight_OI.numel()} weights off it, {weight_OI.dtype} on {grid.scale_OG.dtype}"
+        cure = "Quantise the layer again after whatever changed it."
+        raise FormatError(Fault(layer, "a weight that lies on its grid", got, cure))
+    if grid.activation_bits is not None:
+        yield f"{layer}.weight", q_OI
+    else:
+        yield f"{layer}.weight_packed", pack(q_OI, grid.bits)
+    yield f"{layer}.weight_scale", grid.scale_OG
+    if grid.activation_bits is None:
+        yield f"{layer}.weight_shape", torch.tensor(weight_OI.shape)
+    if grid.zero_point_OG is not None:
+        # Zero points are packed along O.
+        yield f"{layer}.weight_zero_point", pack(grid.zero_point_OG.t(), grid.bits).t().contiguous()
+
+
+def _unpack_layer(parts: Mapping[str, Tensor], args: Mapping[str, Any]) -> tuple[Grid, Tensor]:
+    weights, inputs = args["weights"], args.get("input_activations")
+    bits, scale_OG = weights["num_bits"], parts["weight_scale"]
+    if "weight" in parts:
+        q_OI = parts["weight"]
+    else:
+        q_OI = unpack(parts["weight_packed"], bits, int(parts["weight_shape"][1]))
+    zero_OG = None
+    if not weights["symmetric"]:
+        zero_OG = unpack(parts["weight_zero_point"].t(), bits, q_OI.shape[0]).t().contiguous()
+    grid = Grid(
+        bits=bits,
+        scale_OG=scale_OG,
+        zero_point_OG=zero_OG,
+        group_size=weights.get("group_size"),
+        activation_bits=inputs["num_bits"] if inputs else None,
+    )
+    return grid, q_OI
+
+
+def _absent(parts: Mapping[str, Tensor], args: Mapping[str, Any]) -> list[str]:
+    """The parts of a layer still to come."""
+    wanted = ["weight"] if args["format"] == INT else ["weight_packed", "weight_shape"]
+    wanted += ["weight_scale"] if args["weights"]["symmetric"] else ["weight_scale", "weight_zero_point"]
+    return [part for part in wanted if part not in parts]
+
+
+def _form(grid: Grid) -> _Form:
+    return grid.bits, grid.group_size, grid.zero_point_OG is None, grid.activation_bits
+
+
+def _group(form: _Form, targets: list[str]) -> dict[str, Any]:
+    bits, group_size, symmetric, activation_bits = form
+    weights: dict[str, Any] = {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": symmetric,
+        "strategy": "channel" if group_size is None else "group",
+        "group_size": group_size,
+        "dynamic": False,
+    }
+    tokens = {
+        "num_bits": activation_bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "token",
+        "group_size": None,
+        "dynamic": True,
+    }
+    return {
+        "targets": targets,
+        "weights": weights,
+        "input_activations": tokens if activation_bits else None,
+        "output_activations": None,
+        "format": INT if activation_bits else PACKED,
+    }
+
+
+def _groups(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    groups = list((config.get("config_groups") or {}).values())
+    known = all(g.get("format") in (INT, PACKED) and g.get("weights", {}).get("type") == "int" for g in groups)
+    if config.get("quant_method") != METHOD or not groups or not known:
+        got = f"{config.get('quant_method')!r}, format {config.get('format')!r}"
+        cure = "Start from the model before it was compressed."
+        raise FormatError(Fault("config.json: quantization_config", f"{METHOD}, {INT} or {PACKED}", got, cure))
+    return groups
+
+
+def _args_of(layer: str, groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    for group in groups:
+        if "Linear" in group["targets"] or layer in group["targets"]:
+            return group
+    cure = "Write the checkpoint again; its configuration does not name this layer."
+    raise FormatError(Fault(layer, "a group of quantization_config that targets it", "none", cure))

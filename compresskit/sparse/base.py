@@ -1,0 +1,51 @@
+"""The contracts of pruners. O = out_features, I = in_features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from torch import Tensor
+
+from compresskit.calibration.statistics import LayerStats
+from compresskit.errors import Fault
+from compresskit.sparse.pattern import Pattern
+
+if TYPE_CHECKING:
+    from compresskit.modeling.source import ModelSource
+    from compresskit.stage import Forecast, Outlook, StageContext, StageResult
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """A pruned weight (O, I) and its bool keep-mask (O, I); zero wherever the mask is False."""
+
+    weight_OI: Tensor
+    keep_OI: Tensor
+
+
+class Pruner(Protocol):
+    """A frozen dataclass whose fields are the hyperparameters and whose prune() is pure."""
+
+    needs: ClassVar[frozenset[str]]
+    pattern: Pattern
+
+    def prune(self, weight_OI: Tensor, stats: LayerStats) -> Pruned:
+        """Return the pruned copy of ``weight_OI``; never modify it."""
+        ...
+
+
+class StructuredPruner(Protocol):
+    """A frozen dataclass that takes layers or neurons away: the result is an ordinary, smaller model."""
+
+    def faults(self, model: Outlook, where: str) -> list[Fault]:
+        """Everything wrong for such a ``model``; reads no weight."""
+        ...
+
+    def forecast(self, model: Outlook) -> Forecast:
+        """What the smaller model will be; called only when there are no faults."""
+        ...
+
+    def run(self, model: ModelSource, context: StageContext) -> StageResult:
+        """Write the smaller model into ``context.out``."""
+        ...
