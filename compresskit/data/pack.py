@@ -99,29 +99,36 @@ def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256("\0".join([*facts, repr(_closing(tokenizer))]).encode()).hexdigest()
 
 
-def _token_lists(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, title: str) -> Iterator[list[int]]:
+def _token_lists(
+    texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, source: str, split: str
+) -> Iterator[list[int]]:
+    """The token ids of each text; a split without any is an error, so no empty entry is ever cached."""
     closing = _closing(tokenizer)
-
-    def encode(batch: list[str]) -> list[list[int]]:
-        lists: list[list[int]] = tokenizer(batch, verbose=False)["input_ids"]
-        return [ids + closing for ids in lists]
-
-    batch: list[str] = []
-    size = done = 0
-    with Progress(title, 0, unit="documents") as progress:
-        for text in texts:
-            batch.append(text)
-            size += len(text)
-            if size >= BATCH_CHARACTERS:
-                yield from encode(batch)
-                done += len(batch)
-                progress.total = done  # a stream's length is not known before its end
-                progress.advance(len(batch))
-                batch, size = [], 0
-        if batch:
-            yield from encode(batch)
-            progress.total = done + len(batch)
+    tokens = 0
+    with Progress(f"tokenising {source} ({split})", 0, unit="documents") as progress:
+        for batch in _batches(texts):
+            lists: list[list[int]] = tokenizer(batch, verbose=False)["input_ids"]
+            for ids in lists:
+                tokens += len(ids)
+                yield ids + closing
+            progress.total = progress.done + len(batch)  # a stream's length is not known before its end
             progress.advance(len(batch))
+    if not tokens:
+        where, cure = f"{source} ({split})", "Give more documents, or change validation_fraction."
+        raise DataError(Fault(where, "at least one document with text", "none", cure))
+
+
+def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def packed(
@@ -156,17 +163,7 @@ def packed(
     size: Any = len(tokenizer)
     dtype = "<u2" if size <= 1 << 16 else "<u4"
     key = key_of(corpus.fingerprint(), split, _identity(tokenizer), dtype)
-    title = f"tokenising {spec.source} ({split})"
     notes: list[str] = []  # filled while the documents are read
-    pieces = _token_lists(corpus.documents(split, notes), tokenizer, title)
+    pieces = _token_lists(corpus.documents(split, notes), tokenizer, spec.source, split)
     entry = build_entry(cache, key, pieces, dtype=dtype, notes=notes)
-    if len(entry.tokens) == 0:
-        raise DataError(
-            Fault(
-                where=f"{spec.source} ({split})",
-                expected="at least one document with text",
-                got="none",
-                cure="Give more documents, or change validation_fraction.",
-            )
-        )
     return PackedRows(entry, context_length, rows=rows, cross_documents=spec.cross_documents)
