@@ -6,11 +6,13 @@ from compresskit.modeling.anatomy import Anatomy, Linear
 from compresskit.modeling.fetch import copy_sidecars
 from compresskit.modeling.skeleton import context_length, load_model, load_tokenizer, skeleton
 from compresskit.modeling.source import ModelSource, open_model
+from compresskit.modeling.streaming import StreamedModel
 
 __all__ = [
     "Anatomy",
     "Linear",
     "ModelSource",
+    "StreamedModel",
     "context_length",
     "copy_sidecars",
     "load_model",

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -122,12 +122,19 @@ def read_header(path: Path) -> dict[str, Stored]:
     return {place.key: place for place in sorted(places, key=lambda p: p.offset)}
 
 
-def write_shard(path: Path, tensors: Sequence[Pending]) -> None:
+def write_shard(path: Path, tensors: Sequence[Pending]) -> dict[str, Stored]:
     """Write ``tensors`` to ``path`` in the given order, whole or not at all.
 
     Args:
         path: of the file; replaced if it exists.
         tensors: each is made, written and forgotten before the next is made.
+
+    Returns:
+        Key -> its place in the new file.
+
+    Raises:
+        ValueError: a tensor is not what was announced.
+        OSError: it cannot be written.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -155,6 +162,8 @@ def write_shard(path: Path, tensors: Sequence[Pending]) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+    base = 8 + len(text)
+    return {p.key: _place(path, p.key, cast(Mapping[str, Any], header[p.key]), base) for p in tensors}
 
 
 def _place(path: Path, key: str, entry: Mapping[str, Any], base: int) -> Stored:

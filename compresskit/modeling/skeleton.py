@@ -90,8 +90,19 @@ def model_class(config: Any, directory: Path, *, trust_remote_code: bool = False
     raise ModelError(Fault(where, "an architecture that transformers has", repr(names[0]), cure))
 
 
-def skeleton_of(config: Any, directory: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def skeleton_of(
+    config: Any, directory: Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The model of ``config`` on the meta device, in evaluation mode; no memory for weights.
+
+    Args:
+        config: a transformers configuration; not changed.
+        directory: of the model, for errors and code of its own.
+        dtype: of the parameters; None is the configuration's.
+        trust_remote_code: whether that code may run.
+
+    Returns:
+        The module.
 
     Raises:
         ModelError: the class is not to be had, or refuses the configuration.
@@ -99,7 +110,7 @@ def skeleton_of(config: Any, directory: Path, *, trust_remote_code: bool = False
     cls: Any = model_class(config, directory, trust_remote_code=trust_remote_code)
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = cls._from_config(deepcopy(config))
+            model: PreTrainedModel = cls._from_config(deepcopy(config), dtype=dtype or config.dtype)
     except Exception as error:  # whatever a model's constructor raises over its own configuration
         raise ModelError(
             Fault(
@@ -113,13 +124,21 @@ def skeleton_of(config: Any, directory: Path, *, trust_remote_code: bool = False
     return model
 
 
-def skeleton(source: ModelSource) -> PreTrainedModel:
+def skeleton(source: ModelSource, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A fresh skeleton of ``source`` on the meta device, tied as its configuration says.
+
+    Args:
+        source: a checkpoint.
+        dtype: of the parameters; None is the configuration's.
+
+    Returns:
+        The module in evaluation mode.
 
     Raises:
         ModelError: the configuration fits no model class.
     """
-    return skeleton_of(source.config, source.directory, trust_remote_code=source.trust_remote_code)
+    trust = source.trust_remote_code
+    return skeleton_of(source.config, source.directory, dtype=dtype, trust_remote_code=trust)
 
 
 def load_model(

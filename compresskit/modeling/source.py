@@ -94,7 +94,7 @@ class ModelSource:
         """
         place = self.place(name)
         tensor = place.read()
-        if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor):
+        if tensor.is_floating_point() and tensor.numel() and not is_finite(tensor):
             bad = int((~tensor.isfinite()).sum())
             raise ModelError(
                 Fault(
@@ -226,8 +226,8 @@ def _require_directory(directory: Path) -> None:
         raise ModelError(Fault(str(directory), CONFIG, got, cure))
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """Without a mask the size of the tensor: NaN survives both minimum and maximum."""
+def is_finite(tensor: Tensor) -> bool:
+    """No NaN or infinity in ``tensor``, found without a mask of its size: NaN survives minimum and maximum."""
     if tensor.dtype.itemsize == 1:
         tensor = tensor.float()
     low, high = tensor.aminmax()

@@ -1,0 +1,264 @@
+"""A model with one block in memory: the rest on the meta device, changes written shard by shard.
+
+What is not in a block (embeddings, last norm, head) is resident from the start. A block's weights are read
+when it is entered, written to its own output shard when it is left, and dropped. Tensors that nobody changed
+are written with the bytes they had, whatever dtype was computed in.
+
+Shapes: O = out_features, I = in_features.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from compresskit.errors import Fault, ModelError, OutputError, RunError
+from compresskit.modeling.checkpoint import INDEX, SINGLE
+from compresskit.modeling.fetch import copy_sidecars
+from compresskit.modeling.shards import Pending, Stored, write_shard
+from compresskit.modeling.skeleton import resolve_device, resolve_dtype, skeleton
+from compresskit.modeling.source import GRIDS, ModelSource, is_finite
+
+
+class StreamedModel:
+    """``source`` as a module of which one block at a time is in memory, and its next version in ``out``.
+
+    Use as a context manager, or call :meth:`close` at the end; without it ``out`` is no complete model.
+
+    Args:
+        source: the checkpoint to read; not packed.
+        out: an existing directory to write to.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:0``; where blocks are computed.
+        dtype: ``auto`` (what the configuration says), ``float32``, ``bfloat16`` or ``float16``: the dtype to
+            compute in. Weights are written in the dtype they are stored in.
+
+    Attributes:
+        module: the whole model in evaluation mode; weights of blocks that are not entered are on meta.
+        device: of everything that is not on meta.
+
+    Raises:
+        ModelError: ``source`` is packed or has weights that cannot be read.
+        OutputError: ``out`` is the source's own directory, or not there.
+    """
+
+    def __init__(
+        self, source: ModelSource, out: str | Path, device: str = "cpu", dtype: str = "auto"
+    ) -> None:
+        self.source, self.out = source, Path(out)
+        _require_places(source, self.out)
+        self.device = resolve_device(device)
+        self.dtype = resolve_dtype(dtype) or source.compute_dtype
+        self.module = skeleton(source, dtype=self.dtype)
+        self.blocks = source.anatomy.blocks
+        self._names: dict[str | None, list[str]] = {None: []}
+        for name in source.names():
+            self._names.setdefault(source.anatomy.block_of(name), []).append(name)
+        self._entered: str | None = None
+        self._written: dict[str, Stored] = {}
+        # Set only where the stored dtype differs from the one computed in, which would round it.
+        self._exact: dict[str, Tensor] = {}
+        _fill_buffers(self.module, self.device)
+        self._load(self._names[None])
+        self.module.requires_grad_(False)
+
+    def __enter__(self) -> StreamedModel:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            self.close()
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Block ``index`` with its weights in memory; what it holds at the end is written to its shard.
+
+        Yields:
+            The block's module. Change weights with :meth:`set_weight` or in place.
+
+        Raises:
+            RuntimeError: another block is entered.
+        """
+        if self._entered is not None:
+            raise RuntimeError(f"{self._entered} is in memory; leave it first")
+        name = self.blocks[index]
+        names = self._names.get(name, [])
+        self._entered = name
+        try:
+            self._load(names)
+            yield self.module.get_submodule(name)
+            self._write(self._shard(index + 1), names, self._current)
+        finally:
+            self._drop(names)
+            self._entered = None
+
+    def weight_OI(self, layer: str) -> Tensor:
+        """The weight (O, I) of ``layer`` as it will be written, in its stored dtype, on the model's device.
+
+        Raises:
+            RuntimeError: the layer's block is not entered.
+        """
+        name = f"{layer}.weight"
+        self._require_resident(name)
+        weight = self._current(name).to(self.device)
+        return weight.t().contiguous() if self.source.anatomy.linears[layer].transposed else weight
+
+    def set_weight(self, layer: str, weight_OI: Tensor) -> None:
+        """Replace the weight of linear layer ``layer``; these very values will be written.
+
+        Args:
+            layer: outside the blocks, or in the block that is entered.
+            weight_OI: (O, I), finite, in the layer's stored dtype or one that converts to it.
+
+        Raises:
+            ModelError: another shape, values that are not finite, or a weight tied to another module's.
+            RuntimeError: the layer's block is not entered.
+        """
+        linear = self.source.anatomy.linears[layer]
+        name = f"{layer}.weight"
+        self._require_resident(name)
+        if linear.tied:
+            got = "a weight shared with another module"
+            raise ModelError(Fault(layer, "a weight of its own", got, f"Add {layer} to ignore."))
+        shape = (linear.out_features, linear.in_features)
+        if tuple(weight_OI.shape) != shape:
+            cure = "Return a weight of the shape given."
+            raise ModelError(Fault(layer, f"a weight of shape {shape}", f"{tuple(weight_OI.shape)}", cure))
+        if not is_finite(weight_OI):
+            cure = "Use another method or more calibration data; this one failed on this layer."
+            raise ModelError(Fault(layer, "finite weights", "NaN or infinity", cure))
+        weight = weight_OI.detach().t() if linear.transposed else weight_OI.detach()
+        exact = weight.to(self.source.dtype(name))
+        with torch.no_grad():
+            self.module.get_parameter(name).copy_(exact)
+        if exact.dtype != self.dtype:
+            self._exact[name] = exact.to("cpu", copy=True).contiguous()
+
+    def close(self) -> None:
+        """Write everything not yet written, the index and the files beside the weights; config.json last."""
+        total = len(self.blocks) + 1
+        for index, block in enumerate(self.blocks):
+            names = self._names.get(block, [])
+            if not any(name in self._written for name in names):
+                self._write(self._shard(index + 1), names, self.source.tensor)
+        self._write(self._shard(0), self._names[None], self._current)
+        if total > 1:
+            self._write_index()
+        if (self.source.directory / GRIDS).is_file() and not (self.out / GRIDS).exists():
+            _publish(self.out / GRIDS, (self.source.directory / GRIDS).read_bytes())
+        copy_sidecars(self.source.directory, self.out)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Of parameters and buffers that are not on meta; tied ones counted once."""
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        return sum(t.numel() * t.element_size() for t in tensors if not t.is_meta)
+
+    def _shard(self, number: int) -> str:
+        """Shard 0 holds what is outside the blocks, shard i + 1 block i."""
+        total = len(self.blocks) + 1
+        return SINGLE if total == 1 else f"model-{number + 1:05d}-of-{total:05d}.safetensors"
+
+    def _require_resident(self, name: str) -> None:
+        if self.module.get_parameter(name).is_meta:
+            raise RuntimeError(f"{name} is not in memory; enter its block first")
+
+    def _load(self, names: list[str]) -> None:
+        for name in names:
+            tensor = self._written[name].read() if name in self._written else self.source.tensor(name)
+            dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+            _assign(self.module, name, tensor.to(self.device, dtype))
+
+    def _drop(self, names: list[str]) -> None:
+        for name in names:
+            _assign(self.module, name, torch.empty_like(_tensor(self.module, name), device="meta"))
+            self._exact.pop(name, None)
+
+    def _current(self, name: str) -> Tensor:
+        """The tensor to write for ``name``, in its stored dtype; as read where nobody changed it."""
+        now = _tensor(self.module, name).detach()
+        exact = self._exact.get(name)
+        if exact is not None and _same_bits(exact.to(self.device, now.dtype), now):
+            return exact
+        stored = self._place(name).read()
+        return stored if _same_bits(stored.to(self.device, now.dtype), now) else now.to("cpu", stored.dtype)
+
+    def _place(self, name: str) -> Stored:
+        return self._written.get(name) or self.source.place(name)
+
+    def _write(self, shard: str, names: list[str], make: Callable[[str], Tensor]) -> None:
+        path = self.out / shard
+        pending = [Pending(n, self.source.dtype(n), self.source.shape(n), partial(make, n)) for n in names]
+        try:
+            self._written |= write_shard(path, pending)
+        except OSError as error:
+            cure = "Free space on the disk, or choose another output directory."
+            raise RunError(Fault(str(path), "room to write a shard", str(error), cure)) from error
+
+    def _write_index(self) -> None:
+        shards = {None: self._shard(0)} | {b: self._shard(i + 1) for i, b in enumerate(self.blocks)}
+        files = {name: shards[block] for block, names in self._names.items() for name in names}
+        total = sum(self.source.place(name).num_bytes for name in files)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+        _publish(self.out / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+
+
+def _fill_buffers(module: nn.Module, device: torch.device) -> None:
+    """Compute the buffers that no checkpoint stores (rotary frequencies, masks), as from_pretrained does."""
+    for part in module.modules():
+        unsaved = [name for name in part._non_persistent_buffers_set if part._buffers.get(name) is not None]
+        if not unsaved:
+            continue
+        for name in unsaved:
+            part._buffers[name] = torch.empty_like(part._buffers[name], device=device)  # type: ignore[arg-type]
+        with torch.no_grad():
+            module._init_weights(part)  # type: ignore[operator]
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer called ``name``."""
+    parent, _, leaf = name.rpartition(".")
+    found: Tensor = getattr(module.get_submodule(parent), leaf)
+    return found
+
+
+def _assign(module: nn.Module, name: str, value: Tensor) -> None:
+    """Replace parameter or buffer ``name`` by ``value`` wherever it stands, tied places included."""
+    old = _tensor(module, name)
+    is_parameter = isinstance(old, nn.Parameter)
+    new = nn.Parameter(value, requires_grad=False) if is_parameter else value
+    for part in module.modules():
+        held = part._parameters if is_parameter else part._buffers
+        for leaf, tensor in held.items():
+            if tensor is old:
+                held[leaf] = new  # type: ignore[assignment]
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Equal to the sign of zero."""
+    if not torch.equal(one, other):
+        return False
+    return not one.is_floating_point() or torch.equal(one.signbit(), other.signbit())
+
+
+def _publish(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path`` whole or not at all."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def _require_places(source: ModelSource, out: Path) -> None:
+    if source.is_compressed:
+        cure = "Start from the model before it was packed, or load and save it unpacked."
+        raise ModelError(Fault(str(source.directory), "a dense checkpoint", "packed weights", cure))
+    if not out.is_dir():
+        raise OutputError(Fault(str(out), "an existing directory", "none", "Create it first."))
+    if out.resolve() == source.directory.resolve():
+        raise OutputError(Fault(str(out), "another directory", "the model's own", "Choose another output."))
