@@ -1,0 +1,154 @@
+"""The only code that knows how an engine keeps parameters: whole, as DTensor shards (FSDP2) or as ZeRO partitions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from compresskit.errors import EngineError, Fault
+
+
+class ParamAccess(Protocol):
+    """Reaches the parameters of a bare model that an engine has prepared.
+
+    Every method is a collective: all ranks call it, in the same order.
+    """
+
+    def local(self, parameter: nn.Parameter) -> Tensor:
+        """This rank's own part of ``parameter``; all of it where nothing is sharded."""
+        ...
+
+    def gather(self, model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+        """The whole state dict on the CPU, one tensor after another; empty where ``keep`` is False."""
+        ...
+
+    def mask_gradient(self, parameter: nn.Parameter) -> Callable[[], None]:
+        """From now on keep the gradient of ``parameter`` at zero wherever it is itself zero; returns the undoing."""
+        ...
+
+
+class Whole:
+    """Every rank holds every parameter: one process, DDP, ZeRO-1 and ZeRO-2."""
+
+    def local(self, parameter: nn.Parameter) -> Tensor:
+        """The parameter."""
+        return parameter.detach()
+
+    def gather(self, model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+        """See :meth:`ParamAccess.gather`."""
+        return {name: _copy(t) for name, t in model.state_dict().items()} if keep else {}
+
+    def mask_gradient(self, parameter: nn.Parameter) -> Callable[[], None]:
+        """See :meth:`ParamAccess.mask_gradient`; runs before any engine reduces the gradient."""
+
+        def mask(gradient: Tensor) -> Tensor:
+            _require_whole(parameter, gradient)
+            return gradient.masked_fill(parameter.detach() == 0, 0)
+
+        return parameter.register_hook(mask).remove
+
+
+class Partitioned(Whole):
+    """ZeRO-3: a parameter is whole only while its layer computes, and its shard is ``ds_tensor``."""
+
+    def local(self, parameter: nn.Parameter) -> Tensor:
+        """The flat partition."""
+        part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+        return part.detach()
+
+    def gather(self, model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+        """See :meth:`ParamAccess.gather`."""
+        import deepspeed
+
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        tensors = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            parameter = parameters.get(name)
+            if parameter is None:
+                if keep:
+                    tensors[name] = _copy(tensor)
+                continue
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if keep:
+                    tensors[name] = _copy(parameter.data)
+        return tensors
+
+
+class Sharded:
+    """FSDP2: every parameter is a DTensor, and this rank's shard is its local tensor."""
+
+    def local(self, parameter: nn.Parameter) -> Tensor:
+        """The shard."""
+        shard: Tensor = parameter.to_local()  # type: ignore[operator]
+        return shard.detach()
+
+    def gather(self, model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+        """See :meth:`ParamAccess.gather`."""
+        tensors = {}
+        for name, tensor in model.state_dict().items():
+            full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            if keep:
+                tensors[name] = _copy(full)
+        return tensors
+
+    def mask_gradient(self, parameter: nn.Parameter) -> Callable[[], None]:
+        """See :meth:`ParamAccess.mask_gradient`; runs on the shard, after the gradient was reduced."""
+
+        def mask(parameter: Any) -> None:
+            gradient = parameter.grad.to_local()
+            gradient.masked_fill_(parameter.detach().to_local() == 0, 0)
+
+        return parameter.register_post_accumulate_grad_hook(mask).remove
+
+
+def access_for(engine: str, zero_stage: int) -> ParamAccess:
+    """The access to parameters under ``engine``: ``single``, ``ddp``, ``fsdp`` or ``deepspeed``."""
+    if engine == "fsdp":
+        return Sharded()
+    return Partitioned() if engine == "deepspeed" and zero_stage == 3 else Whole()
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """The part of any parameter or gradient that this rank can look at without talking to others."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part.detach()
+
+
+def local_bytes(access: ParamAccess, model: nn.Module) -> int:
+    """Bytes of parameters this rank keeps between steps; shared parameters count once."""
+    return sum(part.nbytes for part in _parts(access, model.parameters()))
+
+
+def _parts(access: ParamAccess, parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
+    for parameter in parameters:
+        yield access.local(parameter)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A contiguous copy on the CPU that shares nothing with the model."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _require_whole(parameter: nn.Parameter, gradient: Tensor) -> None:
+    if parameter.shape != gradient.shape:
+        raise EngineError(
+            Fault(
+                "held zeros",
+                f"a whole weight of shape {tuple(gradient.shape)} in the backward pass",
+                f"{tuple(parameter.shape)}",
+                "Use another strategy: this version of the engine releases weights too early.",
+            )
+        )
+
+
+def zero_fraction(tensor: Tensor) -> float:
+    """Zeros of ``tensor``, in [0, 1]."""
+    return float((tensor == 0).sum()) / max(tensor.numel(), 1)
+
+
+def cast_like(tensors: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:
+    """``tensors`` in the dtypes they had before training; zeros stay zeros in every float dtype."""
+    return {name: t.to(dtypes.get(name, t.dtype)) for name, t in tensors.items()}

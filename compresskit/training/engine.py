@@ -1,0 +1,184 @@
+"""Get the engine that was asked for, or an error; never another one in silence.
+
+Accelerate decides once per process, when its state is first made, what kind of distributed run this is, and it
+leaves FSDP and DeepSpeed out when the device is a CPU: asked for FSDP it gives DDP, without a word. So on a CPU
+the shared state is made here first and told the kind, before any Accelerator exists:
+
+* FSDP2: the kind is set to ``MULTI_GPU``, the one Accelerate turns into ``FSDP`` when it sees an FSDP plugin; the
+  device stays the CPU, and FSDP2 runs on gloo.
+* DeepSpeed: the kind is set to ``DEEPSPEED``; ``DS_ACCELERATOR=cpu`` must be in the environment before deepspeed
+  is imported, and ``ACCELERATE_USE_CPU`` must not be.
+
+On a GPU nothing of the sort is needed. Either way :func:`require_engine` looks at what is really running.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from compresskit.errors import EngineError, Fault
+from compresskit.training.fields import TrainingFields
+from compresskit.training.rules import Setting
+
+CONFIGURED = {"use_configured_state": True}
+AUTO = "auto"
+
+
+def claim(setting: Setting) -> dict[str, Any]:
+    """Tell Accelerate what kind of run this is; call before TrainingArguments are made.
+
+    Args:
+        setting: of the run; ``device`` is where it will compute.
+
+    Returns:
+        What to pass as ``accelerator_config``.
+    """
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    if setting.device != "cpu" or setting.strategy not in ("fsdp", "deepspeed"):
+        return {}
+    os.environ.pop("ACCELERATE_USE_CPU", None)
+    if setting.strategy == "deepspeed":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState(cpu=True)
+    kinds = {"fsdp": DistributedType.MULTI_GPU, "deepspeed": DistributedType.DEEPSPEED}
+    PartialState._shared_state["distributed_type"] = kinds[setting.strategy]
+    return dict(CONFIGURED)
+
+
+def engine_arguments(setting: Setting, block_classes: list[str], accumulation: int) -> dict[str, Any]:
+    """The part of TrainingArguments that chooses the engine.
+
+    Args:
+        setting: of the run.
+        block_classes: class names of the repeated blocks, the units FSDP gathers.
+        accumulation: forward passes per optimiser step.
+    """
+    if setting.strategy == "fsdp":
+        return {
+            "fsdp": True,
+            "fsdp_config": {
+                "version": 2,
+                "transformer_layer_cls_to_wrap": block_classes,
+                "reshard_after_forward": True,
+                "state_dict_type": "SHARDED_STATE_DICT",
+            },
+        }
+    if setting.strategy == "deepspeed":
+        return {"deepspeed": deepspeed_config(setting, accumulation)}
+    return {"ddp_find_unused_parameters": False}
+
+
+def deepspeed_config(setting: Setting, accumulation: int) -> dict[str, Any]:
+    """The user's ds_config.json with its gaps and "auto" values filled in, or one of our own.
+
+    Args:
+        setting: of the run; its fields name the user's file, if any.
+        accumulation: forward passes per optimiser step.
+
+    Raises:
+        EngineError: the file fixes a number that the recipe fixes otherwise.
+    """
+    fields = setting.fields
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": setting.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": fields.batch_size,
+        "gradient_clipping": fields.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1_000_000_000,
+        "zero_optimization": {
+            "stage": fields.zero_stage,
+            "overlap_comm": False,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        "fp16": {"enabled": False},
+        "bf16": {"enabled": False},
+    }
+    if fields.deepspeed_config is None:
+        return ours
+    theirs = json.loads(Path(fields.deepspeed_config).read_text(encoding="utf-8"))
+    fixed = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+    faults = [
+        Fault(
+            f"{fields.deepspeed_config} {name}",
+            f"{ours[name]}, which follows from the recipe, or {AUTO!r}",
+            str(theirs[name]),
+            f"Write {name}: {AUTO!r} in the file.",
+        )
+        for name in (*fixed, "gradient_clipping")
+        if theirs.get(name, AUTO) not in (AUTO, ours[name])
+    ]
+    if faults:
+        raise EngineError(*faults)
+    return _filled(theirs, ours)
+
+
+def _filled(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """``theirs``, and ``ours`` wherever they say nothing or "auto"."""
+    merged = dict(theirs)
+    for name, value in ours.items():
+        if merged.get(name, AUTO) == AUTO:
+            merged[name] = value
+        elif isinstance(value, dict) and isinstance(merged[name], dict):
+            merged[name] = _filled(merged[name], value)
+    return merged
+
+
+def require_engine(setting: Setting, wrapped: nn.Module, model: nn.Module) -> None:
+    """Look at what Accelerate made of the model; EngineError unless it is what was asked for.
+
+    Args:
+        setting: what was asked for.
+        wrapped: what training calls.
+        model: the bare model.
+    """
+    found = running_engine(wrapped, model)
+    asked = setting.strategy
+    if asked == "deepspeed":
+        asked = f"deepspeed ZeRO-{setting.fields.zero_stage}"
+    if found != asked:
+        raise EngineError(
+            Fault("strategy", asked, found, "Choose another strategy, or another version of accelerate.")
+        )
+
+
+def running_engine(wrapped: nn.Module, model: nn.Module) -> str:
+    """``single``, ``ddp``, ``fsdp`` or ``deepspeed ZeRO-<stage>``, by what the objects are."""
+    stage = getattr(wrapped, "zero_optimization_stage", None)
+    if callable(stage):
+        return f"deepspeed ZeRO-{stage()}"
+    if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+        return "ddp"
+    sharded = [hasattr(p, "to_local") for p in model.parameters()]
+    if all(sharded):
+        return "fsdp"
+    return "fsdp in part" if any(sharded) else "single"
+
+
+def resolve(device: str) -> str:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:0`` as the kind of device: ``cpu`` or ``cuda``.
+
+    Raises:
+        EngineError: CUDA was asked for and there is none.
+    """
+    has_cuda = torch.cuda.is_available()
+    if device == "auto":
+        return "cuda" if has_cuda else "cpu"
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not has_cuda):
+        raise EngineError(Fault("device", "a device of this machine", device, "Use device: cpu or auto."))
+    return kind
+
+
+def accumulation_steps(fields: TrainingFields, setting: Setting) -> int:
+    """Forward passes of one process per optimiser step."""
+    return fields.batch_size // (setting.micro_batch_size * setting.processes)

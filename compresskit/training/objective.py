@@ -1,0 +1,140 @@
+"""What is minimised: a pure function of hidden states, output projections and labels.
+
+Shapes: B = rows, T = tokens of a row, D = student's hidden width, E = teacher's, V = vocabulary, N = supervised
+tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from compresskit.errors import Fault, ModelError
+from compresskit.kernels.ops import linear_cross_entropy
+
+IGNORED = -100
+LOSS = "loss"
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """An output projection: logits = softcap(hidden @ weight.T + bias).
+
+    Attributes:
+        weight_VD: whole, on the device of the hidden states.
+        bias_V: or None.
+        softcap: bound of the logits; 0 for none.
+    """
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    softcap: float = 0.0
+
+    def cut(self, vocabulary: int) -> Head:
+        """The same projection onto the first ``vocabulary`` ids only."""
+        bias = None if self.bias_V is None else self.bias_V[:vocabulary]
+        return Head(self.weight_VD[:vocabulary], bias, self.softcap)
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """What a teacher says about a batch: hidden states (B, T, E) before its own head."""
+
+    hidden_BTE: Tensor
+    head: Head
+
+
+class Objective(Protocol):
+    """A frozen dataclass of hyperparameters; runs inside the wrapped model's forward."""
+
+    needs_teacher: ClassVar[bool]
+
+    def score(
+        self, hidden_BTD: Tensor, head: Head, labels_BT: Tensor, signal: Signal | None
+    ) -> Mapping[str, Tensor]:
+        """Sums over the supervised tokens of a batch.
+
+        Args:
+            hidden_BTD: (B, T, D), of the model in training, before its head.
+            head: its output projection.
+            labels_BT: int64 (B, T), not shifted; the label of token t + 1 is predicted at t; -100 is ignored.
+            signal: of the teacher, where one is needed.
+
+        Returns:
+            ``loss``, the scalar to minimise, and any other sums worth a log, detached; nats.
+        """
+        ...
+
+
+class TeacherProvider(Protocol):
+    """Where a teacher's signal comes from; the trainer never touches the teacher itself."""
+
+    def head(self) -> Head:
+        """Its output projection, cut to the vocabulary the student shares with it."""
+        ...
+
+    def signal(self, inputs: Mapping[str, Tensor]) -> Signal:
+        """What the teacher says about a batch of ``input_ids`` and ``position_ids``, each (B, T)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CrossEntropy:
+    """The ordinary next-token loss."""
+
+    needs_teacher: ClassVar[bool] = False
+
+    def score(
+        self, hidden_BTD: Tensor, head: Head, labels_BT: Tensor, signal: Signal | None
+    ) -> Mapping[str, Tensor]:
+        """See :meth:`Objective.score`; ``signal`` is not used."""
+        hidden_ND, labels_N = predictions(hidden_BTD, labels_BT)
+        loss = linear_cross_entropy(
+            hidden_ND, head.weight_VD, labels_N, bias_V=head.bias_V, softcap=head.softcap
+        )
+        return {LOSS: loss}
+
+
+def predictions(hidden_BTD: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """The hidden states that predict a label, (N, D), and those labels, (N,)."""
+    keep = labels_BT[:, 1:] != IGNORED
+    return hidden_BTD[:, :-1][keep], labels_BT[:, 1:][keep]
+
+
+def supervised_tokens(labels_BT: Tensor) -> int:
+    """How many tokens of a batch are predicted: the first of a row never is."""
+    return int((labels_BT[:, 1:] != IGNORED).sum())
+
+
+def head_module(model: nn.Module) -> nn.Module:
+    """The output projection of a causal language model.
+
+    Raises:
+        ModelError: it has none.
+    """
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    if not isinstance(head, nn.Module) or getattr(model, "base_model", model) is model:
+        name = type(model).__name__
+        raise ModelError(
+            Fault(name, "a causal language model with an output projection", "none", "Train another model.")
+        )
+    return head
+
+
+def softcap_of(model: nn.Module) -> float:
+    """The bound of ``model``'s logits; 0 for none."""
+    return float(getattr(getattr(model, "config", None), "final_logit_softcapping", None) or 0.0)
+
+
+def head_of(model: nn.Module) -> Head:
+    """The output projection of ``model`` as its parameters stand now."""
+    module = head_module(model)
+    bias = getattr(module, "bias", None)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return Head(weight, bias if isinstance(bias, torch.Tensor) else None, softcap_of(model))

@@ -1,0 +1,75 @@
+"""Run an objective inside a model's own forward, so that every engine's hooks see it.
+
+Outside of the wrapped forward the output projection may be a shard (FSDP2) or empty (ZeRO-3). So the model's
+forward is replaced by one that stops at the hidden states, and the head is still *called*: only what it computes
+is replaced, for the length of the call. Engines gather its weight as for any other layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from compresskit.training.objective import Head, Objective, Signal, head_module, softcap_of
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@contextmanager
+def redirected(
+    model: nn.Module, objective: Objective, *, precision: str, teacher_head: Head | None
+) -> Iterator[None]:
+    """While this lasts, ``model(input_ids=, position_ids=, labels=, teacher_hidden=)`` returns the objective's sums.
+
+    Args:
+        model: a causal language model, not wrapped yet.
+        objective: what to compute.
+        precision: ``fp32``, ``bf16`` or ``fp16``: the type matrix products run in; weights are not touched.
+        teacher_head: the teacher's output projection.
+    """
+    head = head_module(model)
+    softcap = softcap_of(model)
+
+    def forward(
+        input_ids: Tensor, position_ids: Tensor, labels: Tensor, teacher_hidden: Tensor | None = None
+    ) -> Mapping[str, Tensor]:
+        signal = None
+        if teacher_hidden is not None and teacher_head is not None:
+            signal = Signal(teacher_hidden, teacher_head)
+
+        def project(hidden: Tensor) -> Mapping[str, Tensor]:
+            bias = getattr(head, "bias", None)
+            return objective.score(_narrow(hidden, precision), Head(head.weight, bias, softcap), labels, signal)
+
+        kind = input_ids.device.type
+        with torch.autocast(kind, dtype=AUTOCAST.get(precision), enabled=precision in AUTOCAST):
+            base: nn.Module = model.base_model  # type: ignore[assignment]
+            hidden = base(input_ids=input_ids, position_ids=position_ids, use_cache=False)[0]
+            with _computing(head, project):
+                sums: Mapping[str, Tensor] = head(hidden)
+        return sums
+
+    with _computing(model, forward):
+        yield
+
+
+@contextmanager
+def _computing(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
+    """Let ``module`` compute ``forward`` when it is called, its hooks untouched."""
+    before = module.__dict__.get("forward")
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if before is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.forward = before  # type: ignore[method-assign]
+
+
+def _narrow(hidden: Tensor, precision: str) -> Tensor:
+    """The fused losses are no autocast ops: give them the type autocast would."""
+    return hidden.to(AUTOCAST[precision]) if precision in AUTOCAST else hidden

@@ -1,0 +1,243 @@
+"""The one Trainer: an objective inside the wrapped forward, losses per supervised token, nothing not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from compresskit.progress import Progress
+from compresskit.training import checkpoint
+from compresskit.training.access import ParamAccess
+from compresskit.training.engine import require_engine
+from compresskit.training.finite import bad_gradient, culprit, first_named, not_finite, on_every_rank
+from compresskit.training.hold import hold_zeros
+from compresskit.training.objective import IGNORED, LOSS, TeacherProvider, supervised_tokens
+from compresskit.training.order import Ordered, Rows, stack
+from compresskit.training.rules import Setting
+from compresskit.training.watch import Watch
+
+LONG_EVALUATION = 64
+"""Batches from which an evaluation shows its progress."""
+
+
+class _Prepared(TrainerCallback):  # type: ignore[misc]
+    """Called once the engine has prepared the model: check which engine it is, and hold the zeros."""
+
+    def __init__(self, trainer: StageTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._trainer.when_prepared()
+
+
+class StageTrainer(Trainer):  # type: ignore[misc]
+    """Transformers' Trainer for every stage that trains.
+
+    Args:
+        model: bare; its forward is redirected to the objective already.
+        args: from ``compresskit.training.arguments``.
+        rows: in the order of training.
+        validation: rows to evaluate on, or None.
+        teacher: of the objective, or None.
+        setting: what was asked for.
+        held: layers whose zeros stay.
+        access: to the engine's parameters.
+        watch: of the main process.
+        identity: which run checkpoints belong to.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        rows: Ordered,
+        validation: Rows | None,
+        teacher: TeacherProvider | None,
+        setting: Setting,
+        held: tuple[str, ...],
+        access: ParamAccess,
+        watch: Watch | None,
+        identity: str,
+    ) -> None:
+        self._setting, self._teacher, self._validation = setting, teacher, validation
+        self._held, self._access, self._watch, self._identity = held, access, watch, identity
+        self.resources = ExitStack()
+        super().__init__(
+            model=model, args=args, train_dataset=rows, eval_dataset=validation, data_collator=stack
+        )
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_Prepared(self))
+        # compute_loss divides by the tokens of the whole step, so Trainer must not divide again.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Also make the fp16 loss scaler, which Accelerate leaves out on a CPU."""
+        super().create_accelerator_and_postprocess()
+        if self._setting.fields.precision == "fp16":
+            self.accelerator.scaler = torch.amp.GradScaler(self._setting.device)
+
+    def when_prepared(self) -> None:
+        """Check the engine and hold the zeros, until ``resources`` is closed."""
+        require_engine(self._setting, self.model_wrapped, self.model)
+        self.resources.enter_context(hold_zeros(self.model, self._held, self._access))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(train_dataset or self.train_dataset)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+        """Supervised tokens of one optimiser step, over accumulation and ranks."""
+        count = torch.tensor(sum(supervised_tokens(b["labels"]) for b in batch_samples), device=device)
+        return _summed(count)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """This micro-batch's part of the mean over the step's supervised tokens.
+
+        Engines average gradients over ranks, so the part is multiplied by their number.
+
+        Raises:
+            NumericError: the loss is not finite on some rank; all ranks raise it.
+        """
+        sums = self._sums(model, inputs)
+        loss = sums[LOSS]
+        if on_every_rank(not bool(loss.isfinite()), loss.device):
+            layer = first_named(culprit(self.accelerator.unwrap_model(model), model, self._fed(inputs)))
+            raise not_finite("loss", self.state.global_step + 1, layer)
+        tokens = max(int(num_items_in_batch or supervised_tokens(inputs["labels"])), 1)
+        loss = loss * (self.accelerator.num_processes / tokens)
+        return (loss, sums) if return_outputs else loss
+
+    def _sums(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        sums: Mapping[str, Tensor] = model(**self._fed(inputs))
+        return sums
+
+    def _fed(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the redirected forward takes: the batch, and what the teacher says about it."""
+        fed = {name: inputs[name] for name in ("input_ids", "position_ids", "labels")}
+        if self._teacher is not None:
+            with torch.no_grad():
+                fed["teacher_hidden"] = self._teacher.signal(fed).hidden_BTE
+        return fed
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clip; a gradient that is not finite stops the run, unless the fp16 scaler will skip the step."""
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            scaler.unscale_(_bare(self.optimizer))
+        norm = super()._clip_grad_norm(model)
+        if scaler is None and norm is not None and not torch.isfinite(torch.as_tensor(float(norm))):
+            layer = first_named(bad_gradient(self.model.named_parameters()))
+            raise not_finite("gradient", self.state.global_step + 1, layer)
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Also tell the watch."""
+        super().log(logs, start_time)
+        if self._watch is not None and "loss" in logs:
+            skipped = bool(self.accelerator.optimizer_step_was_skipped)
+            norm = float(logs.get("grad_norm", 0.0))
+            step = self.state.global_step
+            self._watch.step(step, logs["loss"], logs["learning_rate"], norm, skipped)
+        if self._watch is not None and "eval_loss" in logs:
+            self._watch.evaluation(self.state.global_step, logs["eval_loss"])
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Mean loss per supervised token over the validation rows, all ranks together."""
+        if self._validation is None:
+            return {}
+        model = self.model_wrapped
+        model.eval()
+        totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        batches = self._validation_batches(self._validation)
+        with torch.no_grad(), self._evaluating(len(batches)) as bar:
+            for batch in batches:
+                inputs = self._prepare_inputs(batch)
+                totals[0] += self._sums(model, inputs)[LOSS]
+                totals[1] += supervised_tokens(inputs["labels"])
+                bar.advance()
+        model.train()
+        total, tokens = _summed(totals).tolist()
+        metrics = {"eval_loss": total / max(tokens, 1)}
+        self.log(dict(metrics))
+        return metrics
+
+    def _validation_batches(self, rows: Rows) -> list[dict[str, Tensor]]:
+        """This rank's batches; every rank has as many, a missing one supervises no token."""
+        world, rank, size = self.args.world_size, self.args.process_index, self._setting.micro_batch_size
+        indices = [list(range(i, min(i + size, len(rows)))) for i in range(0, len(rows), size)]
+        batches = [stack([rows[i] for i in part]) for part in indices[rank::world]]
+        if len(batches) < -(-len(indices) // world):
+            empty = stack([rows[0]])
+            batches.append(empty | {"labels": torch.full_like(empty["labels"], IGNORED)})
+        return batches
+
+    def _evaluating(self, batches: int) -> Progress:
+        """Progress of an evaluation, shown by the main process and only where it takes a while."""
+        shown = self._watch is not None and batches >= LONG_EVALUATION
+        return Progress("Evaluating", batches, unit="batches", stream=None if shown else _Silent())
+
+    def last_evaluation(self) -> float | None:
+        """Validation loss after the last step, evaluated now if it has not been; None without such rows."""
+        for entry in reversed(self.state.log_history):
+            if "eval_loss" in entry and entry["step"] == self.state.global_step:
+                return float(entry["eval_loss"])
+        return self.evaluate().get("eval_loss")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Whole weights in a checkpoint only where the engine does not write its own shards."""
+        Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write, wait for all ranks, then declare it complete and remove the others."""
+        super()._save_checkpoint(model, trial)
+        _barrier()
+        folder = Path(self.args.output_dir)
+        if self.is_world_process_zero():
+            made = folder / f"{checkpoint.PREFIX}{self.state.global_step}"
+            checkpoint.seal(made, self._identity)
+            checkpoint.sweep(folder, made)
+        _barrier()
+
+
+class _Silent(StringIO):
+    """A stream that drops everything."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+def _bare(optimizer: Any) -> Any:
+    """The torch optimiser inside Accelerate's wrappers."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _summed(tensor: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def _barrier() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+

@@ -1,0 +1,95 @@
+"""What a training run tells: a progress line while it lasts, and one JSON line per step that stays."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from compresskit.progress import Progress
+
+LOSSES = "losses.jsonl"
+
+
+class LossLog:
+    """``losses.jsonl``: one object per optimiser step, and one per evaluation.
+
+    A step has step, loss (nats per supervised token), learning_rate, grad_norm, tokens (so far), seconds (so
+    far, of this start) and skipped (fp16 only); an evaluation has step and validation_loss.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole lines; a line cut short by a kill is left out."""
+        if not self.path.is_file():
+            return []
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        return [record for record in map(_parse, lines) if record is not None]
+
+    def cut_after(self, step: int) -> None:
+        """Forget what was written after ``step``, the one a restart continues from."""
+        kept = [record for record in self.read() if record["step"] <= step]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        os.replace(partial, self.path)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one line."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def losses(self) -> list[float]:
+        """The training loss of each step."""
+        return [r["loss"] for r in self.read() if "loss" in r]
+
+    def skipped(self) -> int:
+        """Steps that the fp16 loss scaler skipped."""
+        return sum(bool(r.get("skipped")) for r in self.read())
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        record: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return record
+
+
+class Watch:
+    """Writes the loss log and moves the progress line; only the main process has one.
+
+    Args:
+        log: where losses go.
+        title: of the progress line.
+        steps: of the whole run.
+        done: steps already behind, after a restart.
+        tokens_per_step: input tokens of one optimiser step over all processes.
+    """
+
+    def __init__(self, log: LossLog, *, title: str, steps: int, done: int, tokens_per_step: int) -> None:
+        self.log, self.progress = log, Progress(title, steps, unit="steps", done=done)
+        self._done, self._tokens = done, tokens_per_step
+        self._start = time.monotonic()
+
+    def step(self, step: int, loss: float, learning_rate: float, grad_norm: float, skipped: bool) -> None:
+        """One optimiser step is done."""
+        seconds = time.monotonic() - self._start
+        record = {
+            "step": step,
+            "loss": loss,
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+            "tokens": step * self._tokens,
+            "seconds": round(seconds, 3),
+        }
+        self.log.write(record | ({"skipped": True} if skipped else {}))
+        rate = (step - self._done) * self._tokens / max(seconds, 1e-9)
+        self.progress.advance(1, f"loss {loss:.4f}, {rate:,.0f} tokens/s")
+
+    def evaluation(self, step: int, loss: float) -> None:
+        """One evaluation is done."""
+        self.log.write({"step": step, "validation_loss": loss})
