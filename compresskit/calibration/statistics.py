@@ -119,11 +119,11 @@ class Accumulator:
             elif need == "input_gram":
                 sums.addmm_(x_TI.t(), x_TI)
 
-    def stats(self, layer: str = "") -> LayerStats:
-        """The statistics so far, of the layer called ``layer``; this accumulator stays as it is."""
+    def finish(self, layer: str = "") -> LayerStats:
+        """The statistics of the layer called ``layer``; call once, the sums are used up."""
         tokens = max(self.num_tokens, 1)
-        fields = {
-            STATISTICS[need]: (sums if need == "input_abs_max" else sums / tokens).float()
-            for need, sums in self._sums.items()
-        }
+        for need, sums in self._sums.items():
+            if need != "input_abs_max":
+                sums /= tokens
+        fields = {STATISTICS[need]: sums.float() for need, sums in self._sums.items()}
         return LayerStats(num_tokens=self.num_tokens, layer=layer, **fields)

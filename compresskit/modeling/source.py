@@ -22,7 +22,7 @@ from compresskit.modeling.checkpoint import Layout, find_tensors, lay_out, liste
 from compresskit.modeling.fetch import build_anew, fetch, is_config
 from compresskit.modeling.shards import Stored
 from compresskit.modeling.skeleton import CONFIG, load_config, skeleton_of
-from compresskit.registry import locate, nearest
+from compresskit.registry import nearest
 
 if TYPE_CHECKING:
     from compresskit.formats.grid import Grid
@@ -163,9 +163,10 @@ class ModelSource:
     def _grids(self) -> Mapping[str, Grid]:
         if not (self.directory / GRIDS).is_file():
             return {}
-        # By name, since formats stand beside modeling and only a model that has grids needs them.
-        found: Mapping[str, Grid] = locate("compresskit.formats.grid:read_grids")(self.directory)
-        return found
+        # Here, since formats stand beside modeling and only a model that has grids needs them.
+        from compresskit.formats.grid import read_grids
+
+        return read_grids(self.directory)
 
 
 def open_model(
@@ -227,7 +228,7 @@ def _require_directory(directory: Path) -> None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """No NaN or infinity in ``tensor``, found without a mask of its size: NaN survives minimum and maximum."""
+    """No NaN or infinity in ``tensor``, found without a mask: NaN survives minimum and maximum."""
     if tensor.dtype.itemsize == 1:
         tensor = tensor.float()
     low, high = tensor.aminmax()
