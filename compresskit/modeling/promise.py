@@ -70,12 +70,13 @@ class Tied:
         absent = tuple(f"{name} is missing" for name in self.names if name not in now)
         if absent:
             return absent[:10]
+        others = [name for name in self.names if name != self.layer]
         if isinstance(now, ModelSource):
             groups = [set(group) for group in now.anatomy.tied]
-            loose = [n for n in self.names if not any({n, self.layer} <= group for group in groups)]
+            loose = [n for n in others if not any({n, self.layer} <= group for group in groups)]
         else:
             first = now.tensor(self.layer)
-            loose = [n for n in self.names if not torch.equal(first, now.tensor(n))]
+            loose = [n for n in others if not torch.equal(first, now.tensor(n))]
         return tuple(f"{name} is no longer tied to {self.layer}" for name in loose[:10])
 
 
