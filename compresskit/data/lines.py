@@ -34,14 +34,11 @@ def open_bytes(path: Path) -> IO[bytes]:
         DataError: it cannot be opened.
     """
     try:
-        raw = path.open("rb")
+        return cast(IO[bytes], gzip.GzipFile(path)) if path.suffix == ".gz" else path.open("rb")
     except OSError as error:
         raise bad(
             str(path), "a file that can be read", str(error), "Check the path and its rights."
         ) from error
-    if path.suffix == ".gz":
-        return cast(IO[bytes], io.BufferedReader(gzip.GzipFile(fileobj=raw)))
-    return raw
 
 
 def _whole_characters(line: bytes, file: IO[bytes]) -> bytes:

@@ -19,13 +19,6 @@ from compresskit.errors import DataError
 
 LOOP = "for i in range(3):\n    print(i)\n"
 TEXTS = ["def one():\n    return 1\n", "x = 2\n", "", LOOP, "y", "import os\n" * 9]
-    "def one():\n    return 1\n",
-    "x = 2\n",
-    "",
-    "for i in range(3):\n    print(i)\n",
-    "y",
-    "import os\n" * 9,
-]
 
 
 @pytest.fixture(scope="module")
