@@ -212,13 +212,15 @@ def _is_list(of: Callable[[Json], bool], length: int | None = None) -> Callable[
 
 
 def _is_plain(value: Json) -> bool:
-    return value is None or isinstance(value, str | bool | int | float) or _is_list(_is_plain)(value)
+    if value is None or isinstance(value, str | bool | int | float):
+        return True
+    return _is_list(_is_plain)(value) or _is_map(_is_plain)(value)
 
 
 FIELD_CHECKS: Mapping[str, tuple[str, Callable[[Json], bool]]] = {
     "kind": ("a non-empty text", _is_text),
     "subject": ("a non-empty text", _is_text),
-    "values": ("a mapping of names to numbers, texts or null", _is_map(_is_plain)),
+    "values": ("a mapping of names to plain values", _is_map(_is_plain)),
     "quartiles": ("a mapping of names to three numbers", _is_map(_is_list(_is_number, 3))),
     "settings": ("a mapping of names to plain values", _is_map(_is_plain)),
     "notes": ("a list of texts", _is_list(_is_text)),

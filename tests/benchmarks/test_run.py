@@ -1,0 +1,57 @@
+"""The results of benchmarks are appended to, never edited."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.run import append_record as append
+from benchmarks.run import benchmarks, main
+from compresskit.errors import InputError
+from compresskit.measure import read_records
+from compresskit.recipe import load_recipe
+
+RECIPES = sorted((Path(__file__).parents[2] / "benchmarks" / "recipes").glob("*.yaml"))
+
+
+def test_records_are_appended(tmp_path: Path) -> None:
+    first = append("kill", {"runs": [{"same": True}]}, subject="a", results=tmp_path)
+    before = json.loads(first.read_text())
+    second = append("kill", {"runs": []}, subject="b", results=tmp_path, settings={"steps": 3})
+    assert first == second
+    assert json.loads(second.read_text())[0] == before[0]
+    assert [r.subject for r in read_records(second)] == ["a", "b"]
+    assert {"load_average", "steps"} <= set(read_records(second)[1].settings)
+
+
+def test_a_damaged_file_is_left_as_it_is(tmp_path: Path) -> None:
+    path = append("kill", {}, subject="a", results=tmp_path)
+    path.write_text("[{")
+    with pytest.raises(InputError, match="records in JSON"):
+        append("kill", {}, subject="b", results=tmp_path)
+    assert path.read_text() == "[{"
+
+
+def test_names_that_are_no_file_names(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="letters, digits and dashes"):
+        append("../kill", {}, subject="a", results=tmp_path)
+
+
+def test_values_that_are_no_plain_data(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="threads"):
+        append("kill", {}, subject="a", results=tmp_path, threads=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_benchmark_lists_the_known(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "latency" in benchmarks()
+    with pytest.raises(SystemExit):
+        main(["latancy"])
+    assert "Known: latency" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_recipes_load(path: Path) -> None:
+    assert load_recipe(path, {"model": "somewhere"}).stages
