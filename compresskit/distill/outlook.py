@@ -69,7 +69,8 @@ def forecast_training(fields: TrainingFields, model: Outlook, *, teacher_bytes: 
     inner = getattr(config, "intermediate_size", None) or 4 * width
     vocabulary = getattr(config, "vocab_size", 0) or 0
     tokens = setting.micro_batch_size * (
-        fields.context_length or min(getattr(config, "max_position_embeddings", None) or 2048, DEFAULT_CONTEXT)
+        fields.context_length
+        or min(getattr(config, "max_position_embeddings", None) or 2048, DEFAULT_CONTEXT)
     )
     shards = {"fsdp": setting.processes, "deepspeed": setting.processes}.get(setting.strategy, 1)
     states = anatomy.num_parameters * STATE_BYTES // shards

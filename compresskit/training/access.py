@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -149,6 +149,6 @@ def zero_fraction(tensor: Tensor) -> float:
     return float((tensor == 0).sum()) / max(tensor.numel(), 1)
 
 
-def cast_like(tensors: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:
+def cast_like(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
     """``tensors`` in the dtypes they had before training; zeros stay zeros in every float dtype."""
     return {name: t.to(dtypes.get(name, t.dtype)) for name, t in tensors.items()}

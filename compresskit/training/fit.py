@@ -14,15 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainingArguments
 from transformers.utils import logging
 
 from compresskit.errors import DataError, Fault, PlanError
 from compresskit.kernels.dispatch import used
-from compresskit.modeling.anatomy import anatomy_of
 from compresskit.training import checkpoint
 from compresskit.training.access import access_for, cast_like, local_bytes
-from compresskit.training.engine import accumulation_steps, claim, engine_arguments, resolve, running_engine
+from compresskit.training.arguments import CHECKPOINTS, training_arguments
+from compresskit.training.engine import resolve, running_engine
 from compresskit.training.fields import TrainingFields
 from compresskit.training.finite import require_finite_weights
 from compresskit.training.objective import CrossEntropy, Objective, TeacherProvider
@@ -32,14 +31,19 @@ from compresskit.training.rules import Setting, launched_processes, training_fau
 from compresskit.training.trainer import StageTrainer
 from compresskit.training.watch import LOSSES, LossLog, Watch
 
-CHECKPOINTS = "checkpoints"
 LAST = 10
 """Steps whose mean is the final training loss."""
+SWITCHES = (
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_TORCH_DEVICE",
+    "ACCELERATE_USE_CPU",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainOutcome:
-    """What a training run came to; plain data, the same whenever the run is repeated.
+    """What a training run came to, as plain data; nearly all of it the same whenever the run is repeated.
 
     Attributes:
         steps: optimiser steps of the whole run.
@@ -52,6 +56,7 @@ class TrainOutcome:
         parameter_bytes: that this rank kept between steps.
         kernels: op -> implementation.
         resumed_from: step this start continued from; 0 for a fresh one. Not part of a manifest.
+        seconds: that the steps since then took. Not part of a manifest.
         warnings: full sentences.
     """
 
@@ -65,6 +70,7 @@ class TrainOutcome:
     parameter_bytes: int
     kernels: Mapping[str, str] = field(default_factory=dict)
     resumed_from: int = 0
+    seconds: float = 0.0
     warnings: tuple[str, ...] = ()
 
 
@@ -82,6 +88,7 @@ def fit(
     device: str = "auto",
     save: Callable[[Mapping[str, Tensor]], None] | None = None,
     title: str = "Training",
+    warnings: tuple[str, ...] = (),
 ) -> TrainOutcome:
     """Train ``model`` in place; started again after a kill it continues at the last complete checkpoint.
 
@@ -99,9 +106,10 @@ def fit(
         held: layers whose zero weights stay zero.
         seed: of data order and dropout.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:0``.
-        save: called on every rank at the end with the whole state dict in the model's own dtypes (empty except
-            on the main process).
+        save: called on every rank at the end with the whole state dict in the model's own dtypes; it is
+            empty except on the main process.
         title: of the progress line.
+        warnings: of whoever made the rows; passed on in the outcome.
 
     Returns:
         The outcome, on every rank.
@@ -124,13 +132,20 @@ def fit(
     identity = _identity(fields, setting, steps, seed, len(rows), objective)
     scratch.mkdir(parents=True, exist_ok=True)
     start = checkpoint.latest(scratch / CHECKPOINTS, identity)
-    access = access_for(setting.strategy, fields.zero_stage)
-    log = LossLog(scratch / LOSSES)
-    with _trainable(model, fields) as dtypes:
-        arguments = _arguments(setting, model, steps, scratch, seed, device, validation is not None)
+    done = checkpoint.step_of(start) if start else 0
+    with _restored_environment(), _trainable(model, fields) as dtypes:
+        arguments = training_arguments(
+            setting,
+            model,
+            steps=steps,
+            scratch=scratch,
+            seed=seed,
+            device=device,
+            evaluates=validation is not None,
+        )
         main = arguments.process_index == 0
-        done = checkpoint.step_of(start) if start else 0
-        watch = _watch(log, title, steps, done, fields.batch_size * _width(rows)) if main else None
+        log = LossLog(scratch / LOSSES)
+        tokens_per_step = fields.batch_size * _width(rows)
         trainer = StageTrainer(
             model,
             arguments,
@@ -139,37 +154,77 @@ def fit(
             teacher=teacher,
             setting=setting,
             held=held,
-            access=access,
-            watch=watch,
+            access=access_for(setting.strategy, fields.zero_stage),
+            watch=_watch(log, title, steps, done, tokens_per_step) if main else None,
             identity=identity,
         )
-        head = teacher.head() if teacher is not None else None
-        with trainer.resources, redirected(model, objective, precision=fields.precision, teacher_head=head):
-            if watch is not None:
-                with watch.progress, _quiet_transformers():
-                    trainer.train(resume_from_checkpoint=str(start) if start else None)
-            else:
-                trainer.train(resume_from_checkpoint=str(start) if start else None)
-            validated = trainer.last_evaluation()
-        tensors = access.gather(model, keep=main and save is not None)
-        require_finite_weights(tensors, steps)
-        if save is not None:
-            save(cast_like(tensors, dtypes))
-        kept = local_bytes(access, model)
-        engine = running_engine(trainer.model_wrapped, model)
-    losses = log.losses() if main else [0.0]
+        with redirected(model, objective, precision=fields.precision, teacher=teacher):
+            validated = _run(trainer, start)
+        _deliver(trainer, model, steps, dtypes, save)
+        return _outcome(trainer, model, log, steps, done, validated, warnings)
+
+
+def _run(trainer: StageTrainer, start: Path | None) -> float | None:
+    """Train from ``start``; returns the validation loss at the end."""
+    with trainer.resources, _quiet_transformers(), trainer.progress:
+        trainer.train(resume_from_checkpoint=str(start) if start else None)
+        return trainer.last_evaluation()
+
+
+def _deliver(
+    trainer: StageTrainer,
+    model: nn.Module,
+    steps: int,
+    dtypes: Mapping[str, torch.dtype],
+    save: Callable[[Mapping[str, Tensor]], None] | None,
+) -> None:
+    """Gather the weights, make sure they are finite, and hand them to ``save`` in their own dtypes."""
+    tensors = trainer.access.gather(model, keep=trainer.is_world_process_zero())
+    require_finite_weights(tensors, steps)
+    if save is not None:
+        save(cast_like(tensors, dtypes))
+
+
+def _outcome(
+    trainer: StageTrainer,
+    model: nn.Module,
+    log: LossLog,
+    steps: int,
+    done: int,
+    validated: float | None,
+    warnings: tuple[str, ...],
+) -> TrainOutcome:
+    """What the run came to; ranks above 0 know no losses."""
+    main = trainer.is_world_process_zero()
+    losses = (log.losses() if main else []) or [math.nan]
     return TrainOutcome(
         steps=steps,
         first_loss=losses[0],
         final_loss=sum(losses[-LAST:]) / len(losses[-LAST:]),
         validation_loss=validated,
         skipped_steps=log.skipped() if main else 0,
-        engine=engine,
-        processes=setting.processes,
-        parameter_bytes=kept,
+        engine=running_engine(trainer.model_wrapped, model),
+        processes=trainer.args.world_size,
+        parameter_bytes=local_bytes(trainer.access, model),
         kernels=used(),
         resumed_from=done,
+        seconds=log.seconds() if main else 0.0,
+        warnings=warnings,
     )
+
+
+@contextmanager
+def _restored_environment() -> Iterator[None]:
+    """Accelerate leaves switches in the environment that would decide the engine of a later stage."""
+    before = {name: os.environ.get(name) for name in SWITCHES}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextmanager
@@ -244,51 +299,3 @@ def _identity(
         facts.pop(name)
     text = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _arguments(
-    setting: Setting,
-    model: nn.Module,
-    steps: int,
-    scratch: Path,
-    seed: int,
-    device: str,
-    evaluates: bool,
-) -> TrainingArguments:
-    """TrainingArguments for this run; the engine is claimed first, as it must be."""
-    fields = setting.fields
-    if ":" in device:
-        os.environ["ACCELERATE_TORCH_DEVICE"] = device
-    configured = claim(setting)
-    accumulation = accumulation_steps(fields, setting)
-    blocks = anatomy_of(model).blocks
-    classes = sorted({type(model.get_submodule(name)).__name__ for name in blocks})
-    arguments = TrainingArguments(
-        output_dir=str(scratch / CHECKPOINTS),
-        max_steps=steps,
-        per_device_train_batch_size=setting.micro_batch_size,
-        gradient_accumulation_steps=accumulation,
-        learning_rate=fields.learning_rate,
-        lr_scheduler_type=fields.lr_schedule,
-        warmup_steps=round(fields.warmup_fraction * steps),
-        optim=fields.optimizer,
-        weight_decay=fields.weight_decay,
-        max_grad_norm=fields.max_grad_norm,
-        seed=seed,
-        data_seed=seed,
-        use_cpu=setting.device == "cpu",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="steps" if fields.checkpoint_every else "no",
-        save_steps=fields.checkpoint_every or 500,
-        eval_strategy="steps" if fields.eval_every and evaluates else "no",
-        eval_steps=fields.eval_every or None,
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=setting.device == "cuda",
-        accelerator_config={"split_batches": False, "dispatch_batches": False, **configured},
-        **engine_arguments(setting, classes, accumulation),
-    )
-    arguments._n_gpu = min(arguments._n_gpu, 1)  # one process means one device, never torch's DataParallel
-    return arguments

@@ -13,14 +13,21 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from compresskit.training.objective import Head, Objective, Signal, head_module, softcap_of
+from compresskit.training.objective import (
+    Head,
+    Objective,
+    Signal,
+    TeacherProvider,
+    head_module,
+    softcap_of,
+)
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @contextmanager
 def redirected(
-    model: nn.Module, objective: Objective, *, precision: str, teacher_head: Head | None
+    model: nn.Module, objective: Objective, *, precision: str, teacher: TeacherProvider | None
 ) -> Iterator[None]:
     """While this lasts, ``model(input_ids=, position_ids=, labels=, teacher_hidden=)`` returns the objective's sums.
 
@@ -28,7 +35,7 @@ def redirected(
         model: a causal language model, not wrapped yet.
         objective: what to compute.
         precision: ``fp32``, ``bf16`` or ``fp16``: the type matrix products run in; weights are not touched.
-        teacher_head: the teacher's output projection.
+        teacher: whose output projection the objective needs, or None.
     """
     head = head_module(model)
     softcap = softcap_of(model)
@@ -37,12 +44,14 @@ def redirected(
         input_ids: Tensor, position_ids: Tensor, labels: Tensor, teacher_hidden: Tensor | None = None
     ) -> Mapping[str, Tensor]:
         signal = None
-        if teacher_hidden is not None and teacher_head is not None:
-            signal = Signal(teacher_hidden, teacher_head)
+        if teacher_hidden is not None and teacher is not None:
+            signal = Signal(teacher_hidden, teacher.head())
 
         def project(hidden: Tensor) -> Mapping[str, Tensor]:
             bias = getattr(head, "bias", None)
-            return objective.score(_narrow(hidden, precision), Head(head.weight, bias, softcap), labels, signal)
+            return objective.score(
+                _narrow(hidden, precision), Head(head.weight, bias, softcap), labels, signal
+            )
 
         kind = input_ids.device.type
         with torch.autocast(kind, dtype=AUTOCAST.get(precision), enabled=precision in AUTOCAST):

@@ -35,10 +35,18 @@ class Setting:
 
     @property
     def strategy(self) -> str:
-        """The strategy in force: ``auto`` is ``ddp`` for several processes and ``single`` for one."""
-        if self.fields.strategy == "auto":
-            return "ddp" if self.processes > 1 else "single"
-        return self.fields.strategy
+        """The strategy in force.
+
+        ``auto`` is what an existing launch asks Accelerate for, else ``ddp`` for several processes and
+        ``single`` for one.
+        """
+        if self.fields.strategy != "auto":
+            return self.fields.strategy
+        launched = launched_processes() is not None
+        for name in ("fsdp", "deepspeed"):
+            if launched and os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true":
+                return name
+        return "ddp" if launched or self.processes > 1 else "single"
 
     @property
     def micro_batch_size(self) -> int:
@@ -240,7 +248,9 @@ def number_faults(fields: TrainingFields, where: str) -> list[Fault]:
     if not fields.warmup_fraction < 1:
         got = str(fields.warmup_fraction)
         faults.append(
-            Fault(f"{where}.warmup_fraction", "less than 1", got, "Give a fraction of the steps, such as 0.05.")
+            Fault(
+                f"{where}.warmup_fraction", "less than 1", got, "Give a fraction of the steps, such as 0.05."
+            )
         )
     return faults
 

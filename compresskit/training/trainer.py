@@ -70,7 +70,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         identity: str,
     ) -> None:
         self._setting, self._teacher, self._validation = setting, teacher, validation
-        self._held, self._access, self._watch, self._identity = held, access, watch, identity
+        self._held, self._watch, self._identity = held, watch, identity
+        self.access = access
         self.resources = ExitStack()
         super().__init__(
             model=model, args=args, train_dataset=rows, eval_dataset=validation, data_collator=stack
@@ -87,10 +88,15 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         if self._setting.fields.precision == "fp16":
             self.accelerator.scaler = torch.amp.GradScaler(self._setting.device)
 
+    @property
+    def progress(self) -> Progress:
+        """The progress line of the main process; elsewhere one that shows nothing."""
+        return self._watch.progress if self._watch else Progress("", 0, stream=_Silent())
+
     def when_prepared(self) -> None:
         """Check the engine and hold the zeros, until ``resources`` is closed."""
         require_engine(self._setting, self.model_wrapped, self.model)
-        self.resources.enter_context(hold_zeros(self.model, self._held, self._access))
+        self.resources.enter_context(hold_zeros(self.model, self._held, self.access))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(train_dataset or self.train_dataset)
@@ -240,4 +246,3 @@ def _summed(tensor: Tensor) -> Tensor:
 def _barrier() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
-

@@ -46,6 +46,10 @@ class LossLog:
         """The training loss of each step."""
         return [r["loss"] for r in self.read() if "loss" in r]
 
+    def seconds(self) -> float:
+        """How long the steps of the last start took."""
+        return float(next((r["seconds"] for r in reversed(self.read()) if "seconds" in r), 0.0))
+
     def skipped(self) -> int:
         """Steps that the fp16 loss scaler skipped."""
         return sum(bool(r.get("skipped")) for r in self.read())

@@ -1,0 +1,25 @@
+"""The contract of a distillation loss. Shapes as in ``compresskit.training.objective``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from compresskit.training.objective import Head, Signal
+
+
+class DistillLoss(Protocol):
+    """A frozen dataclass whose fields are the hyperparameters and whose score() is pure.
+
+    A stage's ``temperature`` and ``cross_entropy_weight`` are passed to a loss that has such fields.
+    """
+
+    needs_teacher: ClassVar[bool]
+
+    def score(
+        self, hidden_BTD: Tensor, head: Head, labels_BT: Tensor, signal: Signal | None
+    ) -> Mapping[str, Tensor]:
+        """Sums over supervised tokens, in nats; ``loss`` is minimised. Never makes two (B, T, V) tensors."""
+        ...

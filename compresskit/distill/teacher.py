@@ -1,0 +1,48 @@
+"""Where a teacher's signal comes from. So far: a replica of the whole teacher in every process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compresskit.modeling import load_model
+from compresskit.training.objective import Head, Signal, head_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replica:
+    """The whole teacher in its own dtype, never trained, never wrapped, moved to where the batches are.
+
+    Attributes:
+        directory: of the teacher's checkpoint.
+        vocabulary: how many ids it shares with the student; its projection is cut to them.
+        trust_remote_code: whether code in the directory may run.
+    """
+
+    directory: str
+    vocabulary: int
+    trust_remote_code: bool = False
+
+    @cached_property
+    def _model(self) -> nn.Module:
+        model: Any = load_model(Path(self.directory), trust_remote_code=self.trust_remote_code)
+        frozen: nn.Module = model.eval().requires_grad_(False)
+        return frozen
+
+    def head(self) -> Head:
+        """Its output projection onto the shared ids."""
+        return head_of(self._model).cut(self.vocabulary)
+
+    def signal(self, inputs: Mapping[str, Tensor]) -> Signal:
+        """Hidden states (B, T, E) for ``input_ids`` and ``position_ids``, each int64 (B, T)."""
+        ids = inputs["input_ids"]
+        base: Any = self._model.to(ids.device).base_model
+        with torch.no_grad():
+            hidden = base(input_ids=ids, position_ids=inputs["position_ids"], use_cache=False)[0]
+        return Signal(hidden, self.head())

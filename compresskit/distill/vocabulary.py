@@ -1,0 +1,80 @@
+"""May this teacher teach this student? Their token ids must mean the same; found out before any weight is read.
+
+Model families pad their embeddings to different sizes (Qwen2.5: 151,936 rows below 7B, 152,064 above) while the
+tokenizers agree. Then both projections are cut to the rows they share, which is exact: no text holds the rest.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compresskit.errors import Fault, InputError
+from compresskit.modeling import ModelSource, load_tokenizer, open_model
+
+if TYPE_CHECKING:
+    from compresskit.stage import Outlook
+
+SHOWN = 3
+
+
+def teacher_faults(teacher: str | None, model: Outlook, where: str) -> list[Fault]:
+    """What is wrong with ``teacher`` for a student such as ``model``; reads headers and tokenizers only."""
+    try:
+        source = open_model(teacher or str(model.original))
+    except InputError as error:
+        return [_at(f"{where}.teacher", fault) for fault in error.faults]
+    if not source.anatomy.is_causal or source.anatomy.head is None:
+        got = type(source.config).__name__
+        cure = "Choose a causal language model."
+        return [Fault(f"{where}.teacher", "a causal language model", got, cure)]
+    return vocabulary_faults(model.tokenizer, vocabulary_of(model.config), source, f"{where}.teacher")
+
+
+def vocabulary_faults(tokenizer: Path, rows: int, teacher: ModelSource, where: str) -> list[Fault]:
+    """Why the token ids of ``teacher`` do not mean what the student's mean.
+
+    Args:
+        tokenizer: directory of the student's.
+        rows: ids the student's embedding has.
+        teacher: opened, its weights unread.
+        where: prefix of each fault.
+    """
+    try:
+        ours, theirs = (load_tokenizer(d).get_vocab() for d in (tokenizer, teacher.directory))
+    except InputError as error:
+        return [_at(where, fault) for fault in error.faults]
+    cure = "Choose a teacher with the student's tokenizer, or build the student anew with the teacher's."
+    if ours != theirs:
+        differ = [token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token)]
+        shown = ", ".join(f"{t!r} is {ours.get(t)} and {theirs.get(t)}" for t in sorted(differ)[:SHOWN])
+        got = f"{len(differ)} tokens that differ (student {len(ours)}, teacher {len(theirs)} in all): {shown}"
+        return [Fault(where, "the same token ids in teacher and student", got, cure)]
+    needed = max(ours.values(), default=-1) + 1
+    shared = shared_vocabulary(rows, teacher)
+    if shared < needed:
+        got = f"{rows} rows in the student and {vocabulary_of(teacher.config)} in the teacher"
+        return [Fault(where, f"an output projection for each of {needed} token ids", got, cure)]
+    return []
+
+
+def shared_vocabulary(rows: int, teacher: ModelSource) -> int:
+    """How many ids both projections have, given that the tokenizers agree."""
+    return min(rows, vocabulary_of(teacher.config))
+
+
+def vocabulary_of(config: object) -> int:
+    """Rows of the output projection of a model with such a configuration."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return int(text.vocab_size)  # type: ignore[attr-defined]
+
+
+def teacher_bytes(teacher: str | None, model: Outlook) -> int:
+    """Of the teacher's weights."""
+    return open_model(teacher or str(model.original)).bytes
+
+
+def _at(where: str, fault: Fault | str) -> Fault:
+    if isinstance(fault, str):
+        return Fault(where, "a usable teacher", fault, "Choose another one.")
+    return Fault(f"{where} ({fault.where})", fault.expected, fault.got, fault.cure)

@@ -1,0 +1,178 @@
+"""A training run as plain data, so that any process can carry it out: alone, launched here, or in a launch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from compresskit.data.pack import packed
+from compresskit.data.spec import DataSpec
+from compresskit.errors import DataError
+from compresskit.modeling import ModelSource, load_model, load_tokenizer
+from compresskit.registry import locate
+from compresskit.training.fields import TrainingFields
+from compresskit.training.fit import TrainOutcome, fit
+from compresskit.training.hold import require_held
+from compresskit.training.launch import launch
+from compresskit.training.order import Rows
+from compresskit.training.rules import launched_processes
+from compresskit.training.write import write_checkpoint
+
+OUTCOME = "outcome.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A class by name, ``module:Class``, and the keyword arguments to make it with."""
+
+    target: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def make(self) -> Any:
+        """An instance."""
+        return locate(self.target)(**self.options)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainJob:
+    """Everything a training process needs to know; survives JSON.
+
+    Attributes:
+        model: directory of the checkpoint to start from.
+        out: directory for the result; exists.
+        scratch: directory for checkpoints, the loss log and messages between processes.
+        fields: of TrainingFields.
+        objective: an ``Objective``.
+        teacher: a ``TeacherProvider``, or None.
+        data: of DataSpec.
+        context_length: tokens per row.
+        cache: directory of the token cache.
+        validation_rows: at most so many are evaluated on; 0 for none.
+        held: layers whose zeros stay.
+        seed: of data order and dropout.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:0``.
+        trust_remote_code: whether code in the model's directory may run.
+        title: of the progress line.
+    """
+
+    model: str
+    out: str
+    scratch: str
+    fields: Mapping[str, Any]
+    objective: Part
+    teacher: Part | None = None
+    data: Mapping[str, Any]
+    context_length: int
+    cache: str
+    validation_rows: int = 256
+    held: tuple[str, ...] = ()
+    seed: int = 0
+    device: str = "auto"
+    trust_remote_code: bool = False
+    title: str = "Training"
+
+    def to_json(self) -> str:
+        """As text that :meth:`from_json` reads back to an equal job."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainJob:
+        """Inverse of :meth:`to_json`."""
+        data = json.loads(text)
+        for name in ("objective", "teacher"):
+            data[name] = data[name] and Part(**data[name])
+        return cls(**data | {"held": tuple(data["held"])})
+
+    @property
+    def training(self) -> TrainingFields:
+        """The fields as the dataclass."""
+        return TrainingFields(**self.fields)
+
+
+def train(job: TrainJob) -> TrainOutcome:
+    """Carry out ``job``: here, in processes of its own, or as one rank of the launch this process is in.
+
+    Args:
+        job: what to do. Started again after a kill it continues at the last complete checkpoint.
+
+    Returns:
+        The outcome; ``job.out`` holds a complete Hugging Face directory.
+
+    Raises:
+        PlanError, DataError, EngineError: it cannot be done as asked.
+        NumericError: a loss, gradient or weight is not finite.
+        WorkerError: a process died; the message ends with its traceback.
+    """
+    fields = job.training
+    if launched_processes() is not None or (fields.processes == 1 and fields.strategy != "deepspeed"):
+        return carry_out(job)
+    scratch = Path(job.scratch)
+    scratch.mkdir(parents=True, exist_ok=True)
+    _rows(job)  # fills the token cache once, before every worker would
+    launch(job.to_json(), fields.processes, scratch)
+    return outcome_from_json((scratch / OUTCOME).read_text(encoding="utf-8"))
+
+
+def carry_out(job: TrainJob) -> TrainOutcome:
+    """The part of one process: load, train, and on the main one save."""
+    source = ModelSource(job.model, trust_remote_code=job.trust_remote_code)
+    rows, validation, notes = _rows(job)
+    model = load_model(source, dtype="auto", device="cpu")
+
+    def save(tensors: Mapping[str, Tensor]) -> None:
+        if tensors:
+            require_held(tensors, job.held, source.tensor)
+            write_checkpoint(source, Path(job.out), tensors)
+
+    outcome = fit(
+        model,
+        rows,
+        fields=job.training,
+        scratch=Path(job.scratch),
+        objective=job.objective.make(),
+        teacher=job.teacher.make() if job.teacher else None,
+        validation=validation,
+        held=job.held,
+        seed=job.seed,
+        device=job.device,
+        save=save,
+        title=job.title,
+        warnings=notes,
+    )
+    if int(os.environ.get("RANK", "0")) == 0:
+        (Path(job.scratch) / OUTCOME).write_text(json.dumps(asdict(outcome)), encoding="utf-8")
+    return outcome
+
+
+def outcome_from_json(text: str) -> TrainOutcome:
+    """Inverse of ``json.dumps(asdict(outcome))``."""
+    data = json.loads(text)
+    return TrainOutcome(**data | {"warnings": tuple(data["warnings"])})
+
+
+def _rows(job: TrainJob) -> tuple[Rows, Rows | None, tuple[str, ...]]:
+    """Training rows, validation rows if the data has any, and what a reader should know about them."""
+    spec, tokenizer = DataSpec(**job.data), load_tokenizer(job.model, trust_remote_code=job.trust_remote_code)
+    size, cache = job.context_length, Path(job.cache)
+    rows = packed(spec, tokenizer, split="train", context_length=size, cache=cache)
+    notes = tuple(rows.warnings)
+    if not job.validation_rows or not spec.validation_fraction:
+        return rows, None, notes
+    try:
+        held_out = packed(
+            spec,
+            tokenizer,
+            split="validation",
+            context_length=size,
+            cache=cache,
+            rows=job.validation_rows,
+        )
+    except DataError as error:
+        return rows, None, (*notes, f"No validation loss was measured: {error}")
+    return rows, held_out, notes

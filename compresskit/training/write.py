@@ -1,0 +1,52 @@
+"""A trained model's tensors as the next checkpoint directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from compresskit.modeling import ModelSource, copy_sidecars
+from compresskit.modeling.checkpoint import INDEX, SINGLE
+from compresskit.modeling.shards import Pending, write_shard
+
+SHARD_BYTES = 5_000_000_000
+
+
+def write_checkpoint(source: ModelSource, out: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write ``tensors`` under the names of ``source``, and the files beside its weights; config.json last.
+
+    Args:
+        source: the checkpoint training started from; its stored dtypes are kept.
+        out: an existing directory.
+        tensors: the whole state dict; of tied parameters only the first is written.
+    """
+    groups: list[list[str]] = [[]]
+    room = SHARD_BYTES
+    for name in source.names():
+        size = tensors[name].numel() * source.dtype(name).itemsize
+        if groups[-1] and size > room:
+            groups.append([])
+            room = SHARD_BYTES
+        groups[-1].append(name)
+        room -= size
+    files = {}
+    for number, names in enumerate(groups, 1):
+        shard = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        pending = [
+            Pending(n, source.dtype(n), source.shape(n), partial(_stored, source, tensors, n)) for n in names
+        ]
+        write_shard(out / shard, pending)
+        files |= dict.fromkeys(names, shard)
+    if len(groups) > 1:
+        total = sum(tensors[n].numel() * source.dtype(n).itemsize for n in files)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+        (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    copy_sidecars(source.directory, out)
+
+
+def _stored(source: ModelSource, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    return tensors[name].to(source.dtype(name))
