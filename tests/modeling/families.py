@@ -64,7 +64,9 @@ def make(family: str, directory: Path, *, seed: int = 0, dtype: torch.dtype = to
     model = model.to(dtype)
     model.save_pretrained(directory)
     if family == "gpt2-bare":  # as on the hub: no "transformer." and a mask that is no longer stored
-        state = {k.removeprefix("transformer."): v for k, v in model.state_dict().items() if "lm_head" not in k}
+        state = {
+            k.removeprefix("transformer."): v for k, v in model.state_dict().items() if "lm_head" not in k
+        }
         state["h.0.attn.bias"] = torch.ones(1, 1, 64, 64)
         save_file({k: v.contiguous() for k, v in state.items()}, directory / "model.safetensors")
     return directory
