@@ -27,6 +27,7 @@ from compresskit.artifact import (
     open_artifact,
     publish,
     seal,
+    sha256_of,
     write_json,
 )
 from compresskit.errors import Fault, OutputError, PromiseError, WorkerError
@@ -78,7 +79,7 @@ def run(
         RunError: a stage had to stop; finished stages stay on disk and a restart continues.
     """
     out = Path(out).absolute()
-    if is_artifact(out) and open_artifact(out).manifest.get("plan") == plan.digest:
+    if _is_done(plan, out):
         return open_artifact(out)
     check_output(out, overwrite=overwrite)
     work = out.with_name(f".{out.name}.work")
@@ -94,6 +95,12 @@ def run(
             raise
     shutil.rmtree(work, ignore_errors=True)
     return open_artifact(out)
+
+
+def _is_done(plan: Plan, out: Path) -> bool:
+    """Whether ``out`` is the artifact of this very plan, model and data."""
+    mark = out / RECORDS / KEY
+    return is_artifact(out) and mark.is_file() and json.loads(mark.read_text()) == plan.resume_key
 
 
 @contextmanager
@@ -114,7 +121,7 @@ def _workplace(plan: Plan, work: Path, out: Path) -> Iterator[None]:
             ) from error
         plan.check_disk(work)
         key = work / KEY
-        if not key.is_file() or key.read_text().strip() != f'"{plan.resume_key}"':
+        if not key.is_file() or json.loads(key.read_text()) != plan.resume_key:
             for path in work.iterdir():
                 if path.name != "lock":
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -259,6 +266,7 @@ def _assemble(
     (partial / RECIPE).write_text(plan.recipe.to_yaml(), encoding="utf-8")
     seal(partial, manifest_of(plan, states))
     shutil.copytree(work / RECORDS, partial / RECORDS)
+    shutil.copyfile(work / KEY, partial / RECORDS / KEY)
     _keep_timings(plan, work, partial / RECORDS)
     if keep_stages:
         for stage in plan.stages:
@@ -281,7 +289,8 @@ def manifest_of(plan: Plan, states: list[dict[str, Json]]) -> dict[str, Json]:
         "format": 1,
         "plan": plan.digest,
         "recipe": plan.recipe.to_json(),
-        "source": plan.source_fingerprint,
+        "source": {p.name: sha256_of(p) for p in sorted(plan.source.directory.glob("*.safetensors"))},
+        "data": plan.data_fingerprints,
         "versions": plan.versions,
         "stages": states,
         "warnings": [w for state in states for w in state["result"]["warnings"]],

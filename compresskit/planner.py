@@ -7,11 +7,14 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
 import psutil
 
+from compresskit.data import check, open_corpus
+from compresskit.data.spec import DataSpec
 from compresskit.errors import Fault, OutputError, PlanError
 from compresskit.modeling import ModelSource, open_model
 from compresskit.recipe import Recipe
@@ -46,7 +49,7 @@ class PlannedStage:
         return self.stage.reshapes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """A recipe that can run here, and what it will do; print it to read it."""
 
@@ -73,11 +76,17 @@ class Plan:
         """The same for the same recipe, model shapes and versions; stands in the manifest."""
         return _digest([self.recipe.to_json(), self.source_fingerprint, self.versions])
 
+    @cached_property
+    def data_fingerprints(self) -> dict[str, str]:
+        """Of the text of every data source, by the field that names it; reads the sources."""
+        return {where: open_corpus(spec).fingerprint() for where, spec in data_of(self.recipe)}
+
     @property
     def resume_key(self) -> str:
-        """:attr:`digest` and the state of the source's files: a restart continues only where both agree."""
+        """:attr:`digest`, the data, and the state of the source's files: a restart continues where all agree."""
         files = sorted(self.source.directory.glob("*.safetensors"))
-        return _digest([self.digest, [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]])
+        states = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        return _digest([self.digest, self.data_fingerprints, states])
 
     @property
     def memory_bytes(self) -> int:
@@ -226,16 +235,15 @@ def _chain_faults(stage: Stage, before: list[PlannedStage], where: str) -> list[
     return faults
 
 
-def _data_faults(recipe: Recipe) -> list[Fault]:
-    from compresskit.data import check
+def data_of(recipe: Recipe) -> list[tuple[str, DataSpec]]:
+    """Every data source that ``recipe`` names, by the field that names it."""
+    named = [("data", recipe.data), ("evaluation", recipe.evaluation)]
+    named += [(f"stages[{i}].data", getattr(stage, "data", None)) for i, stage in enumerate(recipe.stages)]
+    return [(where, spec) for where, spec in named if spec is not None]
 
-    places = [(recipe.data, "data")]
-    if recipe.evaluation:
-        places.append((recipe.evaluation, "evaluation"))
-    for index, stage in enumerate(recipe.stages):
-        if own := getattr(stage, "data", None):
-            places.append((own, f"stages[{index}].data"))
-    return [fault for spec, where in places for fault in check(spec, where)]
+
+def _data_faults(recipe: Recipe) -> list[Fault]:
+    return [fault for where, spec in data_of(recipe) for fault in check(spec, where)]
 
 
 def _placed(fault: Fault, recipe: Recipe) -> Fault:
