@@ -83,7 +83,7 @@ class Plan:
 
     @property
     def resume_key(self) -> str:
-        """:attr:`digest`, the data, and the state of the source's files: a restart continues where all agree."""
+        """:attr:`digest`, the data, the state of the source's files: a restart continues where all agree."""
         files = sorted(self.source.directory.glob("*.safetensors"))
         states = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         return _digest([self.digest, self.data_fingerprints, states])

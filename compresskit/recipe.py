@@ -77,10 +77,11 @@ class Recipe:
 
     def place(self, where: str) -> str:
         """``where`` (``stages[0].pattern``) with the file and line, or the option, that wrote it."""
-        path = where
+        path, _, rest = where.partition(": ")
         while path and path not in self.origins:
             path = path[: max(path.rfind("."), path.rfind("["), 0)]
-        return f"{self.origins[path]} {where}" if path else where
+        origin = self.origins.get(path)
+        return where if origin is None else f"{origin}: {rest}" if rest else f"{origin} {where}"
 
     def to_json(self) -> dict[str, Json]:
         """Every field resolved, as plain data that :func:`recipe_from` reads back to an equal recipe."""

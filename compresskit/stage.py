@@ -51,7 +51,11 @@ class Promise(Protocol):
     """Something a stage won that every later stage must keep; a frozen dataclass of plain data."""
 
     kind: ClassVar[str]
-    layer: str
+
+    @property
+    def layer(self) -> str:
+        """The layer or parameter it is about."""
+        ...
 
     def broken(self, made: Weights, now: Weights) -> tuple[str, ...]:
         """Say what is broken, group by group; nothing when the promise is kept.

@@ -112,7 +112,7 @@ WRONG = {
     ),
     "other vocabulary": (
         "distill --teacher {m}/model --student {m}/other -o out --data {m}/text.jsonl",
-        ["vocabular"],
+        ["--teacher", "same token ids", "'a' is 65 and 64"],
     ),
     "cut that is none": ("distill --teacher {m}/model --student cut:layers -o out", ["cut:layers=3,ffn=0.5"]),
     "cut beyond what is there": (

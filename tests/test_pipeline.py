@@ -89,11 +89,12 @@ def half_of_four() -> Any:
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     RUNS.clear()
+    (tmp_path / "text.txt").write_text("Some text.\n\nAnd some more.")
     return tiny_llama(tmp_path / "model")
 
 
 def planned(model: Path, *stages: Any) -> Plan:
-    return plan(ck.Recipe(model=str(model), stages=stages))
+    return plan(ck.Recipe(model=str(model), stages=stages, data=str(model.parent / "text.txt")))
 
 
 def prune() -> Edit:

@@ -37,12 +37,15 @@ def held_out(key: bytes, fraction: float) -> bool:
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") < fraction * 2**64
 
 
-def _wanted(parts: tuple[str, ...]) -> bool:
-    folders, name = parts[:-1], parts[-1]
-    # A folder that is no importable name (config-3.11-x86_64-linux-gnu) holds build products.
-    return all(f.isidentifier() and f not in EXCLUDED_FOLDERS for f in folders) and not name.startswith(
-        EXCLUDED_PREFIXES
-    )
+def _sources(folder: Path) -> Iterator[Path]:
+    """The corpus' files under ``folder``; a folder that is left out is not entered (site-packages is large)."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            # A folder that is no importable name (config-3.11-x86_64-linux-gnu) holds build products.
+            if path.name.isidentifier() and path.name not in EXCLUDED_FOLDERS:
+                yield from _sources(path)
+        elif path.suffix == ".py" and not path.name.startswith(EXCLUDED_PREFIXES) and path.stat().st_size:
+            yield path
 
 
 def stdlib_files(root: Path | None = None) -> tuple[Path, ...]:
@@ -55,8 +58,7 @@ def stdlib_files(root: Path | None = None) -> tuple[Path, ...]:
         DataError: there is no source text, as in a Python shipped without its ``.py`` files.
     """
     root = root or stdlib_root()
-    found = [(p.relative_to(root), p) for p in root.rglob("*.py")]
-    kept = sorted((r.as_posix(), p) for r, p in found if _wanted(r.parts) and p.stat().st_size > 0)
+    kept = sorted((p.relative_to(root).as_posix(), p) for p in _sources(root))
     if not kept:
         raise DataError(
             Fault(
