@@ -38,7 +38,7 @@ def held_out(key: bytes, fraction: float) -> bool:
 
 
 def _sources(folder: Path) -> Iterator[Path]:
-    """The corpus' files under ``folder``; a folder that is left out is not entered (site-packages is large)."""
+    """The corpus' files under ``folder``; a folder left out is not entered: site-packages is large."""
     for path in folder.iterdir():
         if path.is_dir():
             # A folder that is no importable name (config-3.11-x86_64-linux-gnu) holds build products.
