@@ -9,8 +9,10 @@ Shapes: O = out_features, I = in_features.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -97,6 +99,7 @@ class StreamedModel:
         finally:
             self._drop(names)
             self._entered = None
+            _return_memory()
 
     def weight_OI(self, layer: str) -> Tensor:
         """The weight (O, I) of ``layer`` as it will be written, in its stored dtype, on the model's device.
@@ -238,6 +241,13 @@ def _assign(module: nn.Module, name: str, value: Tensor) -> None:
         for leaf, tensor in held.items():
             if tensor is old:
                 held[leaf] = new  # type: ignore[assignment]
+
+
+def _return_memory() -> None:
+    """Give freed pages back; glibc else keeps those of tensors below 32 MB, half a block more at each block."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
