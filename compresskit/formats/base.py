@@ -32,9 +32,7 @@ class Format(Protocol):
         """The tensors to store, in order; each is made when asked for."""
         ...
 
-    def decode(
-        self, tensors: Iterable[tuple[str, Tensor]], config: Mapping[str, Any]
-    ) -> Iterator[Decoded]:
+    def decode(self, tensors: Iterable[tuple[str, Tensor]], config: Mapping[str, Any]) -> Iterator[Decoded]:
         """The parameters again, equal to the bit to what was encoded."""
         ...
 

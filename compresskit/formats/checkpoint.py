@@ -26,8 +26,8 @@ WEIGHTS = (".safetensors", INDEX, ".bin", ".pt", ".pth", ".h5", ".gguf", ".msgpa
 def export_checkpoint(model: Checkpoint, out: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
     """Write ``model`` into ``out`` in a form that plain ``from_pretrained`` loads.
 
-    Layers with a grid are packed as compressed-tensors; a model without any is copied. At most one shard is in
-    memory; the bytes depend on the model alone.
+    Layers with a grid are packed as compressed-tensors; a model without any is copied. At most one shard is
+    in memory; the bytes depend on the model alone.
 
     Args:
         model: a dense checkpoint, its quantised weights on their grids.
@@ -40,10 +40,8 @@ def export_checkpoint(model: Checkpoint, out: Path, *, shard_bytes: int = SHARD_
     linears = tuple(model.anatomy.linears)
     grids = {layer: grid for layer in linears if (grid := model.grid(layer)) is not None}
     for path in sorted(model.directory.iterdir()):
-        is_weight = path.name.endswith(WEIGHTS)
-        if path.is_file() and not path.name.startswith(".") and path.name != GRIDS_FILE:
-            if not is_weight or (not grids and path.name.endswith((".safetensors", INDEX))):
-                shutil.copyfile(path, out / path.name)
+        if path.is_file() and _belongs(path.name, is_packed=bool(grids)):
+            shutil.copyfile(path, out / path.name)
     if not grids:
         return
     packer = FORMATS["compressed-tensors"]()
@@ -82,6 +80,13 @@ def write_shards(out: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_byte
         places.update(dict.fromkeys(keys, name))
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2, sort_keys=True)
     (out / INDEX).write_text(text + "\n", encoding="utf-8")
+
+
+def _belongs(name: str, *, is_packed: bool) -> bool:
+    """Whether a file of the source goes into the export as it is."""
+    if name.startswith(".") or name == GRIDS_FILE:
+        return False
+    return not name.endswith(WEIGHTS) or (not is_packed and name.endswith((".safetensors", INDEX)))
 
 
 def _read(model: Checkpoint, names: Iterable[str], progress: Progress) -> Iterator[tuple[str, Tensor]]:

@@ -1,8 +1,8 @@
 """compressed-tensors checkpoints, which transformers and vLLM load.
 
 Format: https://github.com/vllm-project/compressed-tensors. ``int-quantized`` (w8a8) stores int8 weights;
-``pack-quantized`` (w8a16, w4a16) stores several integers in an int32, the first in its lowest bits, shifted to
-be unsigned. Both store ``weight_scale`` (O, G) beside.
+``pack-quantized`` (w8a16, w4a16) stores several integers in an int32, the first in its lowest bits, shifted
+to be unsigned. Both store ``weight_scale`` (O, G) beside.
 
 Shapes: O = out_features, I = in_features, G = groups along I, W = int32 words along I.
 """
@@ -24,9 +24,9 @@ from compresskit.formats.grid import Grid
 METHOD = "compressed-tensors"
 INT, PACKED, MIXED = "int-quantized", "pack-quantized", "mixed-precision"
 WORD_BITS = 32
-PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape")
 
-_Form = tuple[int, int | None, bool, int | None]
+_Form = tuple[int, int | None, int | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,8 @@ class CompressedTensors:
             ignore: linear layers that have none.
 
         Returns:
-            Plain data. Where all grids have one form it targets the class ``Linear`` less ``ignore``, which is
-            what most readers know best; else it lists the layers of each form.
+            Plain data. Where all grids have one form it targets the class ``Linear`` less ``ignore``, which
+            is what most readers know best; else it lists the layers of each form.
         """
         forms: dict[_Form, list[str]] = {}
         for layer, grid in grids.items():
@@ -158,9 +158,6 @@ def _encode_weight(layer: str, weight_OI: Tensor, grid: Grid) -> Iterator[tuple[
     yield f"{layer}.weight_scale", grid.scale_OG
     if grid.activation_bits is None:
         yield f"{layer}.weight_shape", torch.tensor(weight_OI.shape)
-    if grid.zero_point_OG is not None:
-        # Zero points are packed along O.
-        yield f"{layer}.weight_zero_point", pack(grid.zero_point_OG.t(), grid.bits).t().contiguous()
 
 
 def _unpack_layer(parts: Mapping[str, Tensor], args: Mapping[str, Any]) -> tuple[Grid, Tensor]:
@@ -170,13 +167,9 @@ def _unpack_layer(parts: Mapping[str, Tensor], args: Mapping[str, Any]) -> tuple
         q_OI = parts["weight"]
     else:
         q_OI = unpack(parts["weight_packed"], bits, int(parts["weight_shape"][1]))
-    zero_OG = None
-    if not weights["symmetric"]:
-        zero_OG = unpack(parts["weight_zero_point"].t(), bits, q_OI.shape[0]).t().contiguous()
     grid = Grid(
         bits=bits,
         scale_OG=scale_OG,
-        zero_point_OG=zero_OG,
         group_size=weights.get("group_size"),
         activation_bits=inputs["num_bits"] if inputs else None,
     )
@@ -186,20 +179,19 @@ def _unpack_layer(parts: Mapping[str, Tensor], args: Mapping[str, Any]) -> tuple
 def _absent(parts: Mapping[str, Tensor], args: Mapping[str, Any]) -> list[str]:
     """The parts of a layer still to come."""
     wanted = ["weight"] if args["format"] == INT else ["weight_packed", "weight_shape"]
-    wanted += ["weight_scale"] if args["weights"]["symmetric"] else ["weight_scale", "weight_zero_point"]
-    return [part for part in wanted if part not in parts]
+    return [part for part in (*wanted, "weight_scale") if part not in parts]
 
 
 def _form(grid: Grid) -> _Form:
-    return grid.bits, grid.group_size, grid.zero_point_OG is None, grid.activation_bits
+    return grid.bits, grid.group_size, grid.activation_bits
 
 
 def _group(form: _Form, targets: list[str]) -> dict[str, Any]:
-    bits, group_size, symmetric, activation_bits = form
+    bits, group_size, activation_bits = form
     weights: dict[str, Any] = {
         "num_bits": bits,
         "type": "int",
-        "symmetric": symmetric,
+        "symmetric": True,
         "strategy": "channel" if group_size is None else "group",
         "group_size": group_size,
         "dynamic": False,
@@ -223,11 +215,17 @@ def _group(form: _Form, targets: list[str]) -> dict[str, Any]:
 
 def _groups(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     groups = list((config.get("config_groups") or {}).values())
-    known = all(g.get("format") in (INT, PACKED) and g.get("weights", {}).get("type") == "int" for g in groups)
+    known = all(
+        g.get("format") in (INT, PACKED)
+        and (g["weights"]["type"], g["weights"]["symmetric"]) == ("int", True)
+        for g in groups
+    )
     if config.get("quant_method") != METHOD or not groups or not known:
         got = f"{config.get('quant_method')!r}, format {config.get('format')!r}"
         cure = "Start from the model before it was compressed."
-        raise FormatError(Fault("config.json: quantization_config", f"{METHOD}, {INT} or {PACKED}", got, cure))
+        raise FormatError(
+            Fault("config.json: quantization_config", f"{METHOD}, {INT} or {PACKED}", got, cure)
+        )
     return groups
 
 

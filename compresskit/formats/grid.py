@@ -22,21 +22,20 @@ GRIDS_FILE = "grids.safetensors"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Grid:
-    """The values a weight may take: ``(q - zero_point) * scale``, rounded once into the scale's dtype.
+    """The values a weight may take: ``q * scale``, rounded once into the scale's dtype.
 
     That is to the bit what compressed-tensors computes when it unpacks a checkpoint. Zero is on every grid.
+    There are no zero points: transformers cannot load a packed checkpoint that has them.
 
     Attributes:
         bits: of q, a signed integer: -2**(bits-1) ... 2**(bits-1)-1.
         scale_OG: positive, in the weight's own dtype.
-        zero_point_OG: int8; None is zero everywhere (symmetric).
         group_size: inputs that share a scale; None: all of a row.
         activation_bits: of the layer's input, rounded per token while the model runs; None leaves it alone.
     """
 
     bits: int
     scale_OG: Tensor
-    zero_point_OG: Tensor | None = None
     group_size: int | None = None
     activation_bits: int | None = None
 
@@ -49,43 +48,38 @@ class Grid:
         Returns:
             int8 (O, I). For a weight that lies on this grid :meth:`dequantize` gives it back to the bit.
         """
-        scale_OI, zero_OI = self._spread(self.scale_OG, weight_OI), self._zero_OI(weight_OI)
+        scale_OI = self._scale_OI(weight_OI)
         wide = torch.float64 if weight_OI.dtype == torch.float64 else torch.float32
         q_OI = (weight_OI.to(wide) / scale_OI.to(wide)).round_()
-        if zero_OI is not None:
-            q_OI += zero_OI
         half = 2 ** (self.bits - 1)
         return q_OI.clamp_(-half, half - 1).to(torch.int8)
 
     def dequantize(self, q_OI: Tensor) -> Tensor:
         """The weight (O, I), in the scale's dtype, that the integers ``q_OI`` (int8) stand for."""
-        scale_OI, zero_OI = self._spread(self.scale_OG, q_OI), self._zero_OI(q_OI)
-        steps_OI = q_OI.to(scale_OI.dtype)
-        if zero_OI is not None:
-            steps_OI = steps_OI - zero_OI.to(scale_OI.dtype)
-        return steps_OI * scale_OI
+        scale_OI = self._scale_OI(q_OI)
+        return q_OI.to(scale_OI.dtype) * scale_OI
 
     def snap(self, weight_OI: Tensor) -> Tensor:
         """The nearest weight on the grid, (O, I) in the scale's dtype; zeros stay exactly zero."""
         return self.dequantize(self.quantize(weight_OI))
 
-    def _zero_OI(self, like_OI: Tensor) -> Tensor | None:
-        return None if self.zero_point_OG is None else self._spread(self.zero_point_OG, like_OI)
+    def bits_per_weight(self, in_features: int) -> float:
+        """Bits one stored weight takes, its share of the scales included."""
+        return self.bits + 8 * self.scale_OG.element_size() / (self.group_size or in_features)
 
-    def _spread(self, value_OG: Tensor, like_OI: Tensor) -> Tensor:
+    def _scale_OI(self, like_OI: Tensor) -> Tensor:
         rows, inputs = like_OI.shape
         groups = 1 if self.group_size is None else inputs // self.group_size
-        if value_OG.shape != (rows, groups) or inputs % groups:
+        if self.scale_OG.shape != (rows, groups) or inputs % groups:
             raise FormatError(
                 Fault(
                     "grid",
                     f"scales of shape ({rows}, {groups}) for a weight ({rows}, {inputs}), {self._grouping()}",
-                    str(tuple(value_OG.shape)),
+                    str(tuple(self.scale_OG.shape)),
                     "Quantise the layer again: its shape has changed since.",
                 )
             )
-        value_OI = value_OG.to(like_OI.device).repeat_interleave(inputs // groups, dim=1)
-        return value_OI
+        return self.scale_OG.to(like_OI.device).repeat_interleave(inputs // groups, dim=1)
 
     def _grouping(self) -> str:
         return "one scale per row" if self.group_size is None else f"groups of {self.group_size}"
@@ -96,13 +90,7 @@ def same_grid(a: Grid | None, b: Grid | None) -> bool:
     if a is None or b is None:
         return a is b
     plain = all(getattr(a, f) == getattr(b, f) for f in ("bits", "group_size", "activation_bits"))
-    return plain and all(_same(getattr(a, f), getattr(b, f)) for f in ("scale_OG", "zero_point_OG"))
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a.dtype == b.dtype and torch.equal(a, b)
+    return plain and a.scale_OG.dtype == b.scale_OG.dtype and torch.equal(a.scale_OG, b.scale_OG)
 
 
 def round_tokens(x_BTI: Tensor, bits: int) -> Tensor:
@@ -118,7 +106,8 @@ def round_tokens(x_BTI: Tensor, bits: int) -> Tensor:
     scale = x_BTI.abs().amax(-1, keepdim=True) / ((2**bits - 1) / 2)
     scale = scale.where(scale != 0, torch.finfo(x_BTI.dtype).eps)
     half = 2 ** (bits - 1)
-    return (x_BTI / scale).clamp(-half, half - 1).round() * scale
+    rounded: Tensor = (x_BTI / scale).clamp(-half, half - 1).round() * scale
+    return rounded
 
 
 def write_grids(directory: Path, grids: Mapping[str, Grid]) -> None:
@@ -127,8 +116,6 @@ def write_grids(directory: Path, grids: Mapping[str, Grid]) -> None:
     for layer in sorted(grids):
         grid = grids[layer]
         tensors[f"{layer}.scale"] = grid.scale_OG.contiguous().cpu()
-        if grid.zero_point_OG is not None:
-            tensors[f"{layer}.zero_point"] = grid.zero_point_OG.contiguous().cpu()
         plain[layer] = {f: getattr(grid, f) for f in ("bits", "group_size", "activation_bits")}
     save_file(tensors, directory / GRIDS_FILE, metadata={"grids": json.dumps(plain, sort_keys=True)})
 
@@ -150,17 +137,14 @@ def read_grids(directory: Path) -> dict[str, Grid]:
         return {}
     try:
         with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
             plain = json.loads(file.metadata()["grids"])
             return {
-                layer: Grid(
-                    scale_OG=file.get_tensor(f"{layer}.scale"),
-                    zero_point_OG=file.get_tensor(z) if (z := f"{layer}.zero_point") in names else None,
-                    **fields,
-                )
+                layer: Grid(scale_OG=file.get_tensor(f"{layer}.scale"), **fields)
                 for layer, fields in plain.items()
             }
     except Exception as error:  # safetensors raises its own untyped errors for a truncated file
         raise FormatError(
-            Fault(str(path), "the grids of a quantised model", f"{type(error).__name__}: {error}", "Run again.")
+            Fault(
+                str(path), "the grids of a quantised model", f"{type(error).__name__}: {error}", "Run again."
+            )
         ) from error

@@ -16,12 +16,12 @@ from compresskit.quant.scheme import Scheme
 def grid_for(weight_OI: Tensor, scheme: Scheme) -> Grid:
     """The grid whose range just covers each group of ``weight_OI``.
 
-    The range is 2**bits - 1 steps wide, as in compressed-tensors' own observers; a symmetric grid has its
-    odd step below zero, so a largest weight above zero is rounded down by half a step.
+    The range is 2**bits - 1 steps wide and symmetric, as in compressed-tensors' own observers; the odd step
+    is below zero, so a largest weight above zero is rounded down by half a step.
 
     Args:
         weight_OI: (O, I), any float dtype. Not modified.
-        scheme: bits, groups and symmetry.
+        scheme: bits and groups.
 
     Returns:
         A grid with scales in ``weight_OI``'s dtype, all positive; a group of zeros gets scale 1.
@@ -36,27 +36,17 @@ def grid_for(weight_OI: Tensor, scheme: Scheme) -> Grid:
         raise SchemeError(Fault(f"scheme {scheme}", expected, str(inputs), cure))
     weight_OGM = weight_OI.reshape(rows, -1, scheme.group_size or inputs)
     wide = torch.float64 if weight_OI.dtype == torch.float64 else torch.float32
-    low_OG = weight_OGM.amin(-1).to(wide).clamp(max=0)
-    high_OG = weight_OGM.amax(-1).to(wide).clamp(min=0)
-    if not bool(torch.isfinite(low_OG).all() & torch.isfinite(high_OG).all()):
+    largest_OG = weight_OGM.abs().amax(-1).to(wide)
+    if not bool(torch.isfinite(largest_OG).all()):
         cure = "Check the checkpoint the stage before this one wrote."
         raise SchemeError(Fault(f"scheme {scheme}", "finite weights", "inf or nan", cure))
     steps = 2**scheme.weight_bits - 1
-    if scheme.symmetric:
-        span_OG = torch.maximum(-low_OG, high_OG) * 2
-    else:
-        span_OG = high_OG - low_OG
-    scale_OG = (span_OG / steps).to(weight_OI.dtype)
-    # A span so small that its scale underflows still needs a scale to divide by.
-    scale_OG = scale_OG.where(scale_OG > 0, torch.finfo(weight_OI.dtype).tiny).where(span_OG > 0, 1)
-    zero_point_OG = None
-    if not scheme.symmetric:
-        half = 2 ** (scheme.weight_bits - 1)
-        zero_point_OG = (-half - low_OG / scale_OG.to(wide)).round().clamp(-half, half - 1).to(torch.int8)
+    scale_OG = (largest_OG * 2 / steps).to(weight_OI.dtype)
+    # Weights so small that their scale underflows still need a scale to divide by.
+    scale_OG = scale_OG.where(scale_OG > 0, torch.finfo(weight_OI.dtype).tiny).where(largest_OG > 0, 1)
     return Grid(
         bits=scheme.weight_bits,
         scale_OG=scale_OG,
-        zero_point_OG=zero_point_OG,
         group_size=scheme.group_size,
         activation_bits=scheme.activation_bits,
     )

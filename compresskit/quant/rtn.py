@@ -30,7 +30,7 @@ class RoundToNearest:
 
         Args:
             weight_OI: (O, I), any float dtype. Not modified.
-            scheme: bits, groups and symmetry.
+            scheme: bits and groups.
             stats: not used.
 
         Returns:

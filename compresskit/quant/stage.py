@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from compresskit.data.spec import DataSpec
 from compresskit.errors import Fault, InputError
-from compresskit.quant import QUANTIZERS
 from compresskit.options import Options, freeze_options, option_faults
+from compresskit.quant import QUANTIZERS
 from compresskit.registry import nearest
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Quantize:
             cure = f"Did you mean: {nearest(self.method, QUANTIZERS)}?"
             return [Fault(f"{where}.method", "the name of a quantizer", repr(self.method), cure)]
         faults = option_faults(QUANTIZERS[self.method], self._options, where=where)
-        return faults + self._scheme_faults(model, where)
+        return faults + self.scheme_faults(model, where)
 
     def forecast(self, model: Outlook) -> Forecast:
         """What this stage will do to such a ``model``; called only when it has no faults."""
@@ -90,7 +90,8 @@ class Quantize:
     def _options(self) -> Options:
         return cast(Options, self.options)
 
-    def _scheme_faults(self, model: Outlook, where: str) -> list[Fault]:
+    def scheme_faults(self, model: Outlook | ModelSource, where: str) -> list[Fault]:
+        """What is wrong with the scheme and the targets alone."""
         from compresskit.quant.scheme import parse
         from compresskit.targets import select
 
@@ -107,14 +108,14 @@ class Quantize:
         faults += [_tied_fault(name, where) for name in layers if linears[name].tied]
         if conv := [name for name in layers if linears[name].transposed]:
             faults.append(_transposed_fault(conv, where))
-        if again := [name for name in layers if name in model.layer_bits]:
+        if again := [name for name in layers if _has_grid(model, name)]:
             faults.append(_again_fault(again, where))
         if not faults:
             faults += self._fit_faults(model, layers, scheme, where)
         return faults
 
     def _fit_faults(
-        self, model: Outlook, layers: Sequence[str], scheme: Scheme, where: str
+        self, model: Outlook | ModelSource, layers: Sequence[str], scheme: Scheme, where: str
     ) -> list[Fault]:
         misfits: dict[tuple[str, int], list[str]] = {}
         for name in layers:
@@ -129,6 +130,11 @@ class Quantize:
             Fault(f"{where}.scheme", expected, f"{inputs} in {', '.join(names)}", cure)
             for (expected, inputs), names in misfits.items()
         ]
+
+
+def _has_grid(model: Outlook | ModelSource, layer: str) -> bool:
+    bits = getattr(model, "layer_bits", None)
+    return layer in bits if bits is not None else model.grid(layer) is not None  # type: ignore[union-attr]
 
 
 def _names(value: Sequence[str]) -> tuple[str, ...]:

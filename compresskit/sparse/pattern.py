@@ -25,7 +25,7 @@ class Pattern(Protocol):
         ...
 
     def misfit(self, out_features: int, in_features: int) -> str:
-        """What a weight of another shape would need, e.g. ``in_features divisible by 4``; empty if it fits."""
+        """What the shape would have to be, e.g. ``in_features divisible by 4``; empty if it fits."""
         ...
 
     def keep_largest(self, score_OI: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class NM:
         """Keep the ``keep`` highest scores of each group; PatternError if ``of`` does not divide I."""
         _require(self, score_OI)
         score_OGM = score_OI.reshape(score_OI.shape[0], -1, self.of)
-        return ~_smallest(score_OGM, self.of - self.keep).flatten(1)
+        return ~smallest(score_OGM, self.of - self.keep).flatten(1)
 
     def missing(self, zero_OI: Tensor) -> tuple[str, ...]:
         """Check each group."""
@@ -72,7 +72,10 @@ class NM:
         count_OG = zero_OI.reshape(zero_OI.shape[0], -1, self.of).sum(-1)
         short = (count_OG < self.of - self.keep).nonzero()
         return at_most(
-            (f"row {o}, group {g}: {_zeros(count_OG[o, g])} of {self.of - self.keep}" for o, g in short.tolist()),
+            (
+                f"row {o}, group {g}: {_zeros(count_OG[o, g])} of {self.of - self.keep}"
+                for o, g in short.tolist()
+            ),
             len(short),
         )
 
@@ -96,7 +99,7 @@ class RowUnstructured:
     def keep_largest(self, score_OI: Tensor) -> Tensor:
         """Keep the highest scores of each row; the zero count is rounded to the nearest."""
         _require(self, score_OI)
-        return ~_smallest(score_OI, round(self.zero_fraction * score_OI.shape[1]))
+        return ~smallest(score_OI, round(self.zero_fraction * score_OI.shape[1]))
 
     def missing(self, zero_OI: Tensor) -> tuple[str, ...]:
         """Check each row."""
@@ -125,7 +128,7 @@ class LayerUnstructured:
     def keep_largest(self, score_OI: Tensor) -> Tensor:
         """Keep the highest scores of the layer; the zero count is rounded to the nearest."""
         _require(self, score_OI)
-        zero = _smallest(score_OI.flatten(), round(self.zero_fraction * score_OI.numel()))
+        zero = smallest(score_OI.flatten(), round(self.zero_fraction * score_OI.numel()))
         return ~zero.view(score_OI.shape)
 
     def missing(self, zero_OI: Tensor) -> tuple[str, ...]:
@@ -168,8 +171,8 @@ def at_most(sentences: Iterable[str], total: int) -> tuple[str, ...]:
     return (*islice(sentences, MAX_SENTENCES - 1), f"and {total - MAX_SENTENCES + 1} more")
 
 
-def _smallest(score: Tensor, count: int) -> Tensor:
-    """Mark the ``count`` smallest of the last dimension; of equal scores the first go first, on any device."""
+def smallest(score: Tensor, count: int) -> Tensor:
+    """Mark the ``count`` smallest along the last dimension; of equal ones the first, on any device."""
     if count == 0:
         return torch.zeros_like(score, dtype=torch.bool)
     threshold = score.kthvalue(count, dim=-1, keepdim=True).values

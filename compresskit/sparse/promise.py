@@ -45,6 +45,7 @@ class Zeros:
             return short
         alive = ((made_OI == 0) & (now_OI != 0)).nonzero()
         revived = at_most(
-            (f"row {o}, input {i}: was zero, is {now_OI[o, i].item():.6g}" for o, i in alive.tolist()), len(alive)
+            (f"row {o}, input {i}: was zero, is {now_OI[o, i].item():.6g}" for o, i in alive.tolist()),
+            len(alive),
         )
         return at_most((*short, *revived), len(short) + len(revived))

@@ -84,7 +84,7 @@ class Prune:
         faults += self._number_faults(where)
         if self.reshapes:
             return faults or list(method(**dict(self._options)).faults(model, where))
-        return faults + self._pattern_faults(model, where)
+        return faults + self.pattern_faults(model, where)
 
     def forecast(self, model: Outlook) -> Forecast:
         """What this stage will do to such a ``model``; called only when it has no faults."""
@@ -109,17 +109,21 @@ class Prune:
 
         return run_oneshot(self, model, context)
 
-    def layers(self, model: Outlook, where: str = "targets") -> tuple[str, ...]:
+    def named(self, model: Outlook | ModelSource, where: str = "prune") -> tuple[str, ...]:
+        """The layers that the targets name, whether the pattern fits them or not."""
+        from compresskit.targets import select
+
+        return select(model.anatomy, self.targets, self.ignore, where=where)
+
+    def layers(self, model: Outlook | ModelSource, where: str = "prune") -> tuple[str, ...]:
         """The layers this stage prunes, those left out that the pattern does not fit when told to skip.
 
         Raises:
             InputError: the pattern or the targets are wrong.
         """
         from compresskit.sparse.pattern import parse_pattern
-        from compresskit.targets import select
 
-        linears = model.anatomy.linears
-        chosen = select(model.anatomy, self.targets, self.ignore, where=where)
+        linears, chosen = model.anatomy.linears, self.named(model, where)
         if self.on_indivisible != "skip":
             return chosen
         pattern = parse_pattern(self.pattern)
@@ -140,27 +144,26 @@ class Prune:
             faults.append(Fault(f"{where}.on_indivisible", "error or skip", repr(self.on_indivisible), cure))
         return faults
 
-    def _pattern_faults(self, model: Outlook, where: str) -> list[Fault]:
+    def pattern_faults(self, model: Outlook | ModelSource, where: str) -> list[Fault]:
+        """What is wrong with the pattern and the targets alone."""
         from compresskit.sparse.pattern import parse_pattern
-        from compresskit.targets import select
 
-        anatomy = model.anatomy
         faults: list[Fault] = []
         try:
             pattern = parse_pattern(self.pattern, where=f"{where}.pattern")
         except InputError as error:
             faults += [f for f in error.faults if isinstance(f, Fault)]
         try:
-            layers = select(anatomy, self.targets, self.ignore, where=where)
+            layers = self.named(model, where)
         except InputError as error:
             return faults + [f for f in error.faults if isinstance(f, Fault)]
-        faults += [_tied_fault(name, where) for name in layers if anatomy.linears[name].tied]
+        faults += [_tied_fault(name, where) for name in layers if model.anatomy.linears[name].tied]
         if not faults:
             faults += self._fit_faults(model, layers, pattern, where)
         return faults
 
     def _fit_faults(
-        self, model: Outlook, layers: Sequence[str], pattern: Pattern, where: str
+        self, model: Outlook | ModelSource, layers: Sequence[str], pattern: Pattern, where: str
     ) -> list[Fault]:
         misfits: dict[tuple[str, int], list[str]] = {}
         for name in layers:

@@ -1,0 +1,116 @@
+"""The run of a one-shot pruner: block by block, with statistics where the method asks for any."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor
+
+from compresskit.calibration.statistics import LayerStats
+from compresskit.calibration.walk import walk
+from compresskit.data.pack import PackedRows, packed
+from compresskit.errors import Fault, PatternError
+from compresskit.modeling import context_length, load_tokenizer
+from compresskit.modeling.streaming import StreamedModel
+from compresskit.sparse import PRUNERS
+from compresskit.sparse.outlook import SPILL_BYTES, calibration_length
+from compresskit.sparse.pattern import parse_pattern
+from compresskit.sparse.promise import Zeros
+from compresskit.stage import LayerRecord, StageResult
+
+if TYPE_CHECKING:
+    from compresskit.modeling.source import ModelSource
+    from compresskit.sparse.stage import Prune
+    from compresskit.stage import StageContext
+
+
+def run_oneshot(stage: Prune, model: ModelSource, context: StageContext) -> StageResult:
+    """Zero weights of ``model`` into ``context.out``.
+
+    A layer that is quantised already keeps its grid: zeros are on it, and weights that stay do not move.
+
+    Args:
+        stage: what to do.
+        model: a dense checkpoint.
+        context: where to write and what to calibrate on; a method without needs reads no data.
+
+    Returns:
+        A promise of zeros and a record for each layer pruned; layers skipped are named in a warning.
+
+    Raises:
+        PatternError: the pattern does not fit a layer, or the targets are wrong.
+        DataError: the calibration data cannot be read.
+        StatisticError: calibration measured nothing usable.
+    """
+    faults = stage.pattern_faults(model, "prune")
+    if faults:
+        raise PatternError(*faults)
+    cls: Any = PRUNERS[stage.method]
+    method = cls(pattern=parse_pattern(stage.pattern), **dict(stage.options))
+    layers = stage.layers(model)
+    records: dict[str, LayerRecord] = {}
+    counts = [0, 0]
+
+    def visit(layer: str, weight_OI: Tensor, stats: LayerStats) -> Tensor:
+        grid = model.grid(layer)
+        new_OI: Tensor = method.prune(weight_OI, stats).weight_OI
+        if grid is not None:
+            new_OI = grid.snap(new_OI).to(weight_OI.device)
+        zeros = int((new_OI == 0).sum())
+        counts[0] += zeros
+        counts[1] += new_OI.numel()
+        bits = 8.0 * weight_OI.element_size() if grid is None else grid.bits_per_weight(weight_OI.shape[1])
+        records[layer] = LayerRecord(name=layer, zero_fraction=zeros / new_OI.numel(), bits=bits)
+        return new_OI
+
+    rows, spill, warnings = None, None, _skipped(stage, model, layers)
+    if method.needs:
+        rows = _rows(stage, model, context, warnings)
+        width = model.config.get_text_config().hidden_size
+        if len(rows) * rows.context_length * width * 4 > SPILL_BYTES:
+            spill = context.scratch / "hidden.bin"
+    elif stage.data is not None:
+        warnings.append(f"{stage.method} reads no data; the data given to it was left unread.")
+    with StreamedModel(model, context.out, device=context.device, dtype=context.dtype) as streamed:
+        walked = walk(
+            streamed, cast(Any, rows), visit, method.needs, layers=layers, title="pruning", spill=spill
+        )
+    return StageResult(
+        promises=tuple(Zeros(layer=layer, pattern=stage.pattern) for layer in layers),
+        layers=tuple(_with_error(records[layer], walked.relative_error[layer]) for layer in layers),
+        metrics={"zero_fraction": counts[0] / counts[1], "calibration_tokens": walked.num_tokens},
+        warnings=tuple(warnings),
+    )
+
+
+def _rows(stage: Prune, model: ModelSource, context: StageContext, warnings: list[str]) -> PackedRows:
+    limit, length = context_length(model.config), calibration_length(stage, model.config)
+    if length > limit:
+        cure = "Lower context_length."
+        raise PatternError(
+            Fault("context_length", f"at most {limit}, the model's own maximum", str(length), cure)
+        )
+    tokenizer = load_tokenizer(model)
+    spec = stage.data or context.data
+    rows = packed(spec, tokenizer, context_length=length, cache=context.cache, rows=stage.samples)
+    warnings.extend(rows.warnings)
+    if len(rows) < stage.samples:
+        warnings.append(
+            f"Calibration asked for {stage.samples} rows of {length} tokens; {spec.source} holds {len(rows)}."
+        )
+    return rows
+
+
+def _skipped(stage: Prune, model: ModelSource, layers: tuple[str, ...]) -> list[str]:
+    """Layers that the targets name and the pattern does not fit, in one sentence."""
+    named = stage.named(model)
+    left = [layer for layer in named if layer not in set(layers)]
+    return (
+        [f"{stage.pattern} does not fit {len(left)} layers, left dense: {', '.join(left)}."] if left else []
+    )
+
+
+def _with_error(record: LayerRecord, error: float | None) -> LayerRecord:
+    return LayerRecord(
+        name=record.name, zero_fraction=record.zero_fraction, bits=record.bits, relative_error=error
+    )

@@ -1,0 +1,119 @@
+"""What to change in a configuration so that its model has other blocks or another feed-forward width.
+
+Which key that is, is found by trying: a key is the right one if the model it makes differs in nothing but
+what was to change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from compresskit.errors import Fault, ModelError
+from compresskit.modeling.anatomy import Anatomy, anatomy_of
+from compresskit.modeling.skeleton import skeleton_of
+
+Changes = dict[str, Any]
+
+
+def resized(config: Any, changes: Mapping[str, Any]) -> Any:
+    """A new configuration of the same class with ``changes``; ``config`` stays as it is."""
+    data = config.to_dict()
+    aliases = {v: k for k, v in getattr(config, "attribute_map", {}).items()}
+    for key, value in changes.items():
+        data[key] = value
+        data.pop(aliases.get(key, ""), None)
+    return type(config).from_dict(data)
+
+
+def with_blocks(config: Any, anatomy: Anatomy, directory: Path, keep: Sequence[int]) -> Changes:
+    """The changes that leave only the blocks ``keep`` of a model.
+
+    Args:
+        config: of the model.
+        anatomy: of the model.
+        directory: to name in errors.
+        keep: indices of blocks, ascending.
+
+    Returns:
+        The number of blocks, and each list with one entry per block cut to those kept.
+
+    Raises:
+        ModelError: no key of the configuration sets the number of blocks.
+    """
+    data, count = config.to_dict(), len(anatomy.blocks)
+    lists = {
+        key: [value[i] for i in keep]
+        for key, value in data.items()
+        if isinstance(value, list | tuple)
+        and len(value) == count
+        and "token" not in key
+        and key != "architectures"
+    }
+
+    def fits(after: Anatomy) -> bool:
+        return len(after.blocks) == len(keep)
+
+    depth = _search(
+        config, [k for k, v in data.items() if _is_int(v, count)], len(keep), lists, directory, fits
+    )
+    if depth is None:
+        cure = "Cut another model."
+        raise ModelError(Fault(f"{directory}: config.json", "a key for the number of blocks", "none", cure))
+    return {**lists, depth: len(keep)}
+
+
+def with_shapes(
+    config: Any, directory: Path, old: int, new: int, shapes: Mapping[str, tuple[int, ...]]
+) -> Changes:
+    """The change that turns a width of ``old`` into ``new`` and gives the model exactly ``shapes``.
+
+    Args:
+        config: of the model, its blocks already cut.
+        directory: to name in errors.
+        old: the width now, which a key holds, or which follows from another where a key holds null.
+        new: the width to come.
+        shapes: every parameter's shape after the change.
+
+    Raises:
+        ModelError: no key of the configuration does that.
+    """
+    data = config.to_dict()
+    keys = [k for k, v in data.items() if _is_int(v, old)] + [k for k, v in data.items() if v is None]
+
+    def fits(after: Anatomy) -> bool:
+        return dict(after.parameter_shapes) == dict(shapes)
+
+    width = _search(config, keys, new, {}, directory, fits)
+    if width is None:
+        cure = "Cut layers only, or another model."
+        raise ModelError(Fault(f"{directory}: config.json", f"a key for the width {old}", "none", cure))
+    return {width: new}
+
+
+def _search(
+    config: Any,
+    keys: Iterable[str],
+    value: int,
+    besides: Changes,
+    directory: Path,
+    fits: Callable[[Anatomy], bool],
+) -> str | None:
+    for key in keys:
+        try:
+            after = anatomy_of(skeleton_of(resized(config, {**besides, key: value}), directory))
+        except Exception:
+            continue
+        if fits(after):
+            return key
+    return None
+
+
+def _is_no_list_of_blocks(key: str) -> bool:
+    """Lists that may happen to be as long as there are blocks."""
+    return key == "architectures" or "token" in key
+
+
+def _is_int(value: Any, wanted: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value == wanted
