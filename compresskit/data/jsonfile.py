@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -11,6 +12,7 @@ from compresskit.data.lines import LINE_BYTES, bad, lines
 from compresskit.errors import DataError
 
 BLANKS = " \t\r\n"
+NUMBER_TAIL = re.compile(r"[-+.0-9eE]*")
 COPY_AGAIN = "Copy or download the file again, or mend that line."
 
 
@@ -128,12 +130,14 @@ class _Array:
                 # Twice as much each time, or a long row would cost squared time.
                 self._fill(max(2 * (len(self._text) - self._at), LINE_BYTES))
                 continue
-            if end < len(self._text) or self._ended:
+            # A number at the end of what is read may go on: "1" of "1.5", "2" of "2e-3".
+            open_end = isinstance(row, int | float) and NUMBER_TAIL.fullmatch(self._text, end)
+            if self._ended or not open_end:
                 number = self._line
                 self._line += self._text.count("\n", self._at, end)
                 self._at = end
                 return number, row
-            self._fill(len(self._text) - self._at + 1)  # a number might go on in the next piece
+            self._fill(len(self._text) - self._at + 1)
 
 
 def _array(path: Path, pieces: Iterator[tuple[int, str]]) -> Iterator[tuple[int, object]]:
