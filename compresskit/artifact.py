@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compresskit.errors import Fault, ModelError, OutputError
-from compresskit.stage import Json
+from compresskit.stage import Json, Promise, promise_from_json
 
 MANIFEST = "compresskit.json"
 RECIPE = "recipe.yaml"
@@ -65,6 +65,15 @@ def open_artifact(directory: str | Path) -> Artifact:
                 "Give a directory that compresskit wrote.",
             )
         ) from error
+
+
+def inherited_promises(directory: Path) -> tuple[Promise, ...]:
+    """What the stages that made ``directory`` promised, if compresskit made it: a new run keeps that too."""
+    if not is_artifact(directory):
+        return ()
+    manifest = open_artifact(directory).manifest
+    promised = [p for stage in manifest["stages"] for p in stage["result"]["promises"]]
+    return tuple(dict.fromkeys(promise_from_json(p) for p in [*manifest.get("inherited", ()), *promised]))
 
 
 def is_artifact(directory: Path) -> bool:

@@ -23,6 +23,7 @@ from compresskit.artifact import (
     STAGES,
     Artifact,
     check_output,
+    inherited_promises,
     is_artifact,
     open_artifact,
     publish,
@@ -40,6 +41,7 @@ from compresskit.stage import (
     Promise,
     StageContext,
     promise_from_json,
+    promise_to_json,
     result_to_json,
 )
 
@@ -134,7 +136,7 @@ def _run_stages(
 ) -> tuple[ModelSource, list[dict[str, Json]]]:
     """Run what is not finished yet; returns the last checkpoint and what was checked after each stage."""
     model = plan.source
-    made: list[tuple[Promise, ModelSource]] = [(p, model) for p in standing_promises(model)]
+    made: list[tuple[Promise, ModelSource]] = [(p, model) for p in _first_promises(plan)]
     states: list[dict[str, Json]] = []
     _measure(SOURCE, model.directory, work, after_stage)
     for stage in plan.stages:
@@ -149,6 +151,11 @@ def _run_stages(
         states.append(state)
         _measure(stage.name, done, work, after_stage)
     return model, states
+
+
+def _first_promises(plan: Plan) -> list[Promise]:
+    """What holds before the first stage: the structure, and what the makers of the model promised."""
+    return [*standing_promises(plan.source), *inherited_promises(plan.source.directory)]
 
 
 def _run_one(
@@ -292,6 +299,7 @@ def manifest_of(plan: Plan, states: list[dict[str, Json]]) -> dict[str, Json]:
         "source": {p.name: sha256_of(p) for p in sorted(plan.source.directory.glob("*.safetensors"))},
         "data": plan.data_fingerprints,
         "versions": plan.versions,
+        "inherited": [promise_to_json(p) for p in inherited_promises(plan.source.directory)],
         "stages": states,
         "warnings": [w for state in states for w in state["result"]["warnings"]],
     }
@@ -305,7 +313,7 @@ def _read_state(stage: Path) -> dict[str, Json]:
 def _follow(plan: Plan, out: Path, work: Path) -> Artifact:
     """The part of a rank above 0: join the stages that train, wait for rank 0 in all else."""
     model = plan.source
-    made = [*standing_promises(model)]
+    made = _first_promises(plan)
     for stage in plan.stages:
         done = work / stage.name
         if stage.trains:

@@ -133,6 +133,16 @@ def test_a_broken_group_is_found_though_the_density_is_right(model: Path, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_an_artifact_as_the_next_model_keeps_what_it_promised(model: Path, tmp_path: Path) -> None:
+    run(planned(model, prune()), tmp_path / "pruned")
+    again = run(planned(tmp_path / "pruned", double()), tmp_path / "doubled")
+    assert again.manifest["stages"][0]["checks"]["zeros"] == {"checked": 1, "kept": 1}
+    third = run(planned(tmp_path / "doubled", double()), tmp_path / "third")
+    assert third.manifest["stages"][0]["checks"]["zeros"] == {"checked": 1, "kept": 1}
+    with pytest.raises(PromiseError, match="row 3"):
+        run(planned(tmp_path / "doubled", Edit("break")), tmp_path / "broken")
+
+
 def test_a_stage_without_effect_is_an_error(model: Path, tmp_path: Path) -> None:
     with pytest.raises(PromiseError, match="every tensor exactly as before"):
         run(planned(model, Edit("idle")), tmp_path / "out")
