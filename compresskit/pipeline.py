@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -138,7 +139,7 @@ def _run_stages(
     model = plan.source
     made: list[tuple[Promise, ModelSource]] = [(p, model) for p in _first_promises(plan)]
     states: list[dict[str, Json]] = []
-    _measure(SOURCE, model.directory, work, after_stage)
+    _measure(SOURCE, model, work, after_stage)
     for stage in plan.stages:
         done = work / stage.name
         if not (done / STATE).is_file():
@@ -149,7 +150,7 @@ def _run_stages(
             made = [(p, model) for p in standing_promises(model)]
         made += [(promise_from_json(p), model) for p in state["result"]["promises"]]
         states.append(state)
-        _measure(stage.name, done, work, after_stage)
+        _measure(stage.name, model, work, after_stage)
     return model, states
 
 
@@ -252,13 +253,19 @@ def _require_effect(stage: PlannedStage, before: ModelSource, after: ModelSource
         )
 
 
-def _measure(name: str, checkpoint: Path, work: Path, after_stage: AfterStage | None) -> None:
-    """Call ``after_stage`` once for a checkpoint and keep its records across a restart."""
+def _measure(name: str, model: ModelSource, work: Path, after_stage: AfterStage | None) -> None:
+    """Call ``after_stage`` once for a checkpoint, packed as its users load it; keep its records."""
     records = work / RECORDS
     records.mkdir(exist_ok=True)
     target = records / f"{name}.json"
-    if after_stage is not None and not target.is_file():
-        write_json(target, after_stage(name, checkpoint))
+    if after_stage is None or target.is_file():
+        return
+    if all(model.grid(layer) is None for layer in model.anatomy.linears):
+        write_json(target, after_stage(name, model.directory))
+        return
+    with tempfile.TemporaryDirectory(dir=work, prefix="packed-") as packed:
+        export(model, Path(packed))
+        write_json(target, after_stage(name, Path(packed)))
 
 
 def _assemble(
