@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compresskit.artifact import MANIFEST, RECIPE, RECORDS, STAGES
 from compresskit.errors import Fault, ModelError
+from compresskit.formats.grid import GRIDS_FILE
 from compresskit.measure.load import empty_model, load_model
 
 Json = Any
@@ -25,7 +26,8 @@ TOKENIZER_PREFIXES = (
     "chat_template",
     "spm",
 )
-NOT_THE_MODEL = (MANIFEST, RECIPE, RECORDS, STAGES)
+# What compresskit puts beside a model for people and for its own next stage; loading needs none of it.
+NOT_THE_MODEL = (MANIFEST, RECIPE, RECORDS, STAGES, GRIDS_FILE, "stage.json")
 
 
 def file_bytes(directory: Path) -> dict[str, int]:

@@ -239,8 +239,8 @@ def _measure_latency(subject: Subject) -> Record:
     load = max(load_before, _load_average())
     if load > (cores := os.cpu_count() or 1) + 0.5 and subject.device == "cpu":
         notes.append(
-            f"The machine was busy (load average {load:.1f} on {cores} cores): times are too long and "
-            "differences between models may be chance."
+            f"The machine had more work than its {cores} cores: times are too long, and differences between "
+            "models may be chance."
         )
     return subject.record(
         "latency",

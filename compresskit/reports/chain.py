@@ -17,7 +17,6 @@ Json = Any
 FINAL = "artifact"
 SECONDS = ".seconds.json"
 CUT_FIELDS = ("layers", "ffn")
-NOT_RECORDS = (SECONDS, ".record.json")  # durations and a trainer's own account, beside the records
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,9 +184,10 @@ def _require_keys(manifest: Mapping[str, Json], path: Path) -> None:
 
 
 def _records_by_subject(folder: Path) -> dict[str, dict[str, Record]]:
+    """Subject -> kind -> record, from every file that holds a list; the pipeline's own files hold none."""
     found: dict[str, dict[str, Record]] = {}
     for path in sorted(folder.glob("*.json")):
-        if not path.name.endswith(NOT_RECORDS):
+        if path.read_text(encoding="utf-8", errors="replace").lstrip().startswith("["):
             for record in read_records(path):
                 found.setdefault(record.subject, {})[record.kind] = record
     return found

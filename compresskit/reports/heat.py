@@ -85,7 +85,7 @@ def heat(caption: str, layers: Sequence[Mapping[str, Json]], key: str, kind: str
             body.append(_cell(label_w + i * cell_w, top, cell_w, cell, key, kind, values))
     width, height = label_w + cell_w * len(grid.columns), 24 + CELL_H * len(grid.rows)
     return (
-        f'<figure style="width:{width:.0f}px"><figcaption>{_plain(caption)} Blocks from left to right.'
+        f'<figure style="width:{width:.0f}px"><figcaption>{_plain(caption)}'
         f"</figcaption>{picture(width, height, caption, body)}</figure>"
     )
 

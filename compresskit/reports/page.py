@@ -220,8 +220,8 @@ def _layers(chain: Chain) -> str:
             continue
         figures = []
         for key, caption in (
-            ("zero_fraction", "Zeros of each layer's weight."),
-            ("relative_error", "Relative error of each layer's output, log colours."),
+            ("zero_fraction", "Zeros of each layer, block by block."),
+            ("relative_error", "Relative error of each layer's output, block by block, log colours."),
         ):
             values = [layer[key] for layer in step.layers if layer.get(key) is not None]
             if values and (key != "zero_fraction" or any(values)):
@@ -255,16 +255,21 @@ def _layer_row(step: Step, layer: Mapping[str, Any]) -> str:
 
 def _warnings(chain: Chain) -> str:
     texts = [*chain.warnings, *(f"{s.title}: {w}" for s in chain.steps for w in s.warnings)]
-    texts += dict.fromkeys(f"{s.title}: {n}" for s in chain.steps for n in _cautions(s))
+    texts += _cautions(chain)
     if not texts:
         return ""
     rows = "".join(f"<li>{escape(text)}</li>" for text in texts)
     return f'<h2>Warnings</h2><ul class="card warnings">{rows}</ul>'
 
 
-def _cautions(step: Step) -> list[str]:
-    """Notes of the records that bear on whether a figure may be trusted."""
-    return [n for kind in ("latency", "quality") if kind in step.records for n in step.records[kind].notes]
+def _cautions(chain: Chain) -> list[str]:
+    """Notes of the records that bear on whether a figure may be trusted; each once, with its steps."""
+    noted: dict[tuple[str, str], list[str]] = {}
+    for step in chain.steps:
+        for kind in ("latency", "quality"):
+            for note in step.records[kind].notes if kind in step.records else ():
+                noted.setdefault((kind, note), []).append(step.title)
+    return [f"{kind} of {', '.join(titles)}: {note}" for (kind, note), titles in noted.items()]
 
 
 def _checks(chain: Chain) -> str:

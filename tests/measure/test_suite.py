@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,16 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from compresskit.api import run
 from compresskit.errors import InputError, ModelError, WorkerError
 from compresskit.measure import compare_latency, measure
 from compresskit.measure.fresh import run_probe
 from compresskit.measure.load import auto_class
 from compresskit.measure.probe import Runner
 from compresskit.measure.record import Record, record_from
+from compresskit.measure.size import file_bytes
+from compresskit.quant.stage import Quantize
+from compresskit.recipe import Recipe
 
 
 def by_kind(records: list[Record]) -> dict[str, Record]:
@@ -77,6 +82,20 @@ def test_size_counts_files_and_zeros(llama_dir: Path, tmp_path: Path) -> None:
     assert zeros == 2 * 24 * 32
     assert record.values["num_parameters"] == parameters
     assert record.values["zero_fraction"] == zeros / weights
+
+
+def test_what_stands_beside_the_model_is_counted_apart(llama_dir: Path, tmp_path: Path) -> None:
+    place = tmp_path / "artifact"
+    shutil.copytree(llama_dir, place)
+    (place / "records").mkdir()
+    for name in ("compresskit.json", "recipe.yaml", "records/a.json", "grids.safetensors", "stage.json"):
+        (place / name).write_bytes(b"x" * 100)
+    plain, beside = file_bytes(llama_dir), file_bytes(place)
+    assert beside == {**plain, "manifest_bytes": 500}
+    for path in place.glob("model*.safetensors"):
+        path.unlink()
+    with pytest.raises(ModelError, match="a file of weights"):
+        file_bytes(place)
 
 
 @pytest.mark.slow
@@ -152,3 +171,15 @@ def test_errors(tmp_path: Path, llama_dir: Path) -> None:
 def test_importing_measure_and_reports_imports_no_torch() -> None:
     code = "import sys, compresskit.measure, compresskit.reports; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16-channel"])
+def test_zeros_of_a_packed_artifact(llama_dir: Path, tmp_path: Path, scheme: str) -> None:
+    out = tmp_path / "out"
+    run(Recipe(model=str(llama_dir), stages=(Quantize(scheme=scheme),)), out, measures=())
+    before, after = (measure(d, what=("size",))[0].values for d in (llama_dir, out))
+    assert after["num_parameters"] == before["num_parameters"]
+    assert after["linear_weights"] == before["linear_weights"]
+    assert after["bytes_per_parameter"] < before["bytes_per_parameter"]
+    # Rounding adds zeros to those that were there, but not many.
+    assert before["zero_fraction"] <= after["zero_fraction"] < before["zero_fraction"] + 0.3

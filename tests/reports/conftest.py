@@ -125,6 +125,7 @@ def make_artifact(tmp_path: Path) -> Callable[..., Path]:
             records += make_records("2-distill", nats=1.1, zeros=0.5)
             records += make_records("artifact", nats=1.12, zeros=0.5, total_bytes=270_000)
         write_records(records, place / "records")
+        (place / "records" / "plan.json").write_text('"0123"')
         (place / "records" / "1-prune.seconds.json").write_text("3.25\n")
         (place / "records" / "2-distill.record.json").write_text('{"anything": [1, 2]}')
         rows = [json.dumps({"step": i + 1, "loss": 1 / (i + 1)}) for i in range(150)]

@@ -134,6 +134,16 @@ def test_different_conditions_are_told(make_artifact: Make) -> None:
     assert any("latency of quantize" in w and "(threads)" in w for w in chain.warnings)
 
 
+def test_a_caution_is_told_once_with_its_steps(make_artifact: Make) -> None:
+    records = [
+        Record(**{**r.to_json(), "notes": ("It was busy.",)}) if r.kind == "latency" else r
+        for r in make_records("0-source") + make_records("artifact")
+    ]
+    page = build([make_artifact(records=records)]).html()
+    assert page.count("It was busy.") == 1
+    assert "latency of original, quantize: It was busy." in page
+
+
 def test_perplexities_of_different_tokens_get_no_ratio(make_artifact: Make) -> None:
     records = make_records("0-source")
     for record in make_records("artifact"):
