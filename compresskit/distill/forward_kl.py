@@ -7,8 +7,8 @@ ordinary next-token loss. Computed from hidden states a few tokens at a time; ex
 Paper: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015,
 https://arxiv.org/abs/1503.02531.
 
-Shapes: B = rows, T = tokens of a row, D = student's hidden width, E = teacher's, V = vocabulary, N = supervised
-tokens.
+Shapes: B = rows, T = tokens of a row, D = student's hidden width, E = teacher's, V = vocabulary, N =
+supervised tokens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What can be told of a training stage before it runs: its faults for a model, and the memory it takes. No torch."""
+"""What can be told of a training stage before it runs: its faults and the memory it takes. No torch."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def forecast_training(fields: TrainingFields, model: Outlook, *, teacher_bytes: 
     activations = 4 * tokens * (per_token + 4 * inner)
     logits = 4 * 4 * min(tokens, LOGIT_ROWS) * vocabulary
     loading = anatomy.num_parameters * 4
-    notes = ()
+    notes: tuple[str, ...] = ()
     if setting.strategy in ("fsdp", "deepspeed"):
         notes = ("Each process loads the whole model once before it keeps only its shard.",)
     return Forecast(

@@ -35,6 +35,10 @@ class Replica:
         frozen: nn.Module = model.eval().requires_grad_(False)
         return frozen
 
+    def load(self) -> None:
+        """Read the weights now, before an engine would shard them."""
+        self.head()
+
     def head(self) -> Head:
         """Its output projection onto the shared ids."""
         return head_of(self._model).cut(self.vocabulary)

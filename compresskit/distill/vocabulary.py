@@ -1,13 +1,14 @@
-"""May this teacher teach this student? Their token ids must mean the same; found out before any weight is read.
+"""May this teacher teach this student? Their token ids must mean the same; found out before weights are read.
 
-Model families pad their embeddings to different sizes (Qwen2.5: 151,936 rows below 7B, 152,064 above) while the
-tokenizers agree. Then both projections are cut to the rows they share, which is exact: no text holds the rest.
+Model families pad their embeddings to different sizes (Qwen2.5: 151,936 rows below 7B, 152,064 above) while
+the tokenizers agree. Then both projections are cut to the rows they share, which is exact: no text holds the
+rest.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compresskit.errors import Fault, InputError
 from compresskit.modeling import ModelSource, load_tokenizer, open_model
@@ -63,10 +64,10 @@ def shared_vocabulary(rows: int, teacher: ModelSource) -> int:
     return min(rows, vocabulary_of(teacher.config))
 
 
-def vocabulary_of(config: object) -> int:
+def vocabulary_of(config: Any) -> int:
     """Rows of the output projection of a model with such a configuration."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return int(text.vocab_size)  # type: ignore[attr-defined]
+    return int(text.vocab_size)
 
 
 def teacher_bytes(teacher: str | None, model: Outlook) -> int:

@@ -1,4 +1,4 @@
-"""The only code that knows how an engine keeps parameters: whole, as DTensor shards (FSDP2) or as ZeRO partitions."""
+"""The only code that knows how an engine keeps parameters: whole, as DTensor shards or as ZeRO partitions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ParamAccess(Protocol):
         ...
 
     def mask_gradient(self, parameter: nn.Parameter) -> Callable[[], None]:
-        """From now on keep the gradient of ``parameter`` at zero wherever it is itself zero; returns the undoing."""
+        """From now on zero the gradient of ``parameter`` wherever it is itself zero; returns the undoing."""
         ...
 
 
@@ -48,7 +48,9 @@ class Whole:
             _require_whole(parameter, gradient)
             return gradient.masked_fill(parameter.detach() == 0, 0)
 
-        return parameter.register_hook(mask).remove
+        handle: Any = parameter.register_hook(mask)  # type: ignore[no-untyped-call]
+        remove: Callable[[], None] = handle.remove
+        return remove
 
 
 class Partitioned(Whole):
@@ -82,7 +84,7 @@ class Sharded:
 
     def local(self, parameter: nn.Parameter) -> Tensor:
         """The shard."""
-        shard: Tensor = parameter.to_local()  # type: ignore[operator]
+        shard: Tensor = parameter.to_local()  # type: ignore[attr-defined]
         return shard.detach()
 
     def gather(self, model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
@@ -101,7 +103,9 @@ class Sharded:
             gradient = parameter.grad.to_local()
             gradient.masked_fill_(parameter.detach().to_local() == 0, 0)
 
-        return parameter.register_post_accumulate_grad_hook(mask).remove
+        handle: Any = parameter.register_post_accumulate_grad_hook(mask)  # type: ignore[no-untyped-call]
+        remove: Callable[[], None] = handle.remove
+        return remove
 
 
 def access_for(engine: str, zero_stage: int) -> ParamAccess:

@@ -1,4 +1,4 @@
-"""TrainingArguments from our fields. Everything that differs between engines is set, never left to a default."""
+"""TrainingArguments from our fields. What differs between engines is set, never left to a default."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Checkpoints that a restart continues from: complete or ignored.
 
-Engines write many files at their own pace. A checkpoint counts only once ``complete.json`` stands in it, which is
-written last, after everything else has reached the disk, and lists every file with its size.
+Engines write many files at their own pace. A checkpoint counts only once ``complete.json`` stands in it,
+which is written last, after everything else has reached the disk, and lists every file with its size.
 """
 
 from __future__ import annotations

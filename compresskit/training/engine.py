@@ -1,13 +1,13 @@
 """Get the engine that was asked for, or an error; never another one in silence.
 
-Accelerate decides once per process, when its state is first made, what kind of distributed run this is, and it
-leaves FSDP and DeepSpeed out when the device is a CPU: asked for FSDP it gives DDP, without a word. So on a CPU
-the shared state is made here first and told the kind, before any Accelerator exists:
+Accelerate decides once per process, when its state is first made, what kind of distributed run this is, and
+it leaves FSDP and DeepSpeed out when the device is a CPU: asked for FSDP it gives DDP, without a word. So on
+a CPU the shared state is made here first and told the kind, before any Accelerator exists:
 
-* FSDP2: the kind is set to ``MULTI_GPU``, the one Accelerate turns into ``FSDP`` when it sees an FSDP plugin; the
-  device stays the CPU, and FSDP2 runs on gloo.
-* DeepSpeed: the kind is set to ``DEEPSPEED``; ``DS_ACCELERATOR=cpu`` must be in the environment before deepspeed
-  is imported, and ``ACCELERATE_USE_CPU`` must not be.
+* FSDP2: the kind is set to ``MULTI_GPU``, the one Accelerate turns into ``FSDP`` when it sees an FSDP plugin;
+  the device stays the CPU, and FSDP2 runs on gloo.
+* DeepSpeed: the kind is set to ``DEEPSPEED``; ``DS_ACCELERATOR=cpu`` must be in the environment before
+  deepspeed is imported, and ``ACCELERATE_USE_CPU`` must not be.
 
 On a GPU nothing of the sort is needed. Either way :func:`require_engine` looks at what is really running.
 """

@@ -42,7 +42,7 @@ def culprit(model: nn.Module, wrapped: nn.Module, inputs: Mapping[str, Tensor]) 
         inputs: of the batch whose loss was not finite.
 
     Returns:
-        Such as ``model.layers.3.mlp.down_proj, whose weight is not finite``; None if all is finite on this rank.
+        Such as ``model.layers.3.mlp.down_proj, whose weight is not finite``; None if all is finite here.
     """
     found: list[str] = []
     handles = []
@@ -83,9 +83,8 @@ def not_finite(what: str, step: int, layer: str | None) -> NumericError:
 def bad_gradient(parameters: Iterable[tuple[str, nn.Parameter]]) -> str | None:
     """The first parameter whose gradient (this rank's part of it) is not finite."""
     for name, parameter in parameters:
-        if parameter.grad is not None:
-            if not own_part(parameter.grad).isfinite().all():
-                return name
+        if parameter.grad is not None and not own_part(parameter.grad).isfinite().all():
+            return name
     return None
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging
 
 from compresskit.errors import DataError, Fault, PlanError
@@ -166,7 +168,7 @@ def fit(
 
 def _run(trainer: StageTrainer, start: Path | None) -> float | None:
     """Train from ``start``; returns the validation loss at the end."""
-    with trainer.resources, _quiet_transformers(), trainer.progress:
+    with trainer.resources, quiet_transformers(), trainer.progress:
         trainer.train(resume_from_checkpoint=str(start) if start else None)
         return trainer.last_evaluation()
 
@@ -225,18 +227,20 @@ def _restored_environment() -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+        if "deepspeed" in sys.modules:
+            unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars of transformers' own in between ours."""
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _watch(log: LossLog, title: str, steps: int, done: int, tokens_per_step: int) -> Watch:

@@ -1,4 +1,4 @@
-"""A training run as plain data, so that any process can carry it out: alone, launched here, or in a launch."""
+"""A training run as plain data, so that any process can carry it out: alone, launched, or in a launch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from compresskit.errors import DataError
 from compresskit.modeling import ModelSource, load_model, load_tokenizer
 from compresskit.registry import locate
 from compresskit.training.fields import TrainingFields
-from compresskit.training.fit import TrainOutcome, fit
+from compresskit.training.fit import TrainOutcome, fit, quiet_transformers
 from compresskit.training.hold import require_held
 from compresskit.training.launch import launch
 from compresskit.training.order import Rows
@@ -123,7 +123,11 @@ def carry_out(job: TrainJob) -> TrainOutcome:
     """The part of one process: load, train, and on the main one save."""
     source = ModelSource(job.model, trust_remote_code=job.trust_remote_code)
     rows, validation, notes = _rows(job)
-    model = load_model(source, dtype="auto", device="cpu")
+    teacher = job.teacher.make() if job.teacher else None
+    with quiet_transformers():
+        model = load_model(source, dtype="auto", device="cpu")
+        if teacher is not None:
+            teacher.load()
 
     def save(tensors: Mapping[str, Tensor]) -> None:
         if tensors:
@@ -136,7 +140,7 @@ def carry_out(job: TrainJob) -> TrainOutcome:
         fields=job.training,
         scratch=Path(job.scratch),
         objective=job.objective.make(),
-        teacher=job.teacher.make() if job.teacher else None,
+        teacher=teacher,
         validation=validation,
         held=job.held,
         seed=job.seed,

@@ -1,4 +1,4 @@
-"""Start training processes on this machine; they live and die together, and the first failure is the one told."""
+"""Start training processes on this machine; they live and die together, and the first failure is told."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What is minimised: a pure function of hidden states, output projections and labels.
 
-Shapes: B = rows, T = tokens of a row, D = student's hidden width, E = teacher's, V = vocabulary, N = supervised
-tokens.
+Shapes: B = rows, T = tokens of a row, D = student's hidden width, E = teacher's, V = vocabulary, N =
+supervised tokens.
 """
 
 from __future__ import annotations
@@ -72,6 +72,10 @@ class Objective(Protocol):
 
 class TeacherProvider(Protocol):
     """Where a teacher's signal comes from; the trainer never touches the teacher itself."""
+
+    def load(self) -> None:
+        """Read the weights now. Once an engine runs it may shard whatever is loaded (ZeRO-3 does)."""
+        ...
 
     def head(self) -> Head:
         """Its output projection, cut to the vocabulary the student shares with it."""

@@ -1,14 +1,15 @@
 """Run an objective inside a model's own forward, so that every engine's hooks see it.
 
 Outside of the wrapped forward the output projection may be a shard (FSDP2) or empty (ZeRO-3). So the model's
-forward is replaced by one that stops at the hidden states, and the head is still *called*: only what it computes
-is replaced, for the length of the call. Engines gather its weight as for any other layer.
+forward is replaced by one that stops at the hidden states, and the head is still *called*: only what it
+computes is replaced, for the length of the call. Engines gather its weight as for any other layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def redirected(
     model: nn.Module, objective: Objective, *, precision: str, teacher: TeacherProvider | None
 ) -> Iterator[None]:
-    """While this lasts, ``model(input_ids=, position_ids=, labels=, teacher_hidden=)`` returns the objective's sums.
+    """While this lasts, ``model(input_ids, position_ids, labels, teacher_hidden)`` is the objective's sums.
 
     Args:
         model: a causal language model, not wrapped yet.
@@ -50,7 +51,7 @@ def redirected(
         def project(hidden: Tensor) -> Mapping[str, Tensor]:
             bias = getattr(head, "bias", None)
             return objective.score(
-                _narrow(hidden, precision), Head(head.weight, bias, softcap), labels, signal
+                _narrow(hidden, precision), Head(cast(Tensor, head.weight), bias, softcap), labels, signal
             )
 
         kind = input_ids.device.type
@@ -69,14 +70,14 @@ def redirected(
 def _computing(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
     """Let ``module`` compute ``forward`` when it is called, its hooks untouched."""
     before = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
         if before is None:
             module.__dict__.pop("forward", None)
         else:
-            module.forward = before  # type: ignore[method-assign]
+            module.forward = before
 
 
 def _narrow(hidden: Tensor, precision: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""What does not combine when training, with the cure of each: one table of data, checked at plan time. No torch."""
+"""What does not combine when training, with the cure of each: one table, checked at plan time. No torch."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""The one Trainer: an objective inside the wrapped forward, losses per supervised token, nothing not finite."""
+"""The one Trainer: an objective inside the wrapped forward, losses per supervised token, all finite."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from contextlib import ExitStack
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,7 @@ LONG_EVALUATION = 64
 """Batches from which an evaluation shows its progress."""
 
 
-class _Prepared(TrainerCallback):  # type: ignore[misc]
+class _Prepared(TrainerCallback):
     """Called once the engine has prepared the model: check which engine it is, and hold the zeros."""
 
     def __init__(self, trainer: StageTrainer) -> None:
@@ -39,7 +39,7 @@ class _Prepared(TrainerCallback):  # type: ignore[misc]
         self._trainer.when_prepared()
 
 
-class StageTrainer(Trainer):  # type: ignore[misc]
+class StageTrainer(Trainer):
     """Transformers' Trainer for every stage that trains.
 
     Args:
@@ -95,11 +95,12 @@ class StageTrainer(Trainer):  # type: ignore[misc]
 
     def when_prepared(self) -> None:
         """Check the engine and hold the zeros, until ``resources`` is closed."""
-        require_engine(self._setting, self.model_wrapped, self.model)
-        self.resources.enter_context(hold_zeros(self.model, self._held, self.access))
+        model = cast(nn.Module, self.model)
+        require_engine(self._setting, self.model_wrapped, model)
+        self.resources.enter_context(hold_zeros(model, self._held, self.access))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(train_dataset or self.train_dataset)
+        return SequentialSampler(cast(Sized, train_dataset or self.train_dataset))
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """Supervised tokens of one optimiser step, over accumulation and ranks."""
@@ -146,9 +147,9 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         scaler = self.accelerator.scaler
         if scaler is not None:
             scaler.unscale_(_bare(self.optimizer))
-        norm = super()._clip_grad_norm(model)
+        norm = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
         if scaler is None and norm is not None and not torch.isfinite(torch.as_tensor(float(norm))):
-            layer = first_named(bad_gradient(self.model.named_parameters()))
+            layer = first_named(bad_gradient(cast(nn.Module, self.model).named_parameters()))
             raise not_finite("gradient", self.state.global_step + 1, layer)
         return norm
 
@@ -207,7 +208,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Whole weights in a checkpoint only where the engine does not write its own shards."""
-        Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        Path(output_dir or str(self.args.output_dir)).mkdir(parents=True, exist_ok=True)
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             super().save_model(output_dir, _internal_call)
 
@@ -215,7 +216,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         """Write, wait for all ranks, then declare it complete and remove the others."""
         super()._save_checkpoint(model, trial)
         _barrier()
-        folder = Path(self.args.output_dir)
+        folder = Path(str(self.args.output_dir))
         if self.is_world_process_zero():
             made = folder / f"{checkpoint.PREFIX}{self.state.global_step}"
             checkpoint.seal(made, self._identity)

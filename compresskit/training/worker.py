@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 
 from compresskit.training.launch import die_with_parent, note_failure
@@ -12,6 +13,8 @@ from compresskit.training.launch import die_with_parent, note_failure
 def main(path: Path) -> int:
     """Carry out the job in ``path``; a failure is noted beside it. Returns the exit status."""
     die_with_parent()
+    # torch's own FSDP and deepspeed call collectives by names that torch has deprecated.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     try:
         import torch.distributed as dist
 

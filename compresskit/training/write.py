@@ -33,7 +33,7 @@ def write_checkpoint(source: ModelSource, out: Path, tensors: Mapping[str, Tenso
             room = SHARD_BYTES
         groups[-1].append(name)
         room -= size
-    files = {}
+    files: dict[str, str] = {}
     for number, names in enumerate(groups, 1):
         shard = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         pending = [
@@ -42,10 +42,14 @@ def write_checkpoint(source: ModelSource, out: Path, tensors: Mapping[str, Tenso
         write_shard(out / shard, pending)
         files |= dict.fromkeys(names, shard)
     if len(groups) > 1:
-        total = sum(tensors[n].numel() * source.dtype(n).itemsize for n in files)
+        total = sum([tensors[n].numel() * source.dtype(n).itemsize for n in files])
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
         (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     copy_sidecars(source.directory, out)
+
+
+def _pending(source: ModelSource, tensors: Mapping[str, Tensor], name: str) -> Pending:
+    return Pending(name, source.dtype(name), source.shape(name), partial(_stored, source, tensors, name))
 
 
 def _stored(source: ModelSource, tensors: Mapping[str, Tensor], name: str) -> Tensor:
