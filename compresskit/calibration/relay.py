@@ -9,20 +9,18 @@ costs an embedding and a mask, little beside a block, and no memory.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from compresskit.calibration.rows import Row
 from compresskit.errors import Fault, ModelError
 from compresskit.modeling.streaming import StreamedModel
 
-INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 HIDDEN = "hidden_states"
-
-Row = Mapping[str, Tensor]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -110,13 +108,11 @@ class Relay:
 
     @torch.no_grad()
     def _run(self, row: Row) -> None:
-        inputs = {k: row[k].reshape(1, -1).to(self._streamed.device) for k in INPUTS if k in row}
-        for key in [key for key in inputs if key not in self._accepts]:
-            if key == "position_ids" and not _is_counting(inputs[key]):
-                cls = type(self._streamed.module).__name__
-                cure = "Calibrate with one document a row."
-                raise ModelError(Fault(cls, "a model that takes position_ids", "one that does not", cure))
-            del inputs[key]
+        inputs = {key: value.to(self._streamed.device) for key, value in row.items()}
+        if refused := inputs.keys() - self._accepts.keys():
+            cls = type(self._streamed.module).__name__
+            cure = "Leave them out of the calibration rows."
+            raise ModelError(Fault(cls, f"a model that takes {sorted(refused)}", "one that does not", cure))
         extra = {"use_cache": False} if "use_cache" in self._accepts else {}
         self._streamed.module(**inputs, **extra)
 
@@ -166,9 +162,3 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_same(one[k], other[k]) for k in one)
     return type(one) is type(other) and (one == other or hasattr(one, "__dict__"))
-
-
-def _is_counting(position_ids: Tensor) -> bool:
-    """0, 1, 2 ...: what a model assumes anyway."""
-    flat = position_ids.reshape(-1)
-    return torch.equal(flat, torch.arange(len(flat), device=flat.device))

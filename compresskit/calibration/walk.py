@@ -18,7 +18,8 @@ from torch import Tensor
 
 from compresskit.calibration.activations import Activations
 from compresskit.calibration.collect import Collector, Hooks, Shift
-from compresskit.calibration.relay import Relay, Row
+from compresskit.calibration.relay import Relay
+from compresskit.calibration.rows import Documents, Row
 from compresskit.calibration.statistics import LayerStats
 from compresskit.errors import DataError, Fault, InputError, StatisticError
 from compresskit.modeling.streaming import StreamedModel
@@ -58,7 +59,8 @@ def walk(
     Args:
         streamed: the model; its changed weights go where it writes. Not closed.
         rows: each with ``input_ids`` (T,) and, if it has them, ``attention_mask`` (0 is padding),
-            ``position_ids`` and ``token_type_ids``. None visits without data: no statistics, no error.
+            ``token_type_ids`` and ``position_ids``; where these start again at 0 another document begins,
+            and documents never see each other. None visits without data: no statistics, no error.
         visit: see :data:`Visit`; the weight it gets is in its stored dtype on the model's device.
         needs: names of ``statistics.STATISTICS`` to collect.
         layers: names of the layers to visit; None is every linear layer inside the blocks.
@@ -83,13 +85,15 @@ def walk(
     ordered = [name for name in linears if name in chosen_set]
     if rows is None:
         return _walk_without_data(streamed, visit, ordered, title)
-    tokens = sum(_num_tokens(row) for row in rows)
-    if not tokens:
+    documents = Documents(rows)
+    if not documents.num_tokens:
         got = "none" if not len(rows) else "padding only"
         raise DataError(Fault("calibration rows", "tokens", got, "Give more calibration data."))
     hidden = Activations(spill)
     try:
-        return Walked(_Walk(streamed, rows, visit, needs, ordered, hidden).run(title), tokens)
+        return Walked(
+            _Walk(streamed, documents, visit, needs, ordered, hidden).run(title), documents.num_tokens
+        )
     finally:
         hidden.close()
 
@@ -207,11 +211,6 @@ class _Walk:
 
 def _drop(value: Tensor) -> None:
     """Run for the hooks alone."""
-
-
-def _num_tokens(row: Row) -> int:
-    mask = row.get("attention_mask")
-    return int(row["input_ids"].numel() if mask is None else mask.count_nonzero())
 
 
 def _entered(streamed: StreamedModel, index: int) -> AbstractContextManager[object]:

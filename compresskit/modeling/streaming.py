@@ -244,7 +244,7 @@ def _assign(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def _return_memory() -> None:
-    """Give freed pages back; glibc else keeps those of tensors below 32 MB, half a block more at each block."""
+    """Give freed pages back; glibc keeps those of tensors below 32 MB, more of them after each block."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
