@@ -34,6 +34,7 @@ from compresskit.artifact import (
 )
 from compresskit.errors import Fault, OutputError, PromiseError, WorkerError
 from compresskit.formats import export
+from compresskit.formats.readback import read_back
 from compresskit.modeling import ModelSource, open_model
 from compresskit.modeling.promise import standing_promises
 from compresskit.planner import Plan, PlannedStage
@@ -74,7 +75,8 @@ def run(
         after_stage: measures a checkpoint; also called on the model before the first stage.
 
     Returns:
-        The artifact. If ``out`` already holds this very plan's artifact it is returned as it is.
+        The artifact. If ``out`` holds that of this very plan, model and data, and ``overwrite`` is not set,
+        it is returned as it is.
 
     Raises:
         OutputError: ``out`` is not ours, the disk is too small, or another process works there.
@@ -82,7 +84,7 @@ def run(
         RunError: a stage had to stop; finished stages stay on disk and a restart continues.
     """
     out = Path(out).absolute()
-    if _is_done(plan, out):
+    if not overwrite and _is_done(plan, out):
         return open_artifact(out)
     check_output(out, overwrite=overwrite)
     work = out.with_name(f".{out.name}.work")
@@ -260,7 +262,7 @@ def _measure(name: str, model: ModelSource, work: Path, after_stage: AfterStage 
     target = records / f"{name}.json"
     if after_stage is None or target.is_file():
         return
-    if all(model.grid(layer) is None for layer in model.anatomy.linears):
+    if not model.is_quantised:
         write_json(target, after_stage(name, model.directory))
         return
     with tempfile.TemporaryDirectory(dir=work, prefix="packed-") as packed:
@@ -276,9 +278,10 @@ def _assemble(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     export(model, partial)
+    packed = read_back(model, partial) if model.is_quantised else 0
     (partial / STATE).unlink(missing_ok=True)
     (partial / RECIPE).write_text(plan.recipe.to_yaml(), encoding="utf-8")
-    seal(partial, manifest_of(plan, states))
+    seal(partial, {**manifest_of(plan, states), "parameters_read_back": packed})
     shutil.copytree(work / RECORDS, partial / RECORDS)
     shutil.copyfile(work / KEY, partial / RECORDS / KEY)
     _keep_timings(plan, work, partial / RECORDS)

@@ -125,6 +125,11 @@ class ModelSource:
         """The grid that ``layer`` was quantised onto, if it was."""
         return self._grids.get(layer)
 
+    @property
+    def is_quantised(self) -> bool:
+        """Whether any layer's weights lie on a grid."""
+        return bool(self._grids)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The stored shape of ``name``."""
         return self.place(name).shape

@@ -1,0 +1,58 @@
+"""What was packed, read back: every parameter equal to the bit, every grid the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from compresskit.errors import Fault, FormatError
+from compresskit.formats import FORMATS
+from compresskit.formats.base import Checkpoint
+from compresskit.formats.checkpoint import CONFIG
+from compresskit.formats.grid import same_grid
+from compresskit.progress import Progress
+
+MAX_NAMED = 10
+
+
+def read_back(model: Checkpoint, out: Path) -> int:
+    """Decode the packed checkpoint in ``out`` and compare it with the ``model`` it was made from.
+
+    Args:
+        model: the dense checkpoint, its quantised weights on their grids.
+        out: what :func:`compresskit.formats.export` wrote.
+
+    Returns:
+        How many parameters were compared, each a tensor at a time.
+
+    Raises:
+        FormatError: a parameter is missing, or differs in a single bit, or lies on another grid.
+    """
+    config = json.loads((out / CONFIG).read_text(encoding="utf-8"))["quantization_config"]
+    left = set(model.names())
+    wrong = []
+    with Progress("reading back", len(left), unit="tensors") as progress:
+        for name, tensor, grid in FORMATS["compressed-tensors"]().decode(_stored(out), config):
+            left.discard(name)
+            expected = model.tensor(name)
+            same = tensor.dtype == expected.dtype and tensor.equal(expected)
+            if not same or not same_grid(grid, model.grid(name.removesuffix(".weight"))):
+                wrong.append(name)
+            progress.advance()
+    if wrong or left:
+        names = ", ".join([*wrong, *sorted(left)][:MAX_NAMED])
+        got = f"{len(wrong)} that differ and {len(left)} missing: {names}"
+        cure = "The disk or the packing is at fault: run again, and report it if it happens again."
+        raise FormatError(Fault(str(out), "every parameter as it was before packing", got, cure))
+    return len(model.names())
+
+
+def _stored(out: Path) -> Iterator[tuple[str, Tensor]]:
+    for path in sorted(out.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - not a mapping
+                yield key, file.get_tensor(key)
