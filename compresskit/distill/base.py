@@ -11,14 +11,14 @@ from compresskit.training.objective import Head, Signal
 
 
 class DistillLoss(Protocol):
-    """A frozen dataclass whose fields are the hyperparameters and whose score() is pure.
+    """A frozen dataclass whose fields are the hyperparameters and that is a pure function.
 
     A stage's ``temperature`` and ``cross_entropy_weight`` are passed to a loss that has such fields.
     """
 
     needs_teacher: ClassVar[bool]
 
-    def score(
+    def __call__(
         self, hidden_BTD: Tensor, head: Head, labels_BT: Tensor, signal: Signal | None
     ) -> Mapping[str, Tensor]:
         """Sums over supervised tokens, in nats; ``loss`` is minimised. Never makes two (B, T, V) tensors."""

@@ -37,7 +37,7 @@ class ForwardKL:
     temperature: float = 1.0
     cross_entropy_weight: float = 0.0
 
-    def score(
+    def __call__(
         self, hidden_BTD: Tensor, head: Head, labels_BT: Tensor, signal: Signal | None
     ) -> Mapping[str, Tensor]:
         """Sums over the supervised tokens of a batch, in nats.

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,138 @@ class TrainOutcome:
     warnings: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run of a live model.
+
+    Attributes:
+        model: a causal language model; its weights are fp32 while it trains and have their own dtype after.
+        rows: map-style data set of {"input_ids", "labels", "position_ids"}, each int64 (T,); labels are not
+            shifted, -100 is not supervised.
+        fields: how to train; ``processes`` is not acted on here (see ``compresskit.training.launch``).
+        scratch: directory for checkpoints and the loss log; survives a kill.
+        objective: what to minimise.
+        teacher: for an objective that needs one.
+        validation: rows for the evaluations.
+        held: layers whose zero weights stay zero.
+        seed: of data order and dropout.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:0``.
+        save: called on every rank at the end with the whole state dict in the model's own dtypes; it is
+            empty except on the main process.
+        title: of the progress line.
+        warnings: of whoever made the rows; passed on in the outcome.
+    """
+
+    model: nn.Module
+    rows: Rows
+    fields: TrainingFields
+    scratch: Path
+    objective: Objective
+    teacher: TeacherProvider | None
+    validation: Rows | None
+    held: tuple[str, ...]
+    seed: int
+    device: str
+    save: Callable[[Mapping[str, Tensor]], None] | None
+    title: str
+    warnings: tuple[str, ...]
+
+    @cached_property
+    def setting(self) -> Setting:
+        """The fields, and where they will run; everything wrong with them is raised here."""
+        kind = resolve(self.device)
+        faults = training_faults(self.fields, "training", device=kind)
+        if faults:
+            raise PlanError(*faults)
+        if not len(self.rows):
+            raise DataError(Fault("training data", "at least one row", "none", "Give more text."))
+        return Setting(self.fields, launched_processes() or 1, kind)
+
+    @cached_property
+    def steps(self) -> int:
+        """Optimiser steps."""
+        epochs = self.fields.epochs
+        return self.fields.steps or max(1, math.ceil(epochs * len(self.rows) / self.fields.batch_size))
+
+    @cached_property
+    def identity(self) -> str:
+        """Which run a checkpoint belongs to; a change of anything here starts anew."""
+        setting = self.setting
+        facts = {**asdict(self.fields), "steps": self.steps, "seed": self.seed, "rows": len(self.rows)}
+        facts |= {"processes": setting.processes, "strategy": setting.strategy, "device": setting.device}
+        facts |= {"objective": repr(self.objective), "held": self.held}
+        for name in ("eval_every", "checkpoint_every"):
+            facts.pop(name)
+        text = json.dumps(facts, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def train(self) -> TrainOutcome:
+        """Train from the last complete checkpoint; see :func:`fit`."""
+        setting = self.setting
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        start = checkpoint.latest(self.scratch / CHECKPOINTS, self.identity)
+        done = checkpoint.step_of(start) if start else 0
+        with _restored_environment(), _trainable(self.model, self.fields) as dtypes:
+            trainer = self._trainer(done)
+            precision = self.fields.precision
+            with redirected(self.model, self.objective, precision=precision, teacher=self.teacher):
+                validated = _run(trainer, start)
+            tensors = trainer.access.gather(self.model, keep=trainer.is_world_process_zero())
+            require_finite_weights(tensors, self.steps)
+            if self.save is not None:
+                self.save(cast_like(tensors, dtypes))
+            engine = running_engine(trainer.model_wrapped, self.model)
+            kept = local_bytes(trainer.access, self.model)
+        log = LossLog(self.scratch / LOSSES)
+        losses = log.losses() if trainer.is_world_process_zero() else [math.nan]
+        return TrainOutcome(
+            steps=self.steps,
+            first_loss=losses[0],
+            final_loss=sum(losses[-LAST:]) / len(losses[-LAST:]),
+            validation_loss=validated,
+            skipped_steps=log.skipped(),
+            engine=engine,
+            processes=setting.processes,
+            parameter_bytes=kept,
+            kernels=used(),
+            resumed_from=done,
+            seconds=log.seconds(),
+            warnings=self.warnings,
+        )
+
+    def _trainer(self, done: int) -> StageTrainer:
+        """The trainer, ``done`` steps of whose work are behind it."""
+        fields, setting = self.fields, self.setting
+        arguments = training_arguments(
+            setting,
+            self.model,
+            steps=self.steps,
+            scratch=self.scratch,
+            seed=self.seed,
+            device=self.device,
+            evaluates=self.validation is not None,
+        )
+        watch = None
+        if arguments.process_index == 0:
+            log = LossLog(self.scratch / LOSSES)
+            log.cut_after(done)
+            tokens = fields.batch_size * int(self.rows[0]["input_ids"].shape[-1])
+            watch = Watch(log, title=self.title, steps=self.steps, done=done, tokens_per_step=tokens)
+        rows = Ordered(self.rows, steps=self.steps, batch_size=fields.batch_size, seed=self.seed)
+        return StageTrainer(
+            self.model,
+            arguments,
+            rows=rows,
+            validation=self.validation,
+            teacher=self.teacher,
+            setting=setting,
+            held=self.held,
+            access=access_for(setting.strategy, fields.zero_stage),
+            watch=watch,
+            identity=self.identity,
+        )
+
+
 def fit(
     model: nn.Module,
     rows: Rows,
@@ -97,24 +230,10 @@ def fit(
     In a torchrun or accelerate launch every rank calls this with the same arguments.
 
     Args:
-        model: a causal language model; its weights are fp32 while it trains and have their own dtype after.
-        rows: map-style data set of {"input_ids", "labels", "position_ids"}, each int64 (T,); labels are not
-            shifted, -100 is not supervised.
-        fields: how to train; ``processes`` is not acted on here (see ``compresskit.training.launch``).
-        scratch: directory for checkpoints and the loss log; survives a kill.
-        objective: what to minimise; next-token cross entropy by default.
-        teacher: for an objective that needs one.
-        validation: rows for the evaluations.
-        held: layers whose zero weights stay zero.
-        seed: of data order and dropout.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:0``.
-        save: called on every rank at the end with the whole state dict in the model's own dtypes; it is
-            empty except on the main process.
-        title: of the progress line.
-        warnings: of whoever made the rows; passed on in the outcome.
+        model: see :class:`Run`, as for all the others; the objective is next-token cross entropy by default.
 
     Returns:
-        The outcome, on every rank.
+        The outcome, on every rank; only the main one knows losses.
 
     Raises:
         PlanError: the fields do not combine; all faults together.
@@ -122,48 +241,21 @@ def fit(
         EngineError: another engine runs than was asked for.
         NumericError: a loss, gradient or weight is not finite; names the step and the layer.
     """
-    kind = resolve(device)
-    faults = training_faults(fields, "training", device=kind)
-    if faults:
-        raise PlanError(*faults)
-    if not len(rows):
-        raise DataError(Fault("training data", "at least one row", "none", "Give more text."))
-    setting = Setting(fields, launched_processes() or 1, kind)
-    objective = objective or CrossEntropy()
-    steps = fields.steps or max(1, math.ceil(fields.epochs * len(rows) / fields.batch_size))
-    identity = _identity(fields, setting, steps, seed, len(rows), objective)
-    scratch.mkdir(parents=True, exist_ok=True)
-    start = checkpoint.latest(scratch / CHECKPOINTS, identity)
-    done = checkpoint.step_of(start) if start else 0
-    with _restored_environment(), _trainable(model, fields) as dtypes:
-        arguments = training_arguments(
-            setting,
-            model,
-            steps=steps,
-            scratch=scratch,
-            seed=seed,
-            device=device,
-            evaluates=validation is not None,
-        )
-        main = arguments.process_index == 0
-        log = LossLog(scratch / LOSSES)
-        tokens_per_step = fields.batch_size * _width(rows)
-        trainer = StageTrainer(
-            model,
-            arguments,
-            rows=Ordered(rows, steps=steps, batch_size=fields.batch_size, seed=seed),
-            validation=validation,
-            teacher=teacher,
-            setting=setting,
-            held=held,
-            access=access_for(setting.strategy, fields.zero_stage),
-            watch=_watch(log, title, steps, done, tokens_per_step) if main else None,
-            identity=identity,
-        )
-        with redirected(model, objective, precision=fields.precision, teacher=teacher):
-            validated = _run(trainer, start)
-        _deliver(trainer, model, steps, dtypes, save)
-        return _outcome(trainer, model, log, steps, done, validated, warnings)
+    return Run(
+        model=model,
+        rows=rows,
+        fields=fields,
+        scratch=Path(scratch),
+        objective=objective or CrossEntropy(),
+        teacher=teacher,
+        validation=validation,
+        held=held,
+        seed=seed,
+        device=device,
+        save=save,
+        title=title,
+        warnings=warnings,
+    ).train()
 
 
 def _run(trainer: StageTrainer, start: Path | None) -> float | None:
@@ -171,48 +263,6 @@ def _run(trainer: StageTrainer, start: Path | None) -> float | None:
     with trainer.resources, quiet_transformers(), trainer.progress:
         trainer.train(resume_from_checkpoint=str(start) if start else None)
         return trainer.last_evaluation()
-
-
-def _deliver(
-    trainer: StageTrainer,
-    model: nn.Module,
-    steps: int,
-    dtypes: Mapping[str, torch.dtype],
-    save: Callable[[Mapping[str, Tensor]], None] | None,
-) -> None:
-    """Gather the weights, make sure they are finite, and hand them to ``save`` in their own dtypes."""
-    tensors = trainer.access.gather(model, keep=trainer.is_world_process_zero())
-    require_finite_weights(tensors, steps)
-    if save is not None:
-        save(cast_like(tensors, dtypes))
-
-
-def _outcome(
-    trainer: StageTrainer,
-    model: nn.Module,
-    log: LossLog,
-    steps: int,
-    done: int,
-    validated: float | None,
-    warnings: tuple[str, ...],
-) -> TrainOutcome:
-    """What the run came to; ranks above 0 know no losses."""
-    main = trainer.is_world_process_zero()
-    losses = (log.losses() if main else []) or [math.nan]
-    return TrainOutcome(
-        steps=steps,
-        first_loss=losses[0],
-        final_loss=sum(losses[-LAST:]) / len(losses[-LAST:]),
-        validation_loss=validated,
-        skipped_steps=log.skipped() if main else 0,
-        engine=running_engine(trainer.model_wrapped, model),
-        processes=trainer.args.world_size,
-        parameter_bytes=local_bytes(trainer.access, model),
-        kernels=used(),
-        resumed_from=done,
-        seconds=log.seconds() if main else 0.0,
-        warnings=warnings,
-    )
 
 
 @contextmanager
@@ -241,15 +291,6 @@ def quiet_transformers() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _watch(log: LossLog, title: str, steps: int, done: int, tokens_per_step: int) -> Watch:
-    log.cut_after(done)
-    return Watch(log, title=title, steps=steps, done=done, tokens_per_step=tokens_per_step)
-
-
-def _width(rows: Rows) -> int:
-    return int(rows[0]["input_ids"].shape[-1])
 
 
 @contextmanager
@@ -291,15 +332,3 @@ def _restore(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in dtypes and type(tensor.data) is Tensor and tensor.dtype != dtypes[name]:
             tensor.data = tensor.data.to(dtypes[name])
-
-
-def _identity(
-    fields: TrainingFields, setting: Setting, steps: int, seed: int, rows: int, objective: Objective
-) -> str:
-    """Which run a checkpoint belongs to; a change of anything here starts anew."""
-    facts = {**asdict(fields), "steps": steps, "seed": seed, "rows": rows, "objective": repr(objective)}
-    facts |= {"processes": setting.processes, "strategy": setting.strategy, "device": setting.device}
-    for name in ("eval_every", "checkpoint_every"):
-        facts.pop(name)
-    text = json.dumps(facts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -53,7 +53,7 @@ class Objective(Protocol):
 
     needs_teacher: ClassVar[bool]
 
-    def score(
+    def __call__(
         self, hidden_BTD: Tensor, head: Head, labels_BT: Tensor, signal: Signal | None
     ) -> Mapping[str, Tensor]:
         """Sums over the supervised tokens of a batch.
@@ -92,10 +92,10 @@ class CrossEntropy:
 
     needs_teacher: ClassVar[bool] = False
 
-    def score(
+    def __call__(
         self, hidden_BTD: Tensor, head: Head, labels_BT: Tensor, signal: Signal | None
     ) -> Mapping[str, Tensor]:
-        """See :meth:`Objective.score`; ``signal`` is not used."""
+        """See :meth:`Objective.__call__`; ``signal`` is not used."""
         hidden_ND, labels_N = predictions(hidden_BTD, labels_BT)
         loss = linear_cross_entropy(
             hidden_ND, head.weight_VD, labels_N, bias_V=head.bias_V, softcap=head.softcap

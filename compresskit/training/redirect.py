@@ -50,7 +50,7 @@ def redirected(
 
         def project(hidden: Tensor) -> Mapping[str, Tensor]:
             bias = getattr(head, "bias", None)
-            return objective.score(
+            return objective(
                 _narrow(hidden, precision), Head(cast(Tensor, head.weight), bias, softcap), labels, signal
             )
 
