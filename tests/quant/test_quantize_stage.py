@@ -1,0 +1,130 @@
+"""The stage: every fault in full, and the run on a real checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_llama
+
+from compresskit.data.spec import DataSpec
+from compresskit.errors import SchemeError
+from compresskit.modeling import ModelSource, open_model
+from compresskit.quant.stage import Quantize
+from compresskit.stage import Outlook, StageContext, StageResult
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    place = tmp_path_factory.mktemp("model")
+    return open_model(tiny_llama(place, intermediate_size=44, tie_word_embeddings=False))
+
+
+def outlook(model: ModelSource) -> Outlook:
+    return Outlook(
+        anatomy=model.anatomy,
+        config=model.config,
+        tokenizer=model.directory,
+        original=model.directory,
+        weight_bytes=4.0,
+    )
+
+
+def run(stage: Quantize, model: ModelSource, place: Path) -> tuple[StageResult, ModelSource]:
+    (place / "out").mkdir(parents=True)
+    context = StageContext(
+        out=place / "out",
+        scratch=place / "scratch",
+        original=model.directory,
+        data=DataSpec(source=str(place / "no-such-data")),
+        cache=place / "cache",
+    )
+    return stage.run(model, context), open_model(place / "out")
+
+
+def faults(stage: Quantize, model: Outlook) -> str:
+    return "\n".join(map(str, stage.faults(model, "stages[1]")))
+
+
+def test_all_misfits_are_named_together(model: ModelSource) -> None:
+    said = faults(Quantize(scheme="w4a16-g32"), outlook(model))
+    assert said.count("\n") == 0
+    assert said.startswith(
+        "stages[1].scheme: expected in_features divisible by the group size 32, got 44 in "
+    )
+    assert "model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj" in said
+    assert "w4a16-channel" in said
+    assert faults(Quantize(scheme="w4a16-channel"), outlook(model)) == ""
+
+
+def test_names_options_and_targets(model: ModelSource) -> None:
+    look = outlook(model)
+    assert "Did you mean: rtn?" in faults(Quantize("rtm"), look)
+    said = faults(Quantize(scheme="w8a9", targets=("*.nothing",), options={"bits": 3}), look)
+    assert "stages[1].scheme: expected a quantisation scheme, got 'w8a9'. Did you mean: w8a8" in said
+    assert "stages[1].targets" in said
+    assert "stages[1].bits: expected an option of RoundToNearest, got 'bits'" in said
+
+
+def test_tied_conv1d_and_quantised_layers_are_refused(tmp_path: Path, model: ModelSource) -> None:
+    tied = outlook(open_model(tiny_llama(tmp_path)))
+    assert "shares its weight with the token embedding. Add lm_head to ignore." in faults(
+        Quantize(ignore=()), tied
+    )
+    name = "model.layers.0.mlp.up_proj"
+    again = replace(outlook(model), layer_bits={name: 8.0})
+    assert f"got a grid already on {name}. Quantise each layer once" in faults(Quantize(), again)
+    linears: Any = {n: replace(ln, transposed=n == name) for n, ln in model.anatomy.linears.items()}
+    conv = replace(outlook(model), anatomy=replace(model.anatomy, linears=linears))
+    assert f"got Conv1D in {name}" in faults(Quantize(), conv)
+
+
+def test_forecast(model: ModelSource) -> None:
+    stage, before = Quantize(scheme="w8a8"), outlook(model)
+    forecast = stage.forecast(before)
+    assert forecast.layers == 14
+    assert forecast.after.layer_bits["model.layers.0.mlp.down_proj"] == 8 + 32 / 44
+    assert forecast.after.checkpoint_bytes < before.checkpoint_bytes
+    assert forecast.memory_bytes > 0
+    assert "rounded to 8 bits per token" in forecast.notes[0]
+    assert not stage.trains
+    assert not stage.reshapes
+
+
+def test_run_reads_no_data_and_keeps_zeros(model: ModelSource, tmp_path: Path) -> None:
+    result, after = run(Quantize(scheme="w4a16-channel"), model, tmp_path)
+    assert len(result.promises) == len(result.layers) == 14
+    assert not [s for p in result.promises for s in p.broken(after, after)]
+    assert result.warnings == ()
+    assert 0 < result.metrics["weight_relative_error"] < 0.05
+    for layer, linear in model.anatomy.linears.items():
+        before, now, grid = model.weight_OI(layer), after.weight_OI(layer), after.grid(layer)
+        if linear.block is None:
+            assert grid is None
+            assert torch.equal(before, now)
+        else:
+            assert grid is not None
+            assert not torch.equal(before, now)
+            assert torch.equal(grid.snap(now), now)
+    untouched = [n for n in model.names() if "norm" in n or "embed" in n]
+    assert all(torch.equal(model.tensor(n), after.tensor(n)) for n in untouched)
+
+
+def test_run_twice_on_other_layers_keeps_the_first_grids(model: ModelSource, tmp_path: Path) -> None:
+    first, middle = run(Quantize(scheme="w8a8", targets=("*.mlp.*",)), model, tmp_path / "1")
+    second, after = run(Quantize(scheme="w4a16-g32", targets=("*.self_attn.*",)), middle, tmp_path / "2")
+    assert not [s for p in first.promises for s in p.broken(middle, after)]
+    assert not [s for p in second.promises for s in p.broken(after, after)]
+    with pytest.raises(SchemeError, match="a grid already on"):
+        run(Quantize(scheme="w8a16"), after, tmp_path / "3")
+
+
+def test_same_bytes_twice(model: ModelSource, tmp_path: Path) -> None:
+    run(Quantize(scheme="w8a8"), model, tmp_path / "1")
+    result, _ = run(Quantize(scheme="w8a8", data="text.txt"), model, tmp_path / "2")
+    assert result.warnings == ("rtn reads no data; the data given to it was left unread.",)
+    for path in (tmp_path / "1" / "out").iterdir():
+        assert path.read_bytes() == (tmp_path / "2" / "out" / path.name).read_bytes(), path.name
