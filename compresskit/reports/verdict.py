@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from compresskit.reports.chain import Chain, Step, is_cut
+from compresskit.reports.chain import FINAL, Chain, Step, is_cut
 from compresskit.reports.figures import ends, write_bytes, write_ms, write_quality
 
 NO_CHANGE = 0.02  # ratios within two hundredths of 1 are called unchanged
@@ -195,7 +195,8 @@ def _quantize(chain: Chain, index: int) -> list[Finding]:
     integer = (
         " Integer arithmetic (w8a8) needs such a runtime too." if match and match.group(2) == "8" else ""
     )
-    last = len(chain.steps) - 1  # the artifact, where it has a row of its own, is what was quantised
+    after = chain.steps[index + 1 : index + 2]
+    last = index + 1 if after and after[0].kind == FINAL else index  # only the artifact is packed
     return [
         Finding(
             "note",

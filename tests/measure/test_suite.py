@@ -129,15 +129,16 @@ def test_models_in_turn(llama_dir: Path, bert_dir: Path, monkeypatch: pytest.Mon
 
 def test_decoding_uses_the_cache_and_every_step(llama_dir: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama_dir).eval()
-    lengths: list[tuple[int, int]] = []
+    lengths: list[tuple[int, int, int]] = []
 
     def note(module, args, kwargs, out) -> None:
-        lengths.append((kwargs["input_ids"].shape[1], out.logits.shape[1]))
+        cached = out.past_key_values.get_seq_length()
+        lengths.append((kwargs["input_ids"].shape[1], out.logits.shape[1], cached))
 
     model.register_forward_hook(note, with_kwargs=True)
     runner = Runner(model, causal=True, prompt_tokens=7, decode_tokens=3, seed=0)
     prefill_ms, decode_ms = runner.once()
-    assert lengths == [(7, 1), (1, 1), (1, 1), (1, 1)]
+    assert lengths == [(7, 1, 7), (1, 1, 8), (1, 1, 9), (1, 1, 10)]
     assert prefill_ms > 0
     assert decode_ms > 0
 

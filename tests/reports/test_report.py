@@ -14,6 +14,7 @@ from compresskit.errors import InputError
 from compresskit.measure.record import Record, write_records
 from compresskit.reports import build
 from compresskit.reports.figures import write_bytes, write_ms, write_ratio
+from compresskit.reports.svg import BAR_W
 
 from .conftest import make_records
 
@@ -89,6 +90,7 @@ def test_bars_are_to_scale(make_artifact: Make) -> None:
     starts = re.findall(r'<path class="k-\w+" d="M([\d.]+) [\d.]+h([\d.]+)q([\d.]+)', picture)
     widths = [float(h) + float(r) for _, h, r in starts]
     assert widths[3] / widths[0] == pytest.approx(0.27, abs=0.005)
+    assert widths[0] == BAR_W, "the longest leaves room for its figure"
 
 
 def test_losses_come_with_the_wins(make_artifact: Make) -> None:
