@@ -20,7 +20,7 @@ def freeze_options(options: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> Op
 
 
 def option_faults(
-    method: type[Any], options: Options, *, where: str, reserved: Iterable[str] = ()
+    method: type[Any], options: Options, *, where: str, stage: type[Any], reserved: Iterable[str] = ()
 ) -> list[Fault]:
     """What is wrong with ``options`` as keyword arguments of the dataclass ``method``.
 
@@ -28,6 +28,7 @@ def option_faults(
         method: a method's class; its fields are its configuration.
         options: from :func:`freeze_options`.
         where: the stage, e.g. ``stages[0]``; an option stands in a recipe beside the stage's own fields.
+        stage: its class, whose fields may have been meant.
         reserved: fields of ``method`` that the stage fills in by itself.
 
     Returns:
@@ -39,8 +40,11 @@ def option_faults(
     faults = []
     for name, value in given.items():
         if name not in known:
-            cure = f"Did you mean: {nearest(name, known)}?" if known else f"Remove {name}: it has no options."
-            faults.append(Fault(f"{where}.{name}", f"an option of {method.__name__}", repr(name), cure))
+            meant = {*known, *(f.name for f in fields(stage) if f.name != "options")}
+            expected = f"a field of {stage.__name__} or of its method {method.__name__}"
+            faults.append(
+                Fault(f"{where}.{name}", expected, repr(name), f"Did you mean: {nearest(name, meant)}?")
+            )
         elif not fit(value, hints[name])[0]:
             wanted = describe(hints[name])
             faults.append(Fault(f"{where}.{name}", wanted, repr(value), f"Write {name} as {wanted}."))

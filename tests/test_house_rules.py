@@ -24,8 +24,8 @@ from compresskit.sparse import PRUNERS
 
 ROOT = Path(compresskit.__file__).parent
 ORDER = (
-    {"errors", "yaml12"},
-    {"registry", "progress"},
+    {"errors"},
+    {"registry", "progress", "yaml12"},
     {"fields", "kernels"},
     {"options"},
     {"data", "targets", "formats"},
@@ -37,9 +37,11 @@ ORDER = (
     {"recipe"},
     {"schema", "planner", "artifact"},
     {"pipeline"},
-    {"measure", "reports", "assets"},
+    {"measure", "assets"},
+    {"reports"},
     {"api"},
     {"cli"},
+    {"__main__"},
 )
 LAYER = {name: rank for rank, names in enumerate(ORDER) for name in names}
 MAX_LINES = 400

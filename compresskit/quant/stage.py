@@ -67,7 +67,7 @@ class Quantize:
         if self.method not in QUANTIZERS:
             cure = f"Did you mean: {nearest(self.method, QUANTIZERS)}?"
             return [Fault(f"{where}.method", "the name of a quantizer", repr(self.method), cure)]
-        faults = option_faults(QUANTIZERS[self.method], self._options, where=where)
+        faults = option_faults(QUANTIZERS[self.method], self._options, where=where, stage=Quantize)
         return faults + self.scheme_faults(model, where)
 
     def forecast(self, model: Outlook) -> Forecast:

@@ -80,11 +80,11 @@ class Prune:
             return [Fault(f"{where}.method", "the name of a pruner", repr(self.method), cure)]
         registry: Mapping[str, type[Any]] = STRUCTURED_PRUNERS if self.reshapes else PRUNERS
         method = registry[self.method]
-        faults = option_faults(method, self._options, where=where, reserved=("pattern",))
+        faults = option_faults(method, self._options, where=where, stage=Prune, reserved=("pattern",))
         faults += self._number_faults(where)
         if self.reshapes:
             return faults or list(method(**dict(self._options)).faults(model, where))
-        return faults + self.pattern_faults(model, where)
+        return faults + self._length_faults(model, where) + self.pattern_faults(model, where)
 
     def forecast(self, model: Outlook) -> Forecast:
         """What this stage will do to such a ``model``; called only when it has no faults."""
@@ -143,6 +143,15 @@ class Prune:
             cure = f"Did you mean: {nearest(self.on_indivisible, ON_INDIVISIBLE)}?"
             faults.append(Fault(f"{where}.on_indivisible", "error or skip", repr(self.on_indivisible), cure))
         return faults
+
+    def _length_faults(self, model: Outlook, where: str) -> list[Fault]:
+        from compresskit.modeling import context_length
+
+        limit = context_length(model.config)
+        if (self.context_length or 0) <= limit:
+            return []
+        expected, got = f"at most {limit}, the model's own maximum", str(self.context_length)
+        return [Fault(f"{where}.context_length", expected, got, "Lower context_length.")]
 
     def pattern_faults(self, model: Outlook | ModelSource, where: str) -> list[Fault]:
         """What is wrong with the pattern and the targets alone."""
