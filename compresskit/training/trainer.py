@@ -182,6 +182,7 @@ class StageTrainer(Trainer):
         total, tokens = _summed(totals).tolist()
         metrics = {"eval_loss": total / max(tokens, 1)}
         self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _validation_batches(self, rows: Rows) -> list[dict[str, Tensor]]:

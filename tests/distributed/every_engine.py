@@ -1,0 +1,104 @@
+"""The same training under every engine, one after another, in the ranks of one launch.
+
+``python every_engine.py OUT`` is one rank; RANK, WORLD_SIZE and the others are in its environment. It writes
+``OUT/<engine>.json`` and ``OUT/<engine>.safetensors``. Imported, it gives the model and rows to compare with.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from compresskit.training.fields import TrainingFields
+from compresskit.training.fit import fit
+
+STEPS = 20
+ENGINES: Mapping[str, dict[str, Any]] = {
+    "ddp": {"strategy": "ddp"},
+    "fsdp": {"strategy": "fsdp"},
+    "zero1": {"strategy": "deepspeed", "zero_stage": 1},
+    "zero2": {"strategy": "deepspeed", "zero_stage": 2},
+    "zero3": {"strategy": "deepspeed", "zero_stage": 3},
+}
+FIELDS = TrainingFields(
+    steps=STEPS,
+    batch_size=8,
+    micro_batch_size=2,
+    learning_rate=5e-3,
+    checkpoint_every=0,
+    weight_decay=0.1,
+    max_grad_norm=0.5,
+)
+
+
+class Counting:
+    """Rows that count upwards; rows differ in how many tokens are supervised, so ranks do too."""
+
+    def __init__(self) -> None:
+        starts = torch.randint(0, 48, (40, 1), generator=torch.Generator().manual_seed(0))
+        self.ids = (starts + 5 * torch.arange(12)) % 48
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids = self.ids[index]
+        labels = ids.clone()
+        labels[: 1 + index % 7] = -100
+        return {"input_ids": ids, "labels": labels, "position_ids": torch.arange(12)}
+
+
+def make_model(*, tied: bool = True) -> tuple[LlamaForCausalLM, tuple[str, ...]]:
+    """A tiny Llama, half of whose projections' weights are zero, and the names of those layers."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=48,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        tie_word_embeddings=tied,
+    )
+    model = LlamaForCausalLM(config)
+    held = tuple(name for name, _ in model.named_modules() if name.endswith("proj"))
+    with torch.no_grad():
+        for name in held:
+            weight = model.get_submodule(name).weight
+            weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5] = 0
+    return model, held
+
+
+def main(out: Path) -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for engine, changes in ENGINES.items():
+        model, held = make_model()
+
+        def save(tensors: Mapping[str, Tensor], engine: str = engine) -> None:
+            if tensors:
+                save_file({k: t.clone() for k, t in tensors.items()}, out / f"{engine}.safetensors")
+
+        fields = replace(FIELDS, **changes)
+        scratch = out / engine
+        rows = Counting()
+        outcome = fit(
+            model, rows, fields=fields, scratch=scratch, validation=rows, held=held, device="cpu", save=save
+        )
+        if torch.distributed.get_rank() == 0:
+            (out / f"{engine}.json").write_text(json.dumps(asdict(outcome)))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

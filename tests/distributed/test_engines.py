@@ -1,0 +1,127 @@
+"""One recipe under one process, DDP, FSDP2 and ZeRO-1/2/3: the same losses, the same zeros, the engine asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import every_engine
+import pytest
+import torch
+from every_engine import ENGINES, FIELDS, STEPS, Counting, make_model
+from safetensors.torch import load_file
+from torch import Tensor
+
+from compresskit.training.fit import TrainOutcome, fit
+from compresskit.training.launch import _free_port
+from compresskit.training.watch import LossLog
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+RANKS = 2
+TOLERANCE = 2e-6
+"""Relative, of a loss at any of 20 steps: engines sum gradients in other orders, in fp32."""
+NAMES = {"ddp": "ddp", "fsdp": "fsdp", "zero1": "deepspeed ZeRO-1", "zero2": "deepspeed ZeRO-2"} | {
+    "zero3": "deepspeed ZeRO-3"
+}
+
+
+def losses(scratch: Path) -> list[float]:
+    return LossLog(scratch / "losses.jsonl").losses()
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainOutcome, Mapping[str, Tensor]]:
+    """One process, the whole batch at once."""
+    scratch = tmp_path_factory.mktemp("single")
+    saved: dict[str, Tensor] = {}
+    model, held = make_model()
+    outcome = fit(
+        model,
+        Counting(),
+        fields=replace(FIELDS, micro_batch_size=8),
+        scratch=scratch,
+        validation=Counting(),
+        held=held,
+        device="cpu",
+        save=saved.update,
+    )
+    return scratch, outcome, saved
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks, two rows at a time: each step is 2 ranks x 2 passes x 2 rows."""
+    pytest.importorskip("deepspeed")
+    out = tmp_path_factory.mktemp("launched")
+    port = str(_free_port())
+    ranks = []
+    for rank in range(RANKS):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(RANKS),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        }
+        with (out / f"rank{rank}.log").open("wb") as log:
+            command = [sys.executable, str(every_engine.__file__), str(out)]
+            ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+    try:
+        codes = [rank.wait(timeout=400) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert codes == [0] * RANKS, (out / "rank0.log").read_text()[-3000:]
+    return out
+
+
+def outcome_of(launched: Path, engine: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((launched / f"{engine}.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_losses_agree_step_by_step(engine: str, launched: Path, single: Any) -> None:
+    scratch, outcome, _ = single
+    mine, true = losses(launched / engine), losses(scratch)
+    assert len(mine) == len(true) == STEPS
+    assert mine == pytest.approx(true, rel=TOLERANCE)
+    assert true[-1] < 0.9 * true[0], "nothing was learnt, so nothing was compared"
+    assert outcome_of(launched, engine)["validation_loss"] == pytest.approx(outcome.validation_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_engine_that_ran_is_the_one_asked_for(engine: str, launched: Path) -> None:
+    found = outcome_of(launched, engine)
+    assert (found["engine"], found["processes"]) == (NAMES[engine], RANKS)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_pruned_weight_is_zero_in_the_saved_result(engine: str, launched: Path, single: Any) -> None:
+    saved, (before, held) = load_file(launched / f"{engine}.safetensors"), make_model()
+    for layer in held:
+        was = before.get_submodule(layer).weight
+        assert not saved[f"{layer}.weight"][was == 0].any(), layer
+        assert (saved[f"{layer}.weight"][was != 0] != 0).all(), layer
+    _, _, true = single
+    assert saved.keys() == true.keys()
+    for name, tensor in true.items():
+        torch.testing.assert_close(saved[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_parameter_bytes_per_rank(engine: str, launched: Path, single: Any) -> None:
+    _, outcome, _ = single
+    share = outcome_of(launched, engine)["parameter_bytes"] / outcome.parameter_bytes
+    if engine in ("fsdp", "zero3"):
+        assert share == pytest.approx(0.5, abs=0.02)
+    else:
+        assert share == 1

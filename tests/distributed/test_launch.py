@@ -1,0 +1,171 @@
+"""Training processes that this machine starts: they share one job, fail as one, and continue after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_llama
+from torch import Tensor
+
+from compresskit.data.spec import DataSpec
+from compresskit.errors import NumericError, WorkerError
+from compresskit.training.fields import TrainingFields
+from compresskit.training.job import Part, TrainJob, train
+from compresskit.training.launch import _failure
+from compresskit.training.objective import Head, Signal
+from compresskit.training.watch import LossLog
+
+HERE = Path(__file__)
+FIELDS = TrainingFields(steps=12, batch_size=4, learning_rate=1e-3, checkpoint_every=3, context_length=24)
+
+
+@dataclass(frozen=True)
+class FailsOnRankOne:
+    """An objective that breaks on one rank only, while the other waits in a collective."""
+
+    how: str
+    needs_teacher: ClassVar[bool] = False
+
+    def __call__(
+        self, hidden_BTD: Tensor, head: Head, labels_BT: Tensor, signal: Signal | None
+    ) -> Mapping[str, Tensor]:
+        if os.environ["RANK"] == "1" and self.how == "raise":
+            raise ZeroDivisionError("rank one gave up")
+        loss = (hidden_BTD[:, :1] @ head.weight_VD.T).sum()
+        return {"loss": loss * float("nan") if os.environ["RANK"] == "1" else loss}
+
+
+@pytest.fixture
+def job(tmp_path: Path, token_cache: Path) -> TrainJob:
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"The {i}th story is about the number {i * i}." for i in range(200)))
+    (tmp_path / "out").mkdir()
+    return TrainJob(
+        model=str(tiny_llama(tmp_path / "model", num_hidden_layers=1)),
+        out=str(tmp_path / "out"),
+        scratch=str(tmp_path / "scratch"),
+        fields=asdict(FIELDS),
+        objective=Part("compresskit.training.objective:CrossEntropy"),
+        data=asdict(DataSpec(source=str(text))),
+        context_length=24,
+        cache=str(token_cache),
+        validation_rows=8,
+        device="cpu",
+    )
+
+
+def with_fields(job: TrainJob, **changes: Any) -> TrainJob:
+    return replace(job, fields=asdict(replace(job.training, **changes)))
+
+
+def test_a_job_survives_json(job: TrainJob) -> None:
+    assert TrainJob.from_json(job.to_json()) == job
+    job = replace(job, teacher=Part("a:B", {"c": 1}), held=("x", "y"))
+    assert TrainJob.from_json(job.to_json()) == job
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_fsdp_distils_from_a_replica_as_one_process_does(job: TrainJob, tmp_path: Path) -> None:
+    """Untied, in bf16 weights: what is saved has the model's own dtype and loads as the model did."""
+    student = tiny_llama(
+        tmp_path / "student", seed=1, dtype=torch.bfloat16, num_hidden_layers=1, tie_word_embeddings=False
+    )
+    teacher = Part("compresskit.distill.teacher:Replica", {"directory": job.model, "vocabulary": 258})
+    job = replace(
+        with_fields(job, checkpoint_every=0, steps=6),
+        model=str(student),
+        teacher=teacher,
+        objective=Part("compresskit.distill.forward_kl:ForwardKL", {"temperature": 2.0}),
+    )
+    (tmp_path / "one").mkdir()
+    one = train(replace(job, out=str(tmp_path / "one"), scratch=str(tmp_path / "one_scratch")))
+    two = train(with_fields(job, processes=2, strategy="fsdp"))
+    assert (one.engine, two.engine, two.processes) == ("single", "fsdp", 2)
+    mine, true = (LossLog(Path(p) / "losses.jsonl").losses() for p in (job.scratch, tmp_path / "one_scratch"))
+    assert mine == pytest.approx(true, rel=1e-5)
+    saved = load_file(Path(job.out) / "model.safetensors")
+    assert {t.dtype for t in saved.values()} == {torch.bfloat16}
+    assert saved.keys() == load_file(student / "model.safetensors").keys()
+    assert (Path(job.out) / "tokenizer.json").is_file()
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["raise", "nan"])
+def test_the_first_failure_is_told_and_no_process_stays(job: TrainJob, how: str) -> None:
+    """The other rank would wait in a collective for half an hour."""
+    failing = Part("test_launch:FailsOnRankOne", {"how": how})
+    job = replace(with_fields(job, processes=2), objective=failing)
+    environment = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE.parents[1]), environment])
+    started = time.monotonic()
+    try:
+        if how == "raise":
+            with pytest.raises(WorkerError, match=r"process 1 of 2 failed(.|\n)*rank one gave up"):
+                train(job)
+        else:
+            with pytest.raises(NumericError, match="step 1"):
+                train(job)
+    finally:
+        os.environ["PYTHONPATH"] = environment
+    assert time.monotonic() - started < 120
+
+
+def test_a_killed_process_is_told(tmp_path: Path) -> None:
+    error = _failure(tmp_path, [(0, -signal.SIGTERM), (1, -signal.SIGKILL)])
+    assert isinstance(error, WorkerError)
+    assert "training process 1: expected a normal end, got signal 9 (SIGKILL)" in str(error)
+
+
+def start(job: Path) -> subprocess.Popen[bytes]:
+    code = (
+        "import sys; from pathlib import Path; from compresskit.training.job import TrainJob, train;"
+        "train(TrainJob.from_json(Path(sys.argv[1]).read_text()))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(HERE.parents[2]), "OMP_NUM_THREADS": "1"}
+    with (job.parent / "log").open("ab") as log:
+        command = [sys.executable, "-c", code, str(job)]
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_a_random_step_it_gives_the_same_bytes(
+    job: TrainJob, tmp_path: Path, processes: int
+) -> None:
+    if processes > 1:
+        job = with_fields(job, processes=2, strategy="fsdp")
+    (tmp_path / "straight").mkdir()
+    straight = replace(job, out=str(tmp_path / "straight"), scratch=str(tmp_path / "straight_scratch"))
+    train(straight)
+    path = tmp_path / "job.json"
+    path.write_text(job.to_json())
+    at = random.SystemRandom().randrange(4, 11)
+    victim = start(path)
+    log = LossLog(Path(job.scratch) / "losses.jsonl")
+    deadline = time.monotonic() + 120
+    while len(log.losses()) < at and victim.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert not (Path(job.out) / "config.json").exists(), "it had ended before it could be killed"
+    outcome = train(job)
+    assert outcome.resumed_from >= 3, at
+    mine, true = (Path(j.out) / "model.safetensors" for j in (job, straight))
+    assert mine.read_bytes() == true.read_bytes(), f"killed after step {at}"
+    assert log.losses() == LossLog(Path(straight.scratch) / "losses.jsonl").losses()
+    assert json.loads((Path(job.scratch) / "outcome.json").read_text())["steps"] == 12
