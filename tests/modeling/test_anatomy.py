@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from compresskit.modeling import context_length, load_model, open_model, skeleton
+from compresskit.modeling.anatomy import anatomy_of
 from tests.modeling.conftest import Model
 from tests.modeling.families import CAUSAL, FAMILIES
 
@@ -78,6 +80,25 @@ def test_sizes_are_those_of_the_loaded_model(family: str, model: Model) -> None:
         x = torch.zeros(1, linear.in_features)
         assert module(x).shape == (1, linear.out_features)
         assert linear.has_bias is (module.bias is not None)
+
+
+def test_lists_within_and_beside_the_blocks_are_not_the_blocks() -> None:
+    def block() -> nn.Module:
+        part = nn.Module()
+        part.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        part.out = nn.Linear(4, 4)
+        return part
+
+    whole = nn.Module()
+    whole.stem = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    whole.layers = nn.ModuleList(block() for _ in range(2))
+    whole.adapters = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    anatomy = anatomy_of(whole)
+    assert anatomy.blocks == ("layers.0", "layers.1")
+    assert anatomy.linears["layers.1.experts.2"].block == "layers.1"
+    assert anatomy.linears["adapters.1"].block is None
+    assert anatomy.head is None
+    assert anatomy_of(nn.Linear(2, 2)).blocks == ()
 
 
 def test_the_skeleton_takes_no_memory_and_leaves_the_config_alone(model: Model) -> None:

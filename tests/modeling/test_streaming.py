@@ -118,9 +118,12 @@ def test_computing_in_less_than_is_stored_loses_nothing(model: Model, tmp_path: 
 
 
 def test_the_sign_of_zero_is_kept(model: Model, tmp_path: Path) -> None:
-    with stream(model("llama"), tmp_path / "out") as streamed, streamed.block(1):
-        streamed.set_weight(UP, streamed.weight_OI(UP) * -0.0)
+    with stream(model("llama"), tmp_path / "out") as streamed:
+        for factor in (0.0, -1.0):  # all weights 0 or -0, then the other
+            with streamed.block(1):
+                streamed.set_weight(UP, streamed.weight_OI(UP) * factor)
     after = open_model(tmp_path / "out").weight_OI(UP)
+    assert not after.any()
     assert torch.equal(after.signbit(), ~open_model(model("llama")).weight_OI(UP).signbit())
 
 
