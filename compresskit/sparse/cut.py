@@ -182,7 +182,7 @@ def plan_cut(
         expected = "one linear layer in each block that reads neurons made by others"
         raise PatternError(Fault("ffn", expected, got, "Cut layers only, or another model."))
     old = couplings[0].neurons
-    new = max(NEURON_MULTIPLE, round(cut.ffn * old / NEURON_MULTIPLE) * NEURON_MULTIPLE)
+    new = max(NEURON_MULTIPLE, int(cut.ffn * old / NEURON_MULTIPLE + 0.5) * NEURON_MULTIPLE)
     if new >= old:
         expected = f"fewer than {old} neurons after rounding to a multiple of {NEURON_MULTIPLE}"
         raise PatternError(Fault("ffn", expected, f"{new} for {cut.ffn}", "Lower ffn."))

@@ -105,9 +105,9 @@ def _skipped(stage: Prune, model: ModelSource, layers: tuple[str, ...]) -> list[
     """Layers that the targets name and the pattern does not fit, in one sentence."""
     named = stage.named(model)
     left = [layer for layer in named if layer not in set(layers)]
-    return (
-        [f"{stage.pattern} does not fit {len(left)} layers, left dense: {', '.join(left)}."] if left else []
-    )
+    if not left:
+        return []
+    return [f"{stage.pattern} does not fit {len(left)} layers, which stay dense: {', '.join(left)}."]
 
 
 def _with_error(record: LayerRecord, error: float | None) -> LayerRecord:

@@ -66,7 +66,7 @@ def test_names_options_and_targets(model: ModelSource) -> None:
     said = faults(Quantize(scheme="w8a9", targets=("*.nothing",), options={"bits": 3}), look)
     assert "stages[1].scheme: expected a quantisation scheme, got 'w8a9'. Did you mean: w8a8" in said
     assert "stages[1].targets" in said
-    assert "stages[1].bits: expected an option of RoundToNearest, got 'bits'" in said
+    assert "stages[1].bits: expected a field of Quantize or of its method RoundToNearest, got 'bits'" in said
 
 
 def test_tied_conv1d_and_quantised_layers_are_refused(tmp_path: Path, model: ModelSource) -> None:

@@ -1,0 +1,191 @@
+"""The stage: every fault in full, and the run on a real checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_llama
+
+from compresskit.data.spec import DataSpec
+from compresskit.errors import DataError, PatternError
+from compresskit.formats.grid import same_grid
+from compresskit.modeling import ModelSource, open_model
+from compresskit.quant.stage import Quantize
+from compresskit.sparse.stage import Prune
+from compresskit.stage import Outlook, Stage, StageContext, StageResult
+
+TEXT = "Once upon a time there was a little girl who liked to count to ten. "
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    """An odd feed-forward width: 2:4 fits 44, 4:8 does not."""
+    return open_model(tiny_llama(tmp_path_factory.mktemp("model"), intermediate_size=44))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "story.txt"
+    path.write_text(TEXT * 60)
+    return path
+
+
+def outlook(model: ModelSource) -> Outlook:
+    return Outlook(
+        anatomy=model.anatomy,
+        config=model.config,
+        tokenizer=model.directory,
+        original=model.directory,
+        weight_bytes=4.0,
+    )
+
+
+def run(
+    stage: Stage, model: ModelSource, place: Path, data: Path | None = None
+) -> tuple[StageResult, ModelSource]:
+    (place / "out").mkdir(parents=True)
+    context = StageContext(
+        out=place / "out",
+        scratch=place / "scratch",
+        original=model.directory,
+        data=DataSpec(source=str(data or place / "no-such-data")),
+        cache=place / "cache",
+    )
+    return stage.run(model, context), open_model(place / "out")
+
+
+def faults(stage: Prune, model: ModelSource) -> str:
+    return "\n".join(map(str, stage.faults(outlook(model), "stages[0]")))
+
+
+def test_a_stage_is_a_value() -> None:
+    stage = Prune("cut", options={"layers": 3, "ffn": 0.5}, targets="*.mlp.*", data="a.txt")  # type: ignore[arg-type]
+    assert stage == Prune(
+        "cut", options={"ffn": 0.5, "layers": 3}, targets=("*.mlp.*",), data=DataSpec(source="a.txt")
+    )
+    assert stage.options == (("ffn", 0.5), ("layers", 3))
+    assert hash(stage) == hash(Prune("cut", options=stage.options, targets=["*.mlp.*"], data=stage.data))  # type: ignore[arg-type]
+    assert stage.reshapes
+    assert not Prune().reshapes
+    assert not stage.trains
+
+
+def test_every_layer_that_does_not_fit_is_named(model: ModelSource) -> None:
+    assert faults(Prune(pattern="2:4"), model) == ""
+    said = faults(Prune(pattern="4:8"), model)
+    assert said.startswith("stages[0].pattern: expected in_features divisible by 8, got 44 in ")
+    assert "model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj." in said
+    assert "set on_indivisible to skip" in said
+    assert faults(Prune(pattern="4:8", on_indivisible="skip"), model) == ""
+    none = Prune(pattern="4:8", on_indivisible="skip", targets=("*.down_proj",))
+    assert "divisible by 8" in faults(none, model), "skipping all of them is no way out"
+
+
+def test_names_options_numbers_and_targets(model: ModelSource) -> None:
+    assert "Did you mean: wanda?" in faults(Prune("wnada"), model)
+    stage = Prune(
+        pattern="2;4", targets=("*.q_porj",), options={"dampening": 1}, samples=0, on_indivisible="skp"
+    )
+    said = faults(stage, model)
+    assert "stages[0].pattern: expected a pattern such as 50%" in said
+    assert "got '2;4'" in said
+    assert "q_proj" in said
+    assert "stages[0].dampening: expected a field of Prune or of its method Wanda" in said
+    assert "stages[0].samples: expected at least 1, got 0" in said
+    assert "stages[0].on_indivisible: expected error or skip, got 'skp'. Did you mean: skip?" in said
+    assert len(said.splitlines()) == 5
+    assert "Add lm_head to ignore" in faults(Prune(ignore=()), model)
+
+
+def test_forecast(model: ModelSource) -> None:
+    wanda, magnitude = Prune("wanda").forecast(outlook(model)), Prune("magnitude").forecast(outlook(model))
+    assert wanda.layers == 14
+    assert wanda.memory_bytes > magnitude.memory_bytes > 0
+    assert wanda.after == outlook(model)
+    assert "neither smaller nor faster" in wanda.notes[0]
+    assert Prune(pattern="4:8", on_indivisible="skip").forecast(outlook(model)).layers == 12
+
+
+def test_magnitude_reads_no_data(model: ModelSource, tmp_path: Path) -> None:
+    result, after = run(Prune("magnitude", pattern="2:4"), model, tmp_path)
+    assert len(result.promises) == len(result.layers) == 14
+    assert not [s for p in result.promises for s in p.broken(after, after)]
+    assert [layer.zero_fraction for layer in result.layers] == [0.5] * 14
+    assert result.layers[0].relative_error is None
+    assert result.metrics == {"zero_fraction": 0.5, "calibration_tokens": 0}
+    assert result.warnings == ()
+    for layer in model.anatomy.linears:
+        before, now = model.weight_OI(layer), after.weight_OI(layer)
+        assert torch.equal(now, before) == (layer == "lm_head")
+        assert torch.equal(now[now != 0], before[now != 0])
+
+
+def test_wanda_measures_and_says_what_was_short(model: ModelSource, text: Path, tmp_path: Path) -> None:
+    stage = Prune("wanda", pattern="2:4", samples=1000, context_length=64)
+    result, after = run(stage, model, tmp_path, text)
+    assert not [s for p in result.promises for s in p.broken(after, after)]
+    assert all(layer.relative_error and 0 < layer.relative_error < 1 for layer in result.layers)
+    assert "asked for 1000 rows of 64 tokens" in result.warnings[-1]
+    assert result.metrics["calibration_tokens"] > 1000
+    other, _ = run(Prune("magnitude", pattern="2:4"), model, tmp_path / "magnitude")
+    assert other.metrics["zero_fraction"] == 0.5
+    magnitude = open_model(tmp_path / "magnitude" / "out")
+    name = "model.layers.0.mlp.down_proj"
+    assert not torch.equal(magnitude.weight_OI(name), after.weight_OI(name))
+
+
+def test_wanda_without_data_is_an_error(model: ModelSource, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no-such-data"):
+        run(Prune("wanda"), model, tmp_path)
+
+
+def test_context_length_beyond_the_model(model: ModelSource, text: Path, tmp_path: Path) -> None:
+    stage = Prune("wanda", context_length=4096)
+    assert "at most 128, the model's own maximum, got 4096" in faults(stage, model)
+    with pytest.raises(PatternError, match="at most 128"):
+        run(stage, model, tmp_path, text)
+
+
+def test_skipped_layers_are_told(model: ModelSource, tmp_path: Path) -> None:
+    stage = Prune("magnitude", pattern="4:8", on_indivisible="skip", data="text.txt")  # type: ignore[arg-type]
+    result, after = run(stage, model, tmp_path)
+    assert len(result.layers) == 12
+    assert result.warnings == (
+        "4:8 does not fit 2 layers, which stay dense: "
+        "model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj.",
+        "magnitude reads no data; the data given to it was left unread.",
+    )
+    name = "model.layers.0.mlp.down_proj"
+    assert torch.equal(model.weight_OI(name), after.weight_OI(name))
+    with pytest.raises(PatternError, match="divisible by 8"):
+        run(Prune("magnitude", pattern="4:8"), model, tmp_path / "error")
+
+
+def test_a_quantised_layer_keeps_its_grid(model: ModelSource, tmp_path: Path) -> None:
+    first, middle = run(Quantize(scheme="w4a16-channel"), model, tmp_path / "1")
+    result, after = run(Prune("magnitude", pattern="2:4"), middle, tmp_path / "2")
+    assert not [s for p in first.promises for s in p.broken(middle, after)]
+    assert not [s for p in result.promises for s in p.broken(after, after)]
+    name = "model.layers.1.self_attn.q_proj"
+    assert same_grid(middle.grid(name), after.grid(name))
+    assert result.layers[0].bits == 4 + 32 / 32
+
+
+def test_zeros_survive_quantisation_and_a_second_pruning(model: ModelSource, tmp_path: Path) -> None:
+    first, middle = run(Prune("magnitude", pattern="2:4"), model, tmp_path / "1")
+    second, after = run(Quantize(scheme="w8a8"), middle, tmp_path / "2")
+    third, last = run(Prune("magnitude", pattern="70%"), after, tmp_path / "3")
+    for promise in first.promises:
+        assert promise.broken(middle, after) == ()
+        assert promise.broken(middle, last) == ()
+    assert not [s for p in second.promises for s in p.broken(after, last)]
+    assert not [s for p in third.promises for s in p.broken(last, last)]
+
+
+def test_same_bytes_twice(model: ModelSource, text: Path, tmp_path: Path) -> None:
+    stage = Prune("wanda", pattern="50%", samples=4, context_length=32)
+    assert run(stage, model, tmp_path / "1", text)[0] == run(stage, model, tmp_path / "2", text)[0]
+    for path in (tmp_path / "1" / "out").iterdir():
+        assert path.read_bytes() == (tmp_path / "2" / "out" / path.name).read_bytes(), path.name
