@@ -98,9 +98,7 @@ def quality(
         NumericError: the model returned NaN or infinite logits.
     """
     if context_length < 2:
-        raise InputError(
-            Fault("context_length", "at least 2 tokens", str(context_length), "Raise context_length.")
-        )
+        raise InputError(Fault("context_length", "at least 2", str(context_length), "Raise context_length."))
     start, start_name = _start(tokenizer)
     pieces: list[Piece] = []
     texts_bytes = num_documents = cut = 0

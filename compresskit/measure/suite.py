@@ -98,17 +98,12 @@ def measure(
         trust_remote_code: whether code in the directory may run.
 
     Returns:
-        One record for each entry of ``what``. Quality of a model that does not predict the next token is a
-        record whose values are None and whose note says so.
+        One record for each entry of ``what``; where quality does not apply its values are None, with a note.
 
     Raises:
-        InputError: an unknown measurement, or lengths that do not fit the model.
-        ModelError: the directory holds no model that loads.
-        DataError: there is no text to score.
+        InputError: an unknown measurement, lengths that do not fit, no model that loads, no text to score.
     """
-    if unknown := [name for name in what if name not in MEASUREMENTS]:
-        cure = f"Did you mean: {nearest(unknown[0], MEASUREMENTS)}?"
-        raise InputError(Fault("what", "measurements", ", ".join(unknown), cure))
+    _check_what(what)
     directory = Path(directory)
     prompt, decode = _lengths(directory, prompt_tokens, decode_tokens, trust_remote_code)
     made = Subject(
@@ -127,6 +122,12 @@ def measure(
         trust_remote_code=trust_remote_code,
     )
     return [MEASUREMENTS[name](made) for name in what]
+
+
+def _check_what(what: Collection[str]) -> None:
+    if unknown := [name for name in what if name not in MEASUREMENTS]:
+        cure = f"Did you mean: {nearest(unknown[0], MEASUREMENTS)}?"
+        raise InputError(Fault("what", "measurements", ", ".join(unknown), cure))
 
 
 def compare_latency(

@@ -92,7 +92,7 @@ def test_errors(llama_dir: Path) -> None:
     model, tokenizer = load_model(llama_dir), AutoTokenizer.from_pretrained(llama_dir)
     with pytest.raises(DataError, match="at least one token"):
         quality(model, tokenizer, ["", ""], context_length=CONTEXT)
-    with pytest.raises(InputError, match="at least 2 tokens"):
+    with pytest.raises(InputError, match="context_length: expected at least 2"):
         quality(model, tokenizer, TEXTS, context_length=1)
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from compresskit.api import run
+from compresskit.data.spec import DataSpec
 from compresskit.errors import InputError, ModelError, WorkerError
 from compresskit.measure import compare_latency, measure
 from compresskit.measure.fresh import run_probe
@@ -82,6 +83,17 @@ def test_size_counts_files_and_zeros(llama_dir: Path, tmp_path: Path) -> None:
     assert zeros == 2 * 24 * 32
     assert record.values["num_parameters"] == parameters
     assert record.values["zero_fraction"] == zeros / weights
+
+
+def test_quality_reads_a_data_set(llama_dir: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("abc", "defg", "hi")))
+    spec = DataSpec(source=str(data), validation_fraction=1.0)
+    (record,) = measure(llama_dir, data=spec, what=("quality",), max_documents=2, context_length=16)
+    assert record.values["documents"] == 2
+    assert record.values["bytes"] < 9
+    assert record.settings["data"] == f"{data}, validation split"
+    assert record.settings["context_length"] == 16
 
 
 def test_what_stands_beside_the_model_is_counted_apart(llama_dir: Path, tmp_path: Path) -> None:
