@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from compresskit.formats import FORMATS
 from compresskit.formats.base import Checkpoint
+from compresskit.formats.files import save_tensors
 from compresskit.formats.grid import GRIDS_FILE
 from compresskit.progress import Progress
 
@@ -67,7 +67,7 @@ def write_shards(out: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_byte
     total = 0
     for index, shard in enumerate(_shards(tensors, shard_bytes)):
         path = out / f".{index}.safetensors.partial"
-        save_file(shard, path, metadata={"format": "pt"})
+        save_tensors(path, shard, {"format": "pt"})
         parts.append((path, list(shard)))
         total += sum(_bytes(t) for t in shard.values())
     if len(parts) == 1:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from compresskit.errors import Fault, FormatError
+from compresskit.formats.files import save_tensors
 
 GRIDS_FILE = "grids.safetensors"
 
@@ -117,7 +117,7 @@ def write_grids(directory: Path, grids: Mapping[str, Grid]) -> None:
         grid = grids[layer]
         tensors[f"{layer}.scale"] = grid.scale_OG.contiguous().cpu()
         plain[layer] = {f: getattr(grid, f) for f in ("bits", "group_size", "activation_bits")}
-    save_file(tensors, directory / GRIDS_FILE, metadata={"grids": json.dumps(plain, sort_keys=True)})
+    save_tensors(directory / GRIDS_FILE, tensors, {"grids": json.dumps(plain, sort_keys=True)})
 
 
 def read_grids(directory: Path) -> dict[str, Grid]:

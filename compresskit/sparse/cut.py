@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,11 +91,15 @@ class Cut:
         )
         dropped = len(model.anatomy.blocks) - len(surgery.blocks)
         touched = len(surgery.blocks) * (1 + len(surgery.coupling.makers)) if surgery.coupling else 0
-        largest = max((4 * torch.Size(s).numel() for s in model.anatomy.parameter_shapes.values()), default=0)
+        sizes = [4 * prod(shape) for shape in model.anatomy.parameter_shapes.values()]
+        first = model.anatomy.blocks[0] + "."
+        shapes = model.anatomy.parameter_shapes
+        # Neurons are found with one block in float32.
+        probe = sum(4 * prod(s) for n, s in shapes.items() if n.startswith(first)) if self.ffn else 0
         return Forecast(
             after=after,
             layers=touched,
-            memory_bytes=SHARD_BYTES + 3 * largest,
+            memory_bytes=max(min(after.checkpoint_bytes, SHARD_BYTES) + 3 * max(sizes), probe),
             notes=(f"{dropped} of {len(model.anatomy.blocks)} blocks go.",) if dropped else (),
         )
 

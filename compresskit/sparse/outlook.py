@@ -42,8 +42,8 @@ def forecast_zeroing(stage: Prune, model: Outlook) -> Forecast:
     largest = max(
         (anatomy.linears[n].out_features * anatomy.linears[n].in_features for n in layers), default=0
     )
-    # A score in float32, its copy for the selection, and the masks of one layer.
-    memory = (outside + 2 * largest_block) * per_weight + largest * (4 + 4 + 4)
+    # A score in float32, what selecting among all of a layer needs, and masks.
+    memory = (outside + 2 * largest_block) * per_weight + largest * (4 + 12 + 4)
     if PRUNERS[stage.method].needs:
         length = calibration_length(stage, model.config)
         width = getattr(model.config, "hidden_size", 0) or 0

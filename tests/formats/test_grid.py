@@ -68,6 +68,8 @@ def test_files_give_back_the_same_grids_and_the_same_bytes(tmp_path: Path) -> No
     grids = {"b.c": grid_of(8, torch.bfloat16), "a": grid_of(4, torch.float32, 32)}
     write_grids(tmp_path, grids)
     first = (tmp_path / GRIDS_FILE).read_bytes()
+    (tmp_path / "plain").touch()
+    assert (tmp_path / GRIDS_FILE).stat().st_mode == (tmp_path / "plain").stat().st_mode
     back = read_grids(tmp_path)
     assert sorted(back) == ["a", "b.c"]
     assert all(same_grid(back[name], grids[name]) for name in grids)

@@ -43,6 +43,16 @@ def test_keeps_what_the_slow_loop_keeps(pattern: Pattern, ties: bool) -> None:
     assert pattern.missing(~keep) == ()
 
 
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(20, 32), RowUnstructured(0.5)], ids=str)
+def test_a_large_weight_is_done_in_parts(pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    score = torch.randint(0, 9, (7, 64)).float()
+    whole = pattern.keep_largest(score)
+    assert torch.equal(whole, slow_keep(pattern, score))
+    monkeypatch.setattr("compresskit.sparse.pattern.CHUNK", 130)
+    assert torch.equal(pattern.keep_largest(score), whole)
+
+
 @pytest.mark.parametrize(
     ("text", "pattern"),
     [
