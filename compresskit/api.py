@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compresskit.artifact import RECORDS, Artifact
-from compresskit.data.spec import DataSpec
+from compresskit.data.spec import STDLIB, DataSpec
 from compresskit.errors import Fault, InputError
 from compresskit.modeling import load_model, load_tokenizer
 from compresskit.pipeline import run as run_plan
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 MEASURES = ("size", "quality", "latency", "memory")
 DEFAULT_MEASURES = ("size", "quality")
+LATENCY_ROUNDS = 3
 
 
 def run(
@@ -54,48 +56,79 @@ def run(
         RunError: a stage had to stop; the same call continues after the last finished work.
     """
     planned = recipe if isinstance(recipe, Plan) else plan(recipe)
-    wanted = planned.recipe
-    data = wanted.evaluation or wanted.data
     _check_measures(measures)
 
-    def after_stage(name: str, checkpoint: Path) -> list[Mapping[str, Json]]:
-        records = bench(checkpoint, data=data, measures=measures, documents=documents, subject=name)
-        return [record.to_json() for record in records]
+    def measure(checkpoints: Mapping[str, Path]) -> dict[str, Json]:
+        records = compare(
+            checkpoints, data=_evaluation(planned.recipe), measures=measures, documents=documents
+        )
+        return {name: [r.to_json() for r in records if r.subject == name] for name in checkpoints}
 
     return run_plan(
-        planned,
-        out,
-        overwrite=overwrite,
-        keep_stages=keep_stages,
-        after_stage=after_stage if measures else None,
+        planned, out, overwrite=overwrite, keep_stages=keep_stages, measure=measure if measures else None
     )
 
 
-def bench(
-    directory: str | Path,
+def _evaluation(recipe: Recipe) -> DataSpec:
+    """What quality is measured on: all of the evaluation data, else the validation split of the data."""
+    return recipe.evaluation or replace(recipe.data, split="validation")
+
+
+def compare(
+    checkpoints: Mapping[str, Path],
     *,
-    data: DataSpec | str | None = None,
-    measures: Sequence[str] = MEASURES,
-    documents: int | None = 200,
-    subject: str | None = None,
+    data: DataSpec,
+    measures: Sequence[str],
+    documents: int | None,
 ) -> list[Record]:
-    """Measure a checkpoint as its users load it: with plain transformers, in fresh processes.
+    """Measure several checkpoints as their users load them; their latency in turn, A B A B.
 
     Args:
-        directory: any Hugging Face directory.
-        data: for quality; None is the ``stdlib:`` validation split.
-        measures: any of ``size``, ``quality``, ``latency``, ``memory``.
+        checkpoints: name -> Hugging Face directory.
+        data: for quality.
+        measures: any of :data:`MEASURES`.
         documents: of ``data``, at most so many.
-        subject: a name for the records; None is the directory's.
 
     Returns:
-        One record per measure.
+        One record for each checkpoint and measure.
     """
-    from compresskit.measure import measure
+    from compresskit.measure import compare_latency
+    from compresskit.measure import measure as measure_one
 
+    alone = tuple(m for m in measures if m != "latency")
+    records = []
+    for name, directory in checkpoints.items():
+        records += measure_one(directory, data=data, what=alone, max_documents=documents, subject=name)
+    if "latency" in measures:
+        records += compare_latency(checkpoints, rounds=LATENCY_ROUNDS)
+    return records
+
+
+def bench(
+    *directories: str | Path,
+    data: DataSpec | str = STDLIB,
+    measures: Sequence[str] = MEASURES,
+    documents: int | None = 200,
+) -> list[Record]:
+    """Measure checkpoints as their users load them: with plain transformers, in fresh processes.
+
+    Args:
+        directories: any Hugging Face directories.
+        data: for quality; of ``stdlib:`` the validation split.
+        measures: any of ``size``, ``quality``, ``latency``, ``memory``.
+        documents: of ``data``, at most so many.
+
+    Returns:
+        One record for each directory and measure, named after the directory.
+    """
     _check_measures(measures)
-    spec = DataSpec(source=data) if isinstance(data, str) else data or DataSpec()
-    return measure(Path(directory), data=spec, what=measures, max_documents=documents, subject=subject)
+    spec = DataSpec(source=data) if isinstance(data, str) else data
+    if spec.source == STDLIB:
+        spec = replace(spec, split="validation")
+    names = [Path(d).resolve().name for d in directories]
+    repeated = any(names.count(name) > 1 for name in names)
+    checkpoints = {str(d) if repeated else n: Path(d) for d, n in zip(directories, names, strict=True)}
+    return compare(checkpoints, data=spec, measures=measures, documents=documents)
 
 
 def report(*subjects: Artifact | str | Path) -> Report:

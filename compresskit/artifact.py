@@ -136,7 +136,11 @@ def check_output(out: Path, *, overwrite: bool) -> None:
 
 def publish(partial: Path, out: Path) -> None:
     """Make the finished directory ``partial`` appear as ``out``, whole; an older ``out`` is replaced."""
+    mask = os.umask(0)
+    os.umask(mask)
     for path in sorted(partial.rglob("*")):
+        if path.is_file():  # safetensors makes its files readable for their owner alone
+            path.chmod(0o666 & ~mask)
         _sync(path)
     _sync(partial)
     old = out.with_name(f".{out.name}.old")

@@ -53,8 +53,8 @@ KEY = "plan.json"
 FAILED = "failed"
 POLL_S = 0.2
 
-AfterStage = Callable[[str, Path], list[Mapping[str, Json]]]
-"""Called with a stage's name and its checkpoint; returns records to keep."""
+Measure = Callable[[Mapping[str, Path]], Mapping[str, Json]]
+"""Called once with every stage's name and checkpoint, as users load it; returns what to keep of each."""
 
 
 def run(
@@ -63,7 +63,7 @@ def run(
     *,
     overwrite: bool = False,
     keep_stages: bool = False,
-    after_stage: AfterStage | None = None,
+    measure: Measure | None = None,
 ) -> Artifact:
     """Run every stage of ``plan`` and publish the artifact.
 
@@ -72,7 +72,8 @@ def run(
         out: directory to write; must not exist, or be an artifact when ``overwrite`` is set.
         overwrite: replace an artifact of another run.
         keep_stages: leave each stage's checkpoint in ``out/stages``.
-        after_stage: measures a checkpoint; also called on the model before the first stage.
+        measure: measures all checkpoints, the model before the first stage among them, just before the
+            artifact is published: side by side, so that a machine whose load drifts drifts for all of them.
 
     Returns:
         The artifact. If ``out`` holds that of this very plan, model and data, and ``overwrite`` is not set,
@@ -93,8 +94,10 @@ def run(
     with _workplace(plan, work, out):
         (work / FAILED).unlink(missing_ok=True)
         try:
-            model, checks = _run_stages(plan, work, after_stage)
-            _assemble(plan, model, checks, work, out, keep_stages)
+            models, states = _run_stages(plan, work)
+            if measure is not None:
+                _measure(models, work, measure)
+            _assemble(plan, models[-1], states, work, out, keep_stages)
         except BaseException:
             (work / FAILED).touch()
             raise
@@ -134,14 +137,12 @@ def _workplace(plan: Plan, work: Path, out: Path) -> Iterator[None]:
         yield
 
 
-def _run_stages(
-    plan: Plan, work: Path, after_stage: AfterStage | None
-) -> tuple[ModelSource, list[dict[str, Json]]]:
-    """Run what is not finished yet; returns the last checkpoint and what was checked after each stage."""
+def _run_stages(plan: Plan, work: Path) -> tuple[list[ModelSource], list[dict[str, Json]]]:
+    """Run what is not finished yet; returns every checkpoint, the source first, and what each stage did."""
     model = plan.source
+    models = [model]
     made: list[tuple[Promise, ModelSource]] = [(p, model) for p in _first_promises(plan)]
     states: list[dict[str, Json]] = []
-    _measure(SOURCE, model, work, after_stage)
     for stage in plan.stages:
         done = work / stage.name
         if not (done / STATE).is_file():
@@ -152,8 +153,8 @@ def _run_stages(
             made = [(p, model) for p in standing_promises(model)]
         made += [(promise_from_json(p), model) for p in state["result"]["promises"]]
         states.append(state)
-        _measure(stage.name, model, work, after_stage)
-    return model, states
+        models.append(model)
+    return models, states
 
 
 def _first_promises(plan: Plan) -> list[Promise]:
@@ -255,19 +256,21 @@ def _require_effect(stage: PlannedStage, before: ModelSource, after: ModelSource
         )
 
 
-def _measure(name: str, model: ModelSource, work: Path, after_stage: AfterStage | None) -> None:
-    """Call ``after_stage`` once for a checkpoint, packed as its users load it; keep its records."""
-    records = work / RECORDS
-    records.mkdir(exist_ok=True)
-    target = records / f"{name}.json"
-    if after_stage is None or target.is_file():
-        return
-    if not model.is_quantised:
-        write_json(target, after_stage(name, model.directory))
-        return
-    with tempfile.TemporaryDirectory(dir=work, prefix="packed-") as packed:
-        export(model, Path(packed))
-        write_json(target, after_stage(name, Path(packed)))
+def _measure(models: list[ModelSource], work: Path, measure: Measure) -> None:
+    """Measure every checkpoint, a quantised one packed, and keep the records."""
+    with tempfile.TemporaryDirectory(dir=work, prefix="packed-") as place:
+        checkpoints = {}
+        for index, model in enumerate(models):
+            name = model.directory.name if index else SOURCE
+            checkpoints[name] = model.directory
+            if model.is_quantised:
+                checkpoints[name] = Path(place) / name
+                checkpoints[name].mkdir()
+                export(model, checkpoints[name])
+        found = measure(checkpoints)
+    (work / RECORDS).mkdir(exist_ok=True)
+    for name, records in found.items():
+        write_json(work / RECORDS / f"{name}.json", records)
 
 
 def _assemble(
@@ -282,6 +285,7 @@ def _assemble(
     (partial / STATE).unlink(missing_ok=True)
     (partial / RECIPE).write_text(plan.recipe.to_yaml(), encoding="utf-8")
     seal(partial, {**manifest_of(plan, states), "parameters_read_back": packed})
+    (work / RECORDS).mkdir(exist_ok=True)
     shutil.copytree(work / RECORDS, partial / RECORDS)
     shutil.copyfile(work / KEY, partial / RECORDS / KEY)
     _keep_timings(plan, work, partial / RECORDS)

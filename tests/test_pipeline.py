@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -179,16 +179,16 @@ def test_the_same_plan_twice_is_done_already(model: Path, tmp_path: Path) -> Non
     assert first.digest == again.digest
 
 
-def test_measurements_are_taken_once_per_checkpoint_and_kept(model: Path, tmp_path: Path) -> None:
-    seen: list[str] = []
+def test_all_checkpoints_are_measured_together_and_the_records_kept(model: Path, tmp_path: Path) -> None:
+    calls: list[list[str]] = []
 
-    def measure(name: str, checkpoint: Path) -> list[dict[str, Any]]:
-        seen.append(name)
-        return [{"tensors": len(ModelSource(checkpoint).names())}]
+    def measure(checkpoints: Mapping[str, Path]) -> dict[str, Any]:
+        calls.append(list(checkpoints))
+        return {name: [{"tensors": len(ModelSource(path).names())}] for name, path in checkpoints.items()}
 
-    run(planned(model, prune(), double()), tmp_path / "out", after_stage=measure, keep_stages=True)
-    assert seen == ["0-source", "1-edit", "2-edit"]
-    assert {p.name for p in (tmp_path / "out" / "records").iterdir()} >= {f"{name}.json" for name in seen}
+    run(planned(model, prune(), double()), tmp_path / "out", measure=measure, keep_stages=True)
+    assert calls == [["0-source", "1-edit", "2-edit"]]
+    assert {p.name for p in (tmp_path / "out" / "records").iterdir()} >= {f"{name}.json" for name in calls[0]}
     assert ModelSource(tmp_path / "out" / "stages" / "1-edit").names()
 
 

@@ -13,14 +13,14 @@ from compresskit.cli.common import parse_measures, quiet_libraries
 @click.command()
 @click.argument("directories", nargs=-1, required=True, metavar="DIR...")
 @click.option("-o", "--out", type=click.Path(), help="Write the records here as JSON.")
-@click.option("--data", help="Text to measure quality on. [stdlib:]")
+@click.option("--data", default="stdlib:", show_default=True, help="Text to measure quality on.")
 @click.option("--measure", metavar="LIST", help="size,quality,latency,memory or all. [all]")
 @click.option("--eval-documents", type=int, default=200, show_default=True, help="For quality.")
 @click.option("--json", "as_json", is_flag=True, help="Print the records as JSON on the last line.")
 def bench(
     directories: tuple[str, ...],
     out: str | None,
-    data: str | None,
+    data: str,
     measure: str | None,
     eval_documents: int,
     as_json: bool,
@@ -31,13 +31,8 @@ def bench(
     from compresskit.reports import build
 
     quiet_libraries(verbose=False)
-    records = [
-        record
-        for directory in directories
-        for record in api.bench(
-            directory, data=data, measures=parse_measures(measure, api.MEASURES), documents=eval_documents
-        )
-    ]
+    measures = parse_measures(measure, api.MEASURES)
+    records = api.bench(*directories, data=data, measures=measures, documents=eval_documents)
     click.echo(build(records).table())
     plain = [record.to_json() for record in records]
     if out:

@@ -83,7 +83,8 @@ def measure(
 
     Args:
         directory: a Hugging Face checkpoint, compressed or not.
-        data: text for quality: the validation split of a DataSpec (``stdlib:`` when None), or texts.
+        data: text for quality: the named split of a DataSpec (the validation split of ``stdlib:`` when
+            None), or texts.
         what: which of :data:`MEASUREMENTS`, in this order.
         subject: name in the records; None is the directory's.
         context_length: tokens for quality; None is the model's maximum.
@@ -109,7 +110,7 @@ def measure(
     made = Subject(
         name=subject or directory.resolve().name,
         directory=directory,
-        data=DataSpec() if data is None else data,
+        data=DataSpec(split="validation") if data is None else data,
         context_length=context_length,
         max_documents=max_documents,
         prompt_tokens=prompt,
@@ -225,7 +226,9 @@ def _texts(data: DataSpec | Iterable[str]) -> tuple[Iterable[str], str]:
         return data, "texts given in the call"
     from compresskit.data import documents
 
-    return documents(data, "validation"), f"{data.source}, validation split"
+    return documents(
+        data, data.split
+    ), data.source if data.split == "all" else f"{data.source}, {data.split} split"
 
 
 def _measure_latency(subject: Subject) -> Record:

@@ -88,11 +88,14 @@ def test_size_counts_files_and_zeros(llama_dir: Path, tmp_path: Path) -> None:
 def test_quality_reads_a_data_set(llama_dir: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("abc", "defg", "hi")))
-    spec = DataSpec(source=str(data), validation_fraction=1.0)
+    spec = DataSpec(source=str(data), split="validation", validation_fraction=1.0)
     (record,) = measure(llama_dir, data=spec, what=("quality",), max_documents=2, context_length=16)
     assert record.values["documents"] == 2
     assert record.values["bytes"] < 9
     assert record.settings["data"] == f"{data}, validation split"
+    (whole,) = measure(llama_dir, data=DataSpec(source=str(data)), what=("quality",), context_length=16)
+    assert (whole.values["documents"], whole.values["bytes"]) == (3, 9)
+    assert whole.settings["data"] == str(data)
     assert record.settings["context_length"] == 16
 
 
