@@ -185,7 +185,7 @@ class _Walk:
         former = self.streamed.weight_OI(name)
         new = self.visit(name, former, stats)
         self.streamed.set_weight(name, new)
-        return (new.to(former.device).float() - former.float()).to(self.streamed.dtype)
+        return (new.to(former) - former).to(self.streamed.dtype)
 
     def _each_row(self, run: Callable[[int], None], hooks: Hooks) -> None:
         for row in range(len(self.rows)):
