@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging
 
 from compresskit.errors import DataError, Fault, PlanError
@@ -278,6 +277,9 @@ def _restored_environment() -> Iterator[None]:
             else:
                 os.environ[name] = value
         if "deepspeed" in sys.modules:
+            # Else from_pretrained would partition what a later stage loads.
+            from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
             unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
 
 
