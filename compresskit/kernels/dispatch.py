@@ -41,8 +41,13 @@ def implementation(op: str, device: str) -> Callable[..., Any]:
     return function
 
 
+def forget() -> None:
+    """Begin a new record for :func:`used`, so that it tells of one run and not of those before it."""
+    _used.clear()
+
+
 def used() -> dict[str, str]:
-    """Op -> implementation, of the ops this process has run so far; goes into a run's record."""
+    """Op -> implementation, of the ops this process has run since :func:`forget`; goes into a run's record."""
     return dict(sorted(_used.items()))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from compresskit.errors import DataError, Fault, PlanError
-from compresskit.kernels.dispatch import used
+from compresskit.kernels.dispatch import forget, used
 from compresskit.training import checkpoint
 from compresskit.training.access import access_for, cast_like, local_bytes
 from compresskit.training.arguments import CHECKPOINTS, training_arguments
@@ -144,6 +144,7 @@ class Run:
     def train(self) -> TrainOutcome:
         """Train from the last complete checkpoint; see :func:`fit`."""
         setting = self.setting
+        forget()
         self.scratch.mkdir(parents=True, exist_ok=True)
         start = checkpoint.latest(self.scratch / CHECKPOINTS, self.identity)
         done = checkpoint.step_of(start) if start else 0

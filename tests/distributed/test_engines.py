@@ -1,4 +1,4 @@
-"""One recipe under one process, DDP, FSDP2 and ZeRO-1/2/3: the same losses, the same zeros, the engine asked for."""
+"""One recipe under one process, DDP, FSDP2 and ZeRO-1/2/3: the same losses, the same zeros."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def losses(scratch: Path) -> list[float]:
 
 
 def slow_losses(model: LlamaForCausalLM, rows: Rows, steps: int) -> list[float]:
-    """The same training written out: AdamW, cosine, clipping at 1, whole logits, mean over the step's tokens."""
+    """The same training written out: AdamW, cosine, clipping at 1, whole logits, mean over tokens."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=FIELDS.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * s / steps))))
@@ -105,7 +105,7 @@ def test_narrow_compute_stays_near(make_model: Make, rows: Rows, tmp_path: Path,
 def test_fp16_scales_the_loss_and_skips_what_overflows(
     make_model: Make, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A scale of 2**24 overflows fp16; the scaler halves it until gradients fit, and each try is a skipped step."""
+    """A scale of 2**24 overflows fp16; the scaler halves it until gradients fit, skipping each try."""
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device: scaler(device, init_scale=2.0**24))
     model = make_model()

@@ -1,0 +1,123 @@
+"""Each rule of what does not combine: broken once, told with its cure, and silent where all is well."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compresskit.training import rules
+from compresskit.training.fields import TrainingFields
+from compresskit.training.rules import RULES, Setting, training_faults
+
+DS: dict[str, Any] = {"strategy": "deepspeed"}
+BREAKS: dict[str, dict[str, Any]] = {
+    "strategy-name": {"strategy": "zero"},
+    "precision-name": {"precision": "fp8"},
+    "schedule-name": {"lr_schedule": "cosin"},
+    "optimizer-name": {"optimizer": "galore_adamw"},
+    "zero-stage": {"zero_stage": 4},
+    "batch-divides": {"batch_size": 10, "micro_batch_size": 4},
+    "one-process-shards-nothing": {"strategy": "fsdp"},
+    "deepspeed-missing": {"strategy": "deepspeed"},
+    "deepspeed-config-without-deepspeed": {"deepspeed_config": "ds.json"},
+    "deepspeed-config-unreadable": DS | {"deepspeed_config": "absent.json"},
+    "deepspeed-config-stage": {
+        "strategy": "deepspeed",
+        "deepspeed_config": {"zero_optimization": {"stage": 3}},
+    },
+    "deepspeed-config-optimizer": {
+        "strategy": "deepspeed",
+        "deepspeed_config": {"optimizer": {"type": "Adam"}},
+    },
+    "deepspeed-config-precision": DS | {"deepspeed_config": {"bf16": {"enabled": True}}},
+    "fp16-sharded": {"strategy": "fsdp", "processes": 2, "precision": "fp16"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(rules, "find_spec", lambda name: object())
+
+
+def test_every_rule_is_broken_here() -> None:
+    assert {rule.name for rule in RULES} == set(BREAKS)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_a_broken_rule_is_told_with_its_cure(
+    rule: rules.Rule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = dict(BREAKS[rule.name])
+    if isinstance(changes.get("deepspeed_config"), dict):
+        (tmp_path / "ds.json").write_text(json.dumps(changes["deepspeed_config"]))
+        changes["deepspeed_config"] = str(tmp_path / "ds.json")
+    if rule.name == "deepspeed-missing":
+        monkeypatch.setattr(rules, "find_spec", lambda name: None)
+    faults = training_faults(TrainingFields(**changes), "stages[1]")
+    assert [f.where for f in faults] == [f"stages[1].{rule.field}"]
+    assert faults[0].cure == rule.cure
+    assert "{" not in str(faults[0])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        TrainingFields(),
+        TrainingFields(processes=2),
+        TrainingFields(processes=2, strategy="fsdp", precision="bf16", micro_batch_size=2),
+        TrainingFields(processes=2, strategy="ddp", precision="fp16"),
+        TrainingFields(strategy="deepspeed", zero_stage=3),
+    ],
+)
+def test_what_combines_has_no_faults(fields: TrainingFields) -> None:
+    assert training_faults(fields, "x") == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": 0},
+        {"batch_size": 0},
+        {"micro_batch_size": 0},
+        {"processes": 0},
+        {"context_length": 1},
+        {"learning_rate": 0.0},
+        {"learning_rate": float("nan")},
+        {"max_grad_norm": 0.0},
+        {"epochs": 0.0},
+        {"weight_decay": -1.0},
+        {"warmup_fraction": 1.0},
+        {"warmup_fraction": -0.1},
+        {"eval_every": -1},
+        {"checkpoint_every": -1},
+    ],
+    ids=str,
+)
+def test_numbers_out_of_range(changes: dict[str, Any]) -> None:
+    (name,) = changes
+    assert [f.where for f in training_faults(replace(TrainingFields(), **changes), "x")] == [f"x.{name}"]
+
+
+def test_auto_follows_an_existing_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Setting(TrainingFields(), 1, "cpu").strategy == "single"
+    assert Setting(TrainingFields(), 2, "cpu").strategy == "ddp"
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert Setting(TrainingFields(), 1, "cpu").strategy == "ddp"
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert Setting(TrainingFields(), 2, "cpu").strategy == "fsdp"
+    assert Setting(TrainingFields(strategy="ddp"), 2, "cpu").strategy == "ddp"
+
+
+def test_a_launch_decides_the_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    (fault,) = training_faults(TrainingFields(batch_size=16, micro_batch_size=4), "x")
+    assert "on 3 processes" in fault.got
