@@ -121,14 +121,17 @@ def build_entry(
             warnings.warn(f"The token cache {folder} is damaged ({error}); it is rebuilt.", stacklevel=3)
             _remove(folder)
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        _sweep(cache)
-        part = cache / f".{key}.{os.getpid()}.{secrets.token_hex(4)}.part"
-        part.mkdir()
+        return _build(cache, key, pieces, dtype, notes)
     except OSError as error:
-        raise DataError(
-            Fault(str(cache), "a folder that can be written", str(error), "Name another cache folder.")
-        ) from error
+        cure = "Make room or name another cache folder."
+        raise DataError(Fault(str(cache), "a folder that can be written", str(error), cure)) from error
+
+
+def _build(cache: Path, key: str, pieces: Iterable[list[int]], dtype: str, notes: Iterable[str]) -> Entry:
+    cache.mkdir(parents=True, exist_ok=True)
+    _sweep(cache)
+    folder, part = cache / key, cache / f".{key}.{os.getpid()}.{secrets.token_hex(4)}.part"
+    part.mkdir()
     try:
         _write(part, pieces, dtype, notes)
         try:

@@ -131,9 +131,12 @@ def open_corpus(spec: DataSpec) -> Corpus:
     """Find the source that ``spec`` names, without reading its text.
 
     Raises:
-        DataError: there is no such source.
+        DataError: there is no such source, or a column is named that it cannot have.
     """
-    return Corpus(spec, find_source(spec.source))
+    source = find_source(spec.source)
+    if source.kind == "stdlib" and spec.column is not None:
+        raise bad(spec.source, "no column", repr(spec.column), "Leave `column` out: files have none.")
+    return Corpus(spec, source)
 
 
 def documents(spec: DataSpec, split: str = "train") -> Iterator[str]:
@@ -170,7 +173,7 @@ def check(spec: DataSpec, where: str) -> list[Fault]:
     """
     found: list[Fault] = []
     try:
-        source = find_source(spec.source)
+        source = open_corpus(spec).source
         if source.kind == "hub":
             columns = hub_columns(source.name)
             if columns:

@@ -46,8 +46,9 @@ def json_rows(path: Path) -> Iterator[tuple[int, object]]:
     if head[1].lstrip().startswith("["):
         yield from _array(path, chain([head], pieces))
         return
-    following = next((text for _, text in pieces if text.strip()), "")
-    if following.lstrip()[:1] in ("{", '"') and _is_json(head[1]):
+    whole = (text for _, text in lines(path) if text.strip())
+    first, second = next(whole), next(whole, "")
+    if second.lstrip()[:1] in ("{", '"') and _is_json(first):
         yield from json_lines(path)
         return
     yield from _document(path)

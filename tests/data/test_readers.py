@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -230,3 +231,28 @@ def test_kinds() -> None:
         kind_of(Path(n)) for n in ("a.TXT", "a.jsonl.gz", "a.b.csv", "a.gz", "a", "a.parquet.gz", ".json")
     ]
     assert found == [".txt", ".jsonl", ".csv", "", "", "", ""]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.txt"])
+def test_a_file_is_never_held_in_memory(tmp_path: Path, name: str) -> None:
+    rows = [{"text": f"{i} " + "word " * 3000} for i in range(1500)]
+    bodies = {
+        ".json": lambda: json.dumps(rows),
+        ".jsonl": lambda: "\n".join(json.dumps(row) for row in rows),
+        ".csv": lambda: as_table([row["text"] for row in rows]),
+        ".txt": lambda: "\n\n".join(row["text"] for row in rows),
+    }
+    path = write(tmp_path / name, bodies[Path(name).suffix]())
+    assert path.stat().st_size > 22_000_000
+    tracemalloc.start()
+    count = sum(1 for _ in read_file(path, None))
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 1500
+    assert peak_bytes < 8_000_000
+
+
+def test_json_lines_longer_than_a_piece_under_a_json_name(tmp_path: Path) -> None:
+    texts = ["x" * (lines.LINE_BYTES + 5), "y"]
+    path = write(tmp_path / "a.json", "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert texts_of(path) == texts
