@@ -47,7 +47,7 @@ def forget() -> None:
 
 
 def used() -> dict[str, str]:
-    """Op -> implementation, of the ops this process has run since :func:`forget`; goes into a run's record."""
+    """Op -> implementation, of the ops this process has run since :func:`forget`; goes into a record."""
     return dict(sorted(_used.items()))
 
 
