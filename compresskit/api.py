@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MEASURES = ("size", "quality", "latency", "memory")
 DEFAULT_MEASURES = ("size", "quality")
-LATENCY_ROUNDS = 3
+LATENCY = {"rounds": 3, "repetitions": 3, "warmup": 1}
 
 
 def run(
@@ -100,7 +100,7 @@ def compare(
     for name, directory in checkpoints.items():
         records += measure_one(directory, data=data, what=alone, max_documents=documents, subject=name)
     if "latency" in measures:
-        records += compare_latency(checkpoints, rounds=LATENCY_ROUNDS)
+        records += compare_latency(checkpoints, **LATENCY)
     return records
 
 
