@@ -96,6 +96,16 @@ json_values = st.recursive(
 )
 
 
+@pytest.mark.parametrize("piece", range(1, 12))
+def test_numbers_that_a_piece_cuts_in_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    rows = [0.5, 25, -3e-7, 1e100, True, [1.25], "1.5", 0]
+    path = write(tmp_path / "a.json", json.dumps(rows))
+    monkeypatch.setattr(jsonfile, "LINE_BYTES", piece)
+    assert [row for _, row in jsonfile.json_rows(path)] == rows
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(json_values, max_size=8), st.sampled_from([None, 1, "\t"]), st.integers(1, 40))
 def test_an_array_read_in_pieces_is_the_array(
