@@ -200,4 +200,6 @@ def quiet_libraries(*, verbose: bool) -> None:
         logging.basicConfig(level=logging.INFO)
         return
     transformers.logging.set_verbosity_error()
+    # Accelerate imports deepspeed wherever it is installed, and deepspeed then warns that there is no GPU.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     transformers.utils.logging.disable_progress_bar()

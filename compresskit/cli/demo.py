@@ -12,7 +12,7 @@ data: stdlib:
 stages:
   - prune: {{method: wanda, pattern: "50%", samples: 32}}
   - distill: {{loss: forward_kl, steps: {steps}, batch_size: 8, learning_rate: 0.001, context_length: 256}}
-  - quantize: {{method: rtn, scheme: w8a8}}
+  - quantize: {{method: rtn, scheme: w8a16}}
 """
 
 
