@@ -188,6 +188,8 @@ def check(spec: DataSpec, where: str) -> list[Fault]:
             texts += some
         if not texts and not found:
             found.append(Fault(spec.source, "at least one document with text", "blank or empty", GIVE_TEXT))
+    if spec.split not in SPLITS:
+        found.append(Fault("split", " or ".join(SPLITS), repr(spec.split), "Name one of them."))
     if not 0 <= spec.validation_fraction < 1:
         got = str(spec.validation_fraction)
         found.append(Fault("validation_fraction", "a fraction in [0, 1)", got, "Lower it."))

@@ -161,6 +161,7 @@ def test_check_finds_the_faults_of_all_files(tmp_path: Path) -> None:
     ]
     assert "validation_fraction" in faults[3].where
     assert check(DataSpec(), "data") == []
+    assert "data: split: " in str(check(DataSpec(split="test"), "data")[0])
     assert "no column" in str(check(DataSpec(column="text"), "data")[0])
 
 
