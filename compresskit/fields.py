@@ -19,7 +19,7 @@ def coerce(value: Any, hint: Any, where: str, into: dict[str, Any], name: str, f
     ok, result = fit(value, hint)
     if ok:
         into[name] = result
-    elif is_dataclass(target := _dataclass_in(hint)) and isinstance(value, Mapping):
+    elif (target := _dataclass_in(hint)) is not None and isinstance(value, Mapping):
         nested: dict[str, Any] = {}
         hints = get_type_hints(target)
         for key, item in value.items():

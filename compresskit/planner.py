@@ -12,11 +12,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import psutil
+import torch
 
 from compresskit.data import check, open_corpus
 from compresskit.data.spec import DataSpec
 from compresskit.errors import Fault, OutputError, PlanError
-from compresskit.modeling import ModelSource, open_model
+from compresskit.modeling import ModelSource, open_model, resolve_device
 from compresskit.recipe import Recipe
 from compresskit.stage import Forecast, Json, Outlook, Stage
 
@@ -192,6 +193,8 @@ def plan(recipe: Recipe, *, cache: Path | None = None, build_dir: Path | None = 
         original=source.directory,
         weight_bytes=source.bytes / max(source.anatomy.num_parameters, 1),
         data=recipe.data,
+        device=resolve_device(recipe.device).type,
+        devices=torch.cuda.device_count(),
     )
     faults = _data_faults(recipe)
     stages: list[PlannedStage] = []

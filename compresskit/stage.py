@@ -193,6 +193,8 @@ class Outlook:
         weight_bytes: of one stored parameter that is not quantised.
         layer_bits: bits of one stored weight of each quantised layer, scales included.
         data: the recipe's data, for a stage that names none.
+        device: ``cpu`` or ``cuda``.
+        devices: accelerators of this machine, 0 for none.
     """
 
     anatomy: Anatomy
@@ -202,6 +204,8 @@ class Outlook:
     weight_bytes: float
     layer_bits: Mapping[str, float] = field(default_factory=dict)
     data: DataSpec = field(default_factory=DataSpec)
+    device: str = "cpu"
+    devices: int = 0
 
     @property
     def checkpoint_bytes(self) -> int:

@@ -19,20 +19,34 @@ class _Core(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 - PyYAML's own protocol
 
 
-for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", "~nN\0"),
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?[0-9]+", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
-):
+class _Both(yaml.SafeDumper):
+    """SafeDumper that also quotes what only YAML 1.2 would take for something other than text."""
+
+
+CORE_SCALARS = {
+    "null": (r"~|null|Null|NULL|", "~nN\0"),
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?[0-9]+", "-+0123456789"),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
+        "-+.0123456789",
+    ),
+}
+for _tag, (_pattern, _first) in CORE_SCALARS.items():
     _Core.add_implicit_resolver(
         f"tag:yaml.org,2002:{_tag}",
         re.compile(f"^(?:{_pattern})$"),
         [*_first] + ([""] if _tag == "null" else []),
     )
+_Core.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
 
 
-_Core.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    is_scalar = any(re.fullmatch(pattern, text) for pattern, _ in CORE_SCALARS.values())
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if is_scalar else None)
+
+
+_Both.add_representer(str, _represent_text)
 
 
 def parse_yaml(text: str, name: str) -> tuple[Any, dict[str, int]]:
@@ -88,4 +102,4 @@ def _collect(node: yaml.Node, path: str, lines: dict[str, int], name: str) -> No
 
 def dump_yaml(data: Any) -> str:
     """``data`` as YAML that readers of YAML 1.1 and 1.2 understand alike."""
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110)
+    return yaml.dump(data, Dumper=_Both, sort_keys=False, allow_unicode=True, width=110)

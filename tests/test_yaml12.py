@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from compresskit.errors import RecipeError
@@ -36,6 +36,7 @@ SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False,
 TEXTS = st.text(st.characters(min_codepoint=32, max_codepoint=0x2FF, exclude_characters="\x7f\x85\xa0"))
 
 
+@example({"0E0": "1e5"})
 @given(st.recursive(SCALARS | TEXTS, lambda x: st.lists(x) | st.dictionaries(TEXTS, x), max_leaves=8))
 def test_what_is_written_is_read_back_by_us_and_by_others(data: object) -> None:
     text = dump_yaml({"x": data})

@@ -196,10 +196,10 @@ def quiet_libraries(*, verbose: bool) -> None:
     import transformers
 
     if verbose:
-        transformers.logging.set_verbosity_info()
+        transformers.logging.set_verbosity_info()  # type: ignore[no-untyped-call]
         logging.basicConfig(level=logging.INFO)
         return
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     # Accelerate imports deepspeed wherever it is installed, and deepspeed then warns that there is no GPU.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -22,7 +22,7 @@ UNSUPPORTED_SCALES = ("logit_scale", "logits_scaling")
 
 def student_faults(fields: TrainingFields, model: Outlook, where: str) -> list[Fault]:
     """What is wrong with training such a ``model`` with these ``fields``."""
-    faults = training_faults(fields, where)
+    faults = training_faults(fields, where, device=model.device, devices=model.devices)
     if not model.anatomy.is_causal or model.anatomy.head is None:
         faults.append(
             Fault(

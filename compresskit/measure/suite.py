@@ -341,11 +341,9 @@ def _at_least_one(value: int, name: str) -> int:
 
 
 def _device(device: str) -> str:
-    if device != "auto":
-        return device
-    import torch
+    from compresskit.modeling import resolve_device
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return str(resolve_device(device))
 
 
 def device_name(device: str) -> str:

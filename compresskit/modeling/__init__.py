@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from compresskit.modeling.anatomy import Anatomy, Linear
 from compresskit.modeling.fetch import copy_sidecars
-from compresskit.modeling.skeleton import context_length, load_model, load_tokenizer, skeleton
+from compresskit.modeling.skeleton import (
+    context_length,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    skeleton,
+)
 from compresskit.modeling.source import ModelSource, open_model
 from compresskit.modeling.streaming import StreamedModel
 
@@ -18,5 +24,6 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "open_model",
+    "resolve_device",
     "skeleton",
 ]

@@ -19,7 +19,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from compresskit.errors import EngineError, Fault
@@ -162,21 +161,6 @@ def running_engine(wrapped: nn.Module, model: nn.Module) -> str:
     if all(sharded):
         return "fsdp"
     return "fsdp in part" if any(sharded) else "single"
-
-
-def resolve(device: str) -> str:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:0`` as the kind of device: ``cpu`` or ``cuda``.
-
-    Raises:
-        EngineError: CUDA was asked for and there is none.
-    """
-    has_cuda = torch.cuda.is_available()
-    if device == "auto":
-        return "cuda" if has_cuda else "cpu"
-    kind = device.partition(":")[0]
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not has_cuda):
-        raise EngineError(Fault("device", "a device of this machine", device, "Use device: cpu or auto."))
-    return kind
 
 
 def accumulation_steps(fields: TrainingFields, setting: Setting) -> int:

@@ -20,10 +20,11 @@ from transformers.utils import logging
 
 from compresskit.errors import DataError, Fault, PlanError
 from compresskit.kernels.dispatch import forget, used
+from compresskit.modeling import resolve_device
 from compresskit.training import checkpoint
 from compresskit.training.access import access_for, cast_like, local_bytes
 from compresskit.training.arguments import CHECKPOINTS, training_arguments
-from compresskit.training.engine import resolve, running_engine
+from compresskit.training.engine import running_engine
 from compresskit.training.fields import TrainingFields
 from compresskit.training.finite import require_finite_weights
 from compresskit.training.objective import CrossEntropy, Objective, TeacherProvider
@@ -115,7 +116,7 @@ class Run:
     @cached_property
     def setting(self) -> Setting:
         """The fields, and where they will run; everything wrong with them is raised here."""
-        kind = resolve(self.device)
+        kind = resolve_device(self.device).type
         faults = training_faults(self.fields, "training", device=kind)
         if faults:
             raise PlanError(*faults)

@@ -27,11 +27,13 @@ class Setting:
         fields: of the stage.
         processes: that take part; those of an existing launch where there is one.
         device: ``cpu`` or ``cuda``.
+        devices: accelerators that this machine can give to processes of our own; 0 where that is no limit.
     """
 
     fields: TrainingFields
     processes: int
     device: str
+    devices: int = 0
 
     @property
     def strategy(self) -> str:
@@ -150,6 +152,14 @@ RULES: tuple[Rule, ...] = (
         "Choose a batch_size that they divide, or set micro_batch_size.",
     ),
     Rule(
+        "more-processes-than-devices",
+        "processes",
+        lambda s: s.device == "cuda" and 0 < s.devices < s.processes,
+        "at most one process per GPU, of which this machine has {devices}",
+        "{processes}",
+        "Lower processes (--nproc), or set device to cpu.",
+    ),
+    Rule(
         "one-process-shards-nothing",
         "strategy",
         lambda s: s.processes == 1 and s.fields.strategy in ("ddp", "fsdp"),
@@ -255,13 +265,16 @@ def number_faults(fields: TrainingFields, where: str) -> list[Fault]:
     return faults
 
 
-def training_faults(fields: TrainingFields, where: str, *, device: str = "cpu") -> list[Fault]:
+def training_faults(
+    fields: TrainingFields, where: str, *, device: str = "cpu", devices: int = 0
+) -> list[Fault]:
     """Everything wrong with ``fields`` here and now.
 
     Args:
         fields: of a stage that trains.
         where: prefix of each fault, e.g. ``stages[1]``.
         device: ``cpu`` or ``cuda``.
+        devices: accelerators of this machine; 0 where that is no limit.
 
     Returns:
         One fault per broken rule, and per number out of range.
@@ -269,9 +282,10 @@ def training_faults(fields: TrainingFields, where: str, *, device: str = "cpu") 
     faults = number_faults(fields, where)
     if any(f.where.endswith((".batch_size", ".processes", ".micro_batch_size")) for f in faults):
         return faults
-    setting = Setting(fields, launched_processes() or fields.processes, device)
+    launched = launched_processes()
+    setting = Setting(fields, launched or fields.processes, device, 0 if launched else devices)
     said = {name: getattr(fields, name) for name in fields.__dataclass_fields__}
-    said |= {"processes": setting.processes, "micro_batch_size": setting.micro_batch_size}
+    said |= {name: getattr(setting, name) for name in ("devices", "processes", "micro_batch_size")}
     faults += [
         Fault(f"{where}.{rule.field}", rule.expected.format(**said), rule.got.format(**said), rule.cure)
         for rule in RULES

@@ -21,6 +21,7 @@ BREAKS: dict[str, dict[str, Any]] = {
     "optimizer-name": {"optimizer": "galore_adamw"},
     "zero-stage": {"zero_stage": 4},
     "batch-divides": {"batch_size": 10, "micro_batch_size": 4},
+    "more-processes-than-devices": {"processes": 4},
     "one-process-shards-nothing": {"strategy": "fsdp"},
     "deepspeed-missing": {"strategy": "deepspeed"},
     "deepspeed-config-without-deepspeed": {"deepspeed_config": "ds.json"},
@@ -59,7 +60,8 @@ def test_a_broken_rule_is_told_with_its_cure(
         changes["deepspeed_config"] = str(tmp_path / "ds.json")
     if rule.name == "deepspeed-missing":
         monkeypatch.setattr(rules, "find_spec", lambda name: None)
-    faults = training_faults(TrainingFields(**changes), "stages[1]")
+    two_gpus = {"device": "cuda", "devices": 2} if rule.name == "more-processes-than-devices" else {}
+    faults = training_faults(TrainingFields(**changes), "stages[1]", **two_gpus)
     assert [f.where for f in faults] == [f"stages[1].{rule.field}"]
     assert faults[0].cure == rule.cure
     assert "{" not in str(faults[0])
