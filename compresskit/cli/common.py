@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import click
 
 from compresskit.fields import describe, fit, is_sequence
 from compresskit.recipe import Recipe, recipe_from
 from compresskit.yaml12 import parse_yaml
+
+if TYPE_CHECKING:
+    from compresskit.artifact import Artifact
 
 F = TypeVar("F", bound=Callable[..., Any])
 RENAMED = {"processes": "--nproc"}
@@ -164,22 +168,35 @@ def execute(recipe: Recipe, given: Mapping[str, Any]) -> None:
         return
     if not given["out"]:
         raise click.UsageError("missing option '-o' / '--out': the directory to write")
-    click.echo(str(plan), err=True)
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    if is_main:
+        click.echo(str(plan), err=True)
+    measures = parse_measures(given["measure"], api.DEFAULT_MEASURES)
     artifact = api.run(
         plan,
         given["out"],
         overwrite=given["overwrite"],
         keep_stages=given["keep_stages"],
-        measures=parse_measures(given["measure"], api.DEFAULT_MEASURES),
+        measures=measures,
         documents=given["eval_documents"],
     )
-    report = api.report(artifact)
-    click.echo(report.table())
+    if is_main:
+        _tell(artifact, given["out"], measured=bool(measures), as_json=given["as_json"])
+
+
+def _tell(artifact: Artifact, out: str, *, measured: bool, as_json: bool) -> None:
+    """What came out: the figures, what was promised and kept, warnings, and where it is."""
+    from compresskit import api
+
+    if measured:
+        click.echo(api.report(artifact).table())
+    for kind, count in artifact.manifest["stages"][-1]["checks"].items():
+        click.echo(f"kept at the end: {count['kept']} of {count['checked']} promises '{kind}'")
     for warning in artifact.manifest["warnings"]:
         click.echo(f"warning: {warning}", err=True)
-    click.echo(f"artifact: {given['out']}   sha256 of its manifest: {artifact.digest}")
-    if given["as_json"]:
-        click.echo(json.dumps({"artifact": str(Path(given["out"]).absolute()), "digest": artifact.digest}))
+    click.echo(f"artifact: {out}   sha256 of its manifest: {artifact.digest}")
+    if as_json:
+        click.echo(json.dumps({"artifact": str(Path(out).absolute()), "digest": artifact.digest}))
 
 
 def parse_measures(text: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
