@@ -87,10 +87,10 @@ def run(
     out = Path(out).absolute()
     if not overwrite and _is_done(plan, out):
         return open_artifact(out)
-    check_output(out, overwrite=overwrite)
     work = out.with_name(f".{out.name}.work")
     if int(os.environ.get("RANK", "0")) > 0:
         return _follow(plan, out, work)
+    check_output(out, overwrite=overwrite)
     with _workplace(plan, work, out):
         (work / FAILED).unlink(missing_ok=True)
         try:
@@ -107,8 +107,7 @@ def run(
 
 def _is_done(plan: Plan, out: Path) -> bool:
     """Whether ``out`` is the artifact of this very plan, model and data."""
-    mark = out / RECORDS / KEY
-    return is_artifact(out) and mark.is_file() and json.loads(mark.read_text()) == plan.resume_key
+    return is_artifact(out) and _key_of(out / RECORDS) == plan.resume_key
 
 
 @contextmanager
@@ -128,12 +127,11 @@ def _workplace(plan: Plan, work: Path, out: Path) -> Iterator[None]:
                 )
             ) from error
         plan.check_disk(work)
-        key = work / KEY
-        if not key.is_file() or json.loads(key.read_text()) != plan.resume_key:
+        if _key_of(work) != plan.resume_key:
             for path in work.iterdir():
                 if path.name != "lock":
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-            write_json(key, plan.resume_key)
+            write_json(work / KEY, plan.resume_key)
         yield
 
 
@@ -325,29 +323,43 @@ def _read_state(stage: Path) -> dict[str, Json]:
 
 
 def _follow(plan: Plan, out: Path, work: Path) -> Artifact:
-    """The part of a rank above 0: join the stages that train, wait for rank 0 in all else."""
+    """The part of a rank above 0: join the stages that train, leave all else to rank 0.
+
+    Rank 0 cannot finish a stage that trains without this rank, but it may finish all that comes after the
+    last such stage, and remove ``work``, before this rank looks.
+    """
+    _wait_until(lambda: _is_done(plan, out) or _key_of(work) == plan.resume_key, work)
     model = plan.source
     made = _first_promises(plan)
-    for stage in plan.stages:
-        done = work / stage.name
-        if stage.trains:
+    last = max((i for i, stage in enumerate(plan.stages) if stage.trains), default=-1)
+    for index, stage in enumerate(plan.stages[: last + 1]):
+        state = work / stage.name / STATE
+        if stage.trains and not state.is_file():
             scratch = work / f"{stage.name}.scratch"
-            _wait_for(scratch, work)
-            stage.stage.run(
-                model, stage_context(stage, plan, work / f"{stage.name}.partial", scratch, tuple(made))
-            )
-        _wait_for(done, work)
-        model = open_model(done, trust_remote_code=plan.recipe.trust_remote_code)
-        made += [promise_from_json(p) for p in _read_state(done)["result"]["promises"]]
-    _wait_for(out / RECIPE, work)
+            _wait_until(scratch.exists, work)
+            partial = work / f"{stage.name}.partial"
+            stage.stage.run(model, stage_context(stage, plan, partial, scratch, tuple(made)))
+        if index < last:
+            _wait_until(state.is_file, work)
+            model = open_model(state.parent, trust_remote_code=plan.recipe.trust_remote_code)
+            made += [promise_from_json(p) for p in _read_state(state.parent)["result"]["promises"]]
+    _wait_until(lambda: _is_done(plan, out), work)
     return open_artifact(out)
 
 
-def _wait_for(path: Path, work: Path) -> None:
-    """Wait until rank 0 has made ``path``; give up when it says that it failed since this process began."""
+def _key_of(directory: Path) -> Json:
+    """The resume key that a place of work, or an artifact's records, were made with; None without one."""
+    try:
+        return json.loads((directory / KEY).read_text(encoding="utf-8"))
+    except OSError:
+        return None
+
+
+def _wait_until(is_so: Callable[[], bool], work: Path) -> None:
+    """Wait for rank 0; give up when it says that it failed since this process began."""
     began = psutil.Process().create_time()
     failed = work / FAILED
-    while not path.exists():
+    while not is_so():
         if failed.exists() and failed.stat().st_mtime > began:
-            raise WorkerError(Fault("rank 0", f"{path.name}", "a failed run", "See the error of rank 0."))
+            raise WorkerError(Fault("rank 0", "its part of the run", "a failure", "See the error of rank 0."))
         time.sleep(POLL_S)

@@ -28,7 +28,7 @@ def test_torchrun_gives_one_artifact_and_trains_on_all_ranks(tmp_path: Path) -> 
     rows = (json.dumps({"text": f"Row {n}: {n} and {n} are {n + n}."}) for n in range(200))
     (tmp_path / "text.jsonl").write_text("\n".join(rows))
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, "-m", "compresskit", "run", "recipe.yaml", "-o", "out", "--measure", "none"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
