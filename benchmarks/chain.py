@@ -22,10 +22,10 @@ from compresskit.stage import Stage
 def nats(out: Path) -> dict[str, float]:
     """Nats per token of every stage, by the stage's name."""
     found = {}
-    for path in sorted((out / "records").glob("[0-9]-*.json")):
-        for record in json.loads(path.read_text()):
-            if isinstance(record, dict) and record.get("kind") == "quality":
-                found[path.stem] = float(record["values"]["nats_per_token"])
+    for path in sorted((out / "records").glob("*.json")):
+        if path.stem[0].isdigit() and "." not in path.stem:
+            quality = next(r for r in json.loads(path.read_text()) if r["kind"] == "quality")
+            found[path.stem] = float(quality["values"]["nats_per_token"])
     return found
 
 
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--cross-entropy-weight", type=float, default=0.0)
     parser.add_argument("--pattern", default="50%")
     parser.add_argument("--seeds", type=int, default=1)
     options = parser.parse_args()
@@ -47,10 +48,11 @@ def main() -> None:
         "batch_size": options.batch_size,
         "checkpoint_every": 0,
     }
+    share = options.cross_entropy_weight
     prune = ck.Prune("wanda", pattern=options.pattern)
     quantize = ck.Quantize("rtn", scheme="w8a8")
     chains: dict[str, tuple[Stage, ...]] = {
-        "distilled": (prune, ck.Distill(**fields), quantize),
+        "distilled": (prune, ck.Distill(**fields, cross_entropy_weight=share), quantize),
         "fine-tuned": (prune, ck.Finetune(**fields)),
     }
     runs = []
@@ -75,7 +77,7 @@ def main() -> None:
             row[f"{label} won back"] = (row["pruned"] - row[label]) / lost
         runs.append(row)
         print(json.dumps(row, indent=1), flush=True)
-    settings = {**fields, "pattern": options.pattern, "model": options.model.name}
+    settings = {**fields, "cross_entropy_weight": share, "pattern": options.pattern, "model": options.model.name}
     print(append_record("chain", {"runs": runs}, subject=json.dumps(settings)))
 
 

@@ -3,7 +3,7 @@
 A recipe in YAML::
 
     model: path-or-hub-id
-    data: stdlib:
+    data: "stdlib:"
     stages:
       - prune: {method: wanda, pattern: 2:4}
       - distill: {loss: forward_kl, steps: 200}
