@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from compresskit.errors import DataError, Fault, PlanError
-from compresskit.kernels.dispatch import forget, used
+from compresskit.kernels.dispatch import forget
 from compresskit.modeling import resolve_device
 from compresskit.training import checkpoint
 from compresskit.training.access import access_for, cast_like, local_bytes
@@ -171,7 +171,7 @@ class Run:
             engine=engine,
             processes=setting.processes,
             parameter_bytes=kept,
-            kernels=used(),
+            kernels=log.kernels(),
             resumed_from=done,
             seconds=log.seconds(),
             warnings=self.warnings,

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from compresskit.kernels.dispatch import used
 from compresskit.progress import Progress
 
 LOSSES = "losses.jsonl"
@@ -17,7 +18,8 @@ class LossLog:
     """``losses.jsonl``: one object per optimiser step, and one per evaluation.
 
     A step has step, loss (nats per supervised token), learning_rate, grad_norm, tokens (so far), seconds (so
-    far, of this start) and skipped (fp16 only); an evaluation has step and validation_loss.
+    far, of this start), kernels (op -> implementation) and skipped (fp16 only); an evaluation has step and
+    validation_loss.
     """
 
     def __init__(self, path: Path) -> None:
@@ -54,6 +56,13 @@ class LossLog:
         """Steps that the fp16 loss scaler skipped."""
         return sum(bool(r.get("skipped")) for r in self.read())
 
+    def kernels(self) -> dict[str, str]:
+        """Op -> implementation, over all steps, whichever process took them."""
+        merged: dict[str, str] = {}
+        for record in self.read():
+            merged |= record.get("kernels", {})
+        return dict(sorted(merged.items()))
+
 
 def _parse(line: str) -> dict[str, Any] | None:
     try:
@@ -89,6 +98,7 @@ class Watch:
             "grad_norm": grad_norm,
             "tokens": step * self._tokens,
             "seconds": round(seconds, 3),
+            "kernels": used(),
         }
         self.log.write(record | ({"skipped": True} if skipped else {}))
         rate = (step - self._done) * self._tokens / max(seconds, 1e-9)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,39 @@ def test_a_restart_gives_the_same_bytes(
     for (name, a), b in zip(straight.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b), name
     assert losses(tmp_path / "broken") == losses(tmp_path / "straight")
+
+
+@pytest.mark.parametrize(("stop", "resumed"), [(5, 3), (8, 8)])
+def test_the_outcome_is_the_same_after_any_kill(
+    make_model: Make, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int, resumed: int
+) -> None:
+    """Broken off between two checkpoints, and after the last one: then no step is left to take."""
+    settings = {"checkpoint_every": 3, "precision": "fp16", "validation": rows}
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device: scaler(device, init_scale=2.0**18))
+    straight = asdict(train(make_model(), rows, tmp_path / "straight", **settings))
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise Interrupted
+
+    compute = fit_module.StageTrainer.compute_loss
+    with monkeypatch.context() as patch:
+        if stop == 8:
+            patch.setattr(fit_module.StageTrainer, "last_evaluation", broken)
+        else:
+            patch.setattr(
+                fit_module.StageTrainer,
+                "compute_loss",
+                lambda self, *a, **k: compute(self, *a, **k) if self.state.global_step < stop else broken(),
+            )
+        with pytest.raises(Interrupted):
+            train(make_model(), rows, tmp_path / "broken", **settings)
+    again = asdict(train(make_model(), rows, tmp_path / "broken", **settings))
+    assert again.pop("resumed_from") == resumed
+    assert straight.pop("resumed_from") == 0
+    assert straight.pop("seconds") > 0 <= again.pop("seconds")
+    assert again == straight
+    assert straight["kernels"] == {"linear_cross_entropy": "reference"}
 
 
 def test_a_half_written_checkpoint_is_ignored(make_model: Make, rows: Rows, tmp_path: Path) -> None:
