@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from huggingface_hub import snapshot_download
@@ -86,17 +88,20 @@ def build_anew(
     seed: int,
     trust_remote_code: bool = False,
 ) -> Path:
-    """Write a model of ``config_path`` with random weights into ``out``.
+    """Write a model of ``config_path`` with random weights into a directory of its own below ``out``.
+
+    A model that is there already is used as it is. Two processes at once both build; whoever is later finds
+    the other's model in place and takes that.
 
     Args:
         config_path: a config.json with "architectures".
         tokenizer: directory or hub id whose tokenizer files are copied; None leaves the model without one.
-        out: the directory to write; emptied of an earlier build.
+        out: where the models built so far are.
         seed: the same seed gives the same bytes.
         trust_remote_code: whether code beside the config may run.
 
     Returns:
-        ``out``.
+        ``out/KEY``; the key is made of the config's text, the tokenizer's files and the seed.
 
     Raises:
         ModelError: the config is unusable, ``out`` was not given, or the vocabularies do not fit.
@@ -106,22 +111,44 @@ def build_anew(
         raise ModelError(Fault(str(config_path), "a directory to build the model in", "none", cure))
     config = load_config(config_path, trust_remote_code=trust_remote_code)
     cls: Any = model_class(config, config_path.parent, trust_remote_code=trust_remote_code)
+    files: list[Path] = []
     if tokenizer is not None:
         source = Path(tokenizer).expanduser()
         if not source.is_dir():
             source = fetch(str(tokenizer), patterns=["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja"])
-        _require_vocabulary(config_path, config.get_text_config().vocab_size, source)
+        _require_vocabulary(config_path, config.get_text_config().vocab_size, source, trust_remote_code)
+        own = ("tokenizer_config.json",)
+        files = [p for p in sidecars(source) if p.name in own or not p.name.endswith("config.json")]
+    code = sorted(config_path.parent.glob("*.py")) if trust_remote_code else []
+    target = out / _key(config_path, [*files, *code], seed)
+    if target.is_dir():
+        return target
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = cls._from_config(config)
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    model.save_pretrained(out)
-    if tokenizer is not None:
-        for path in sidecars(source):
-            if not (path.name.endswith("config.json") and path.name != "tokenizer_config.json"):
-                shutil.copyfile(path, out / path.name)
-    return out
+    partial = out / f".{target.name}.{uuid4().hex}"
+    partial.mkdir(parents=True)
+    try:
+        model.save_pretrained(partial)
+        for path in files:
+            shutil.copyfile(path, partial / path.name)
+        try:
+            os.rename(partial, target)
+        except OSError:
+            if not target.is_dir():  # else another process has just built the same
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _key(config_path: Path, files: list[Path], seed: int) -> str:
+    """Hexadecimal digits that tell models apart: everything their bytes depend on is in them."""
+    digest = hashlib.sha256(f"{seed}\n".encode())
+    digest.update(hashlib.sha256(config_path.read_bytes()).digest())
+    for path in files:
+        digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
 
 
 def sidecars(directory: Path) -> list[Path]:
@@ -146,8 +173,8 @@ def copy_sidecars(source: Path, out: Path) -> None:
             os.replace(partial, target)
 
 
-def _require_vocabulary(config_path: Path, vocab_size: int, tokenizer: Path) -> None:
-    tokens = len(load_tokenizer(tokenizer))
+def _require_vocabulary(config_path: Path, vocab_size: int, tokenizer: Path, trust: bool) -> None:
+    tokens = len(load_tokenizer(tokenizer, trust_remote_code=trust))
     if tokens > vocab_size:
         raise ModelError(
             Fault(

@@ -191,7 +191,7 @@ def open_model(
         tokenizer: directory or hub id whose tokenizer files a new model gets.
         revision: branch, tag or commit on the hub.
         trust_remote_code: whether code that comes with the model may run.
-        build_dir: where to write a new model.
+        build_dir: where new models are kept, each in a directory of its own.
         seed: of a new model's weights.
 
     Returns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -122,6 +123,38 @@ def test_a_config_builds_the_same_model_again(tmp_path: Path) -> None:
     hf.LlamaConfig(**GQA, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "small")
     with pytest.raises(ModelError, match="Set vocab_size to 258"):
         open_model(tmp_path / "small" / "config.json", tokenizer=tmp_path / "tok", build_dir=tmp_path / "d")
+
+
+def test_a_model_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hf.LlamaConfig(**GQA, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "cfg")
+    path, built = tmp_path / "cfg" / "config.json", tmp_path / "built"
+
+    def state(directory: Path) -> dict[str, int]:
+        return {p.name: p.stat().st_mtime_ns for p in directory.iterdir()}
+
+    one = open_model(path, build_dir=built, seed=1).directory
+    before = state(one)
+    assert open_model(path, build_dir=built, seed=1).directory == one
+    assert state(one) == before
+    other = open_model(path, build_dir=built, seed=2).directory
+    assert other != one
+    assert state(one) == before
+    config = json.loads(path.read_text()) | {"rms_norm_eps": 0.5}
+    path.write_text(json.dumps(config))
+    third = open_model(path, build_dir=built, seed=1).directory
+    assert sorted(built.iterdir()) == sorted([one, other, third]), "nothing half done is left"
+
+    winner = (third / "model.safetensors").read_bytes()
+    rename = os.rename
+
+    def late(source: Path, target: Path) -> None:
+        shutil.copytree(third, target)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", late)
+    raced = open_model(path, build_dir=built, seed=3).directory
+    assert (raced / "model.safetensors").read_bytes() == winner, "whoever comes second uses the first one's"
+    assert sorted(built.iterdir()) == sorted([one, other, third, raced])
 
 
 def test_shards_are_what_the_reference_library_reads(tmp_path: Path) -> None:

@@ -228,7 +228,8 @@ with StreamedModel(source, {str(tmp_path / "out")!r}) as streamed:
                     streamed.set_weight(name, streamed.weight_OI(name) * 2)
 print(source.bytes, status("VmHWM") - start)
 """
-    open_model(tmp_path / "config" / "config.json", build_dir=tmp_path / "in")
+    built = open_model(tmp_path / "config" / "config.json", build_dir=tmp_path / "built").directory
+    built.rename(tmp_path / "in")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     model_bytes, growth = map(int, done.stdout.split())
     assert model_bytes > 110e6
