@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,14 +81,8 @@ class Cut:
         """What the smaller model will be; called only when there are no faults."""
         surgery = plan_cut(self, model.config, model.anatomy, model.original)
         config = resized(model.config, surgery.changes)
-        after = Outlook(
-            anatomy=anatomy_of(skeleton_of(config, model.original)),
-            config=config,
-            tokenizer=model.tokenizer,
-            original=model.original,
-            weight_bytes=model.weight_bytes,
-            data=model.data,
-        )
+        skeleton = skeleton_of(config, model.original)
+        after = replace(model, anatomy=anatomy_of(skeleton), config=config, layer_bits={})
         dropped = len(model.anatomy.blocks) - len(surgery.blocks)
         touched = len(surgery.blocks) * (1 + len(surgery.coupling.makers)) if surgery.coupling else 0
         sizes = [4 * prod(shape) for shape in model.anatomy.parameter_shapes.values()]

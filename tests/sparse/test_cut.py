@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,16 @@ def test_a_model_whose_neurons_cannot_be_told_apart_is_refused(tmp_path: Path) -
     assert str(fault).startswith("stages[0].ffn: expected one linear layer in each block")
     assert "got no layer that reads neurons. Cut layers only, or another model." in str(fault)
     assert Cut(layers=2).faults(model, "stages[0]") == []
+
+
+def test_the_forecast_keeps_what_a_cut_does_not_change(tmp_path: Path) -> None:
+    model = open_model(tiny_llama(tmp_path))
+    data = DataSpec(source="a.txt")
+    before = replace(outlook(model), device="cuda", devices=4, data=data, layer_bits={"lm_head": 8.0})
+    after = Cut(layers=1).forecast(before).after
+    assert len(after.anatomy.blocks) == after.config.num_hidden_layers == 1
+    same = replace(before, anatomy=after.anatomy, config=after.config, layer_bits={})
+    assert after == same
 
 
 def test_earlier_zeros_and_grids_are_not_broken_silently(tmp_path: Path) -> None:
