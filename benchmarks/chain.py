@@ -77,7 +77,8 @@ def main() -> None:
             row[f"{label} won back"] = (row["pruned"] - row[label]) / lost
         runs.append(row)
         print(json.dumps(row, indent=1), flush=True)
-    settings = {**fields, "cross_entropy_weight": share, "pattern": options.pattern, "model": options.model.name}
+    settings = {**fields, "cross_entropy_weight": share, "pattern": options.pattern}
+    settings |= {"model": options.model.name, "precision": "fp32"}
     print(append_record("chain", {"runs": runs}, subject=json.dumps(settings)))
 
 

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compresskit.artifact import RECORDS, Artifact
+from compresskit.data import documents as documents_of
 from compresskit.data.spec import STDLIB, DataSpec
-from compresskit.errors import Fault, InputError
+from compresskit.errors import DataError, Fault, InputError
 from compresskit.modeling import load_model, load_tokenizer
 from compresskit.pipeline import run as run_plan
 from compresskit.planner import Plan, plan
 from compresskit.recipe import Recipe
+from compresskit.registry import nearest
 from compresskit.stage import Json, Stage
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 MEASURES = ("size", "quality", "latency", "memory")
 DEFAULT_MEASURES = ("size", "quality")
-LATENCY = {"rounds": 3, "repetitions": 3, "warmup": 1}
+LATENCY: Mapping[str, int] = {"rounds": 3, "repetitions": 3, "warmup": 1}
 
 
 def run(
@@ -56,7 +58,9 @@ def run(
         RunError: a stage had to stop; the same call continues after the last finished work.
     """
     planned = recipe if isinstance(recipe, Plan) else plan(recipe)
-    _check_measures(measures)
+    _check_measures(measures, documents)
+    if "quality" in measures and planned.source.anatomy.is_causal:
+        _require_text(_evaluation(planned.recipe))
 
     def measure(checkpoints: Mapping[str, Path]) -> dict[str, Json]:
         records = compare(
@@ -121,7 +125,7 @@ def bench(
     Returns:
         One record for each directory and measure, named after the directory.
     """
-    _check_measures(measures)
+    _check_measures(measures, documents)
     spec = DataSpec(source=data) if isinstance(data, str) else data
     if spec.source == STDLIB:
         spec = replace(spec, split="validation")
@@ -199,14 +203,26 @@ def _copy_weights(artifact: Artifact, planned: Plan, model: nn.Module) -> None:
             parameters[name].data.copy_(last.tensor(name))
 
 
-def _check_measures(measures: Sequence[str]) -> None:
-    if unknown := set(measures) - set(MEASURES):
-        raise InputError(
+def _check_measures(measures: Sequence[str], documents: int | None) -> None:
+    faults = []
+    if unknown := sorted(set(measures) - set(MEASURES)):
+        cure = f"Did you mean: {nearest(unknown[0], MEASURES)}?"
+        faults.append(Fault("measures", f"any of {', '.join(MEASURES)}", ", ".join(unknown), cure))
+    if documents is not None and documents < 1:
+        faults.append(Fault("documents to score", "at least 1", str(documents), "Raise it."))
+    if faults:
+        raise InputError(*faults)
+
+
+def _require_text(spec: DataSpec) -> None:
+    """Raise DataError, before any work is done, unless there is something to score quality on."""
+    if next(documents_of(spec, spec.split), None) is None:
+        raise DataError(
             Fault(
-                "measures",
-                f"any of {', '.join(MEASURES)}",
-                ", ".join(sorted(unknown)),
-                "Drop what is unknown.",
+                f"evaluation: {spec.source}",
+                "at least one document to score quality on",
+                f"none in its {spec.split} part",
+                "Name evaluation data of its own, or measure no quality (--measure size).",
             )
         )
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compresskit.errors import Fault, ModelError, OutputError
+from compresskit.progress import with_progress
 from compresskit.stage import Json, Promise, promise_from_json
 
 MANIFEST = "compresskit.json"
@@ -100,7 +101,8 @@ def write_json(path: Path, data: Json) -> None:
 
 def seal(directory: Path, manifest: Mapping[str, Json]) -> None:
     """Add every file's SHA-256 to ``manifest`` and write it into ``directory``."""
-    files = {str(p.relative_to(directory)): sha256_of(p) for p in _hashed_files(directory)}
+    paths = with_progress(list(_hashed_files(directory)), "hashing", unit="files")
+    files = {str(p.relative_to(directory)): sha256_of(p) for p in paths}
     write_json(directory / MANIFEST, {**manifest, "files": files})
 
 

@@ -38,6 +38,7 @@ from compresskit.formats.readback import read_back
 from compresskit.modeling import ModelSource, open_model
 from compresskit.modeling.promise import standing_promises
 from compresskit.planner import Plan, PlannedStage
+from compresskit.progress import with_progress
 from compresskit.stage import (
     Json,
     Promise,
@@ -50,6 +51,7 @@ from compresskit.stage import (
 SOURCE = "0-source"
 STATE = "stage.json"
 KEY = "plan.json"
+LOCK = "lock"
 FAILED = "failed"
 POLL_S = 0.2
 
@@ -86,6 +88,7 @@ def run(
     """
     out = Path(out).absolute()
     if not overwrite and _is_done(plan, out):
+        _require_kept(out, measured=measure is not None, stages=keep_stages)
         return open_artifact(out)
     work = out.with_name(f".{out.name}.work")
     if int(os.environ.get("RANK", "0")) > 0:
@@ -101,8 +104,34 @@ def run(
         except BaseException:
             (work / FAILED).touch()
             raise
+    _clear(work)
     shutil.rmtree(work, ignore_errors=True)
     return open_artifact(out)
+
+
+def _clear(work: Path) -> None:
+    """Empty ``work``, the key first: what a kill leaves half removed must not be taken for finished work."""
+    (work / KEY).unlink(missing_ok=True)
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+def _require_kept(out: Path, *, measured: bool, stages: bool) -> None:
+    """Raise OutputError if the finished artifact lacks what the same run is now asked to keep beside it."""
+    wanted = {"measurements": (measured, f"{RECORDS}/{SOURCE}.json"), "stages": (stages, STAGES)}
+    missing = [name for name, (asked, path) in wanted.items() if asked and not (out / path).exists()]
+    if missing:
+        raise OutputError(
+            Fault(
+                str(out),
+                f"a new directory, since {' and '.join(missing)} were asked for",
+                f"the finished artifact of the same run without {' and '.join(missing)}",
+                "Measure it with `compresskit bench`, or add --overwrite to run again.",
+            )
+        )
 
 
 def _is_done(plan: Plan, out: Path) -> bool:
@@ -114,7 +143,7 @@ def _is_done(plan: Plan, out: Path) -> bool:
 def _workplace(plan: Plan, work: Path, out: Path) -> Iterator[None]:
     """Take ``work`` for this process alone; what another plan left there is thrown away."""
     work.mkdir(exist_ok=True)
-    with (work / "lock").open("w") as lock:
+    with (work / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -128,9 +157,7 @@ def _workplace(plan: Plan, work: Path, out: Path) -> Iterator[None]:
             ) from error
         plan.check_disk(work)
         if _key_of(work) != plan.resume_key:
-            for path in work.iterdir():
-                if path.name != "lock":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            _clear(work)
             write_json(work / KEY, plan.resume_key)
         yield
 
@@ -148,7 +175,7 @@ def _run_stages(plan: Plan, work: Path) -> tuple[list[ModelSource], list[dict[st
         state = _read_state(done)
         model = open_model(done, trust_remote_code=plan.recipe.trust_remote_code)
         if stage.reshapes:
-            made = [(p, model) for p in standing_promises(model)]
+            made = [(p, model) for p in standing_promises(stage.forecast.after.anatomy)]
         made += [(promise_from_json(p), model) for p in state["result"]["promises"]]
         states.append(state)
         models.append(model)
@@ -157,7 +184,7 @@ def _run_stages(plan: Plan, work: Path) -> tuple[list[ModelSource], list[dict[st
 
 def _first_promises(plan: Plan) -> list[Promise]:
     """What holds before the first stage: the structure, and what the makers of the model promised."""
-    return [*standing_promises(plan.source), *inherited_promises(plan.source.directory)]
+    return [*standing_promises(plan.source.anatomy), *inherited_promises(plan.source.directory)]
 
 
 def _run_one(
@@ -174,7 +201,7 @@ def _run_one(
     after = open_model(partial, trust_remote_code=plan.recipe.trust_remote_code)
     _require_effect(stage, model, after)
     if stage.reshapes:
-        made = [(p, after) for p in standing_promises(after)]
+        made = [(p, after) for p in standing_promises(stage.forecast.after.anatomy)]
     checks = check_promises([*made, *((p, after) for p in result.promises)], after, stage.name)
     write_json(
         partial / STATE,
@@ -216,7 +243,7 @@ def check_promises(
     """
     counts: dict[str, dict[str, int]] = {}
     faults = []
-    for promise, then in made:
+    for promise, then in with_progress(made, f"checking {stage}", unit="promises"):
         broken = promise.broken(then, now)
         count = counts.setdefault(promise.kind, {"checked": 0, "kept": 0})
         count["checked"] += 1
@@ -310,6 +337,10 @@ def manifest_of(plan: Plan, states: list[dict[str, Json]]) -> dict[str, Json]:
         "recipe": plan.recipe.to_json(),
         "source": {p.name: sha256_of(p) for p in sorted(plan.source.directory.glob("*.safetensors"))},
         "data": plan.data_fingerprints,
+        "teachers": {
+            name: {p.name: sha256_of(p) for p in sorted(path.glob("*.safetensors"))}
+            for name, path in plan.teachers.items()
+        },
         "versions": plan.versions,
         "inherited": [promise_to_json(p) for p in inherited_promises(plan.source.directory)],
         "stages": states,

@@ -5,24 +5,37 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
 import torch
 
+from compresskit.artifact import inherited_promises
 from compresskit.data import check, open_corpus
 from compresskit.data.spec import DataSpec
-from compresskit.errors import Fault, OutputError, PlanError
+from compresskit.errors import Fault, InputError, OutputError, PlanError
 from compresskit.modeling import ModelSource, open_model, resolve_device
-from compresskit.recipe import Recipe
+from compresskit.modeling.skeleton import resolve_dtype
+from compresskit.recipe import Recipe, resolved
 from compresskit.stage import Forecast, Json, Outlook, Stage
 
-PACKAGES = ("compresskit", "torch", "transformers", "compressed-tensors", "accelerate")
+PACKAGES = (
+    "compresskit",
+    "torch",
+    "transformers",
+    "compressed-tensors",
+    "accelerate",
+    "tokenizers",
+    "deepspeed",
+)
 DISK_MARGIN_BYTES = 64 << 20
+MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +75,18 @@ class Plan:
 
     @property
     def versions(self) -> dict[str, str]:
-        """Of every package whose code shapes the result."""
-        return {name: version(name) for name in PACKAGES}
+        """Of Python and every installed package whose code shapes the result."""
+        found = {"python": platform.python_version()}
+        for name in PACKAGES:
+            with suppress(PackageNotFoundError):
+                found[name] = version(name)
+        return found
+
+    @property
+    def teachers(self) -> dict[str, Path]:
+        """Directories of the teachers that stages name, by the field that names them."""
+        named = {f"stages[{s.index - 1}].teacher": getattr(s.stage, "teacher", None) for s in self.stages}
+        return {where: Path(path) for where, path in named.items() if path and Path(path).is_dir()}
 
     @property
     def source_fingerprint(self) -> str:
@@ -85,7 +108,8 @@ class Plan:
     @property
     def resume_key(self) -> str:
         """:attr:`digest`, the data, the state of the source's files: a restart continues where all agree."""
-        files = sorted(self.source.directory.glob("*.safetensors"))
+        directories = [self.source.directory, *self.teachers.values()]
+        files = [f for d in directories for f in sorted(d.iterdir()) if f.suffix in MODEL_SUFFIXES]
         states = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         return _digest([self.digest, self.data_fingerprints, states])
 
@@ -178,29 +202,17 @@ def plan(recipe: Recipe, *, cache: Path | None = None, build_dir: Path | None = 
         InputError: every fault that can be known now, all of them together.
     """
     cache = cache or Path(os.environ.get("COMPRESSKIT_CACHE", "~/.cache/compresskit")).expanduser()
-    source = open_model(
-        recipe.model,
-        tokenizer=recipe.tokenizer,
-        revision=recipe.revision,
-        trust_remote_code=recipe.trust_remote_code,
-        build_dir=build_dir or cache / "built",
-        seed=recipe.seed,
-    )
-    outlook = Outlook(
-        anatomy=source.anatomy,
-        config=source.config,
-        tokenizer=source.directory,
-        original=source.directory,
-        weight_bytes=source.bytes / max(source.anatomy.num_parameters, 1),
-        data=recipe.data,
-        device=resolve_device(recipe.device).type,
-        devices=torch.cuda.device_count(),
-    )
+    recipe = resolved(recipe)
     faults = _data_faults(recipe)
+    try:
+        source, outlook = _opened(recipe, build_dir or cache / "built")
+    except InputError as error:
+        raise PlanError(*error.faults, *(_placed(fault, recipe) for fault in faults)) from error
+    faults += _source_faults(source, recipe)
     stages: list[PlannedStage] = []
     for index, stage in enumerate(recipe.stages):
         where = f"stages[{index}]"
-        found = stage.faults(outlook, where) + _chain_faults(stage, stages, where)
+        found = stage.faults(outlook, where) + _chain_faults(stage, stages, source, where)
         faults += found
         if found:
             continue
@@ -212,7 +224,46 @@ def plan(recipe: Recipe, *, cache: Path | None = None, build_dir: Path | None = 
     return Plan(recipe, source, tuple(stages), cache, psutil.Process().memory_info().rss)
 
 
-def _chain_faults(stage: Stage, before: list[PlannedStage], where: str) -> list[Fault]:
+def _opened(recipe: Recipe, build_dir: Path) -> tuple[ModelSource, Outlook]:
+    """The model's structure, and what the first stage will be given."""
+    resolve_dtype(recipe.dtype)
+    device = resolve_device(recipe.device).type
+    source = open_model(
+        recipe.model,
+        tokenizer=recipe.tokenizer,
+        revision=recipe.revision,
+        trust_remote_code=recipe.trust_remote_code,
+        build_dir=build_dir,
+        seed=recipe.seed,
+    )
+    outlook = Outlook(
+        anatomy=source.anatomy,
+        config=source.config,
+        tokenizer=source.directory,
+        original=source.directory,
+        weight_bytes=source.bytes / max(source.anatomy.num_parameters, 1),
+        data=recipe.data,
+        device=device,
+        devices=torch.cuda.device_count(),
+    )
+    return source, outlook
+
+
+def _source_faults(source: ModelSource, recipe: Recipe) -> list[Fault]:
+    """What forbids any stage on this model."""
+    if not (source.is_compressed and recipe.stages):
+        return []
+    return [
+        Fault(
+            "model",
+            "dense weights",
+            f"{source.directory}, whose weights are packed",
+            "Start from the checkpoint before its quantisation, and put the quantisation last.",
+        )
+    ]
+
+
+def _chain_faults(stage: Stage, before: list[PlannedStage], source: ModelSource, where: str) -> list[Fault]:
     """What this place in the chain forbids, whatever the stage."""
     faults = []
     quantised = next((s for s in before if s.stage.kind == "quantize"), None)
@@ -225,13 +276,15 @@ def _chain_faults(stage: Stage, before: list[PlannedStage], where: str) -> list[
                 "Put this stage before the quantisation.",
             )
         )
-    holds = next((s for s in before if not s.trains and not s.reshapes), None)
+    holds = next((s.name for s in before if not s.trains and not s.reshapes), None)
+    if holds is None and inherited_promises(source.directory):
+        holds = "the stages that made this model"
     if stage.reshapes and holds is not None:
         faults.append(
             Fault(
                 where,
                 "cutting before zeroing or quantising",
-                f"a cut after {holds.name}, whose groups it would break",
+                f"a cut after {holds}, whose groups it would break",
                 "Put the cut first.",
             )
         )

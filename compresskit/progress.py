@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import TextIO
+from typing import TextIO, TypeVar
 
+T = TypeVar("T")
 BAR_CELLS = 24
 REDRAW_S = 0.1
 LINE_S = 10.0
@@ -78,3 +79,11 @@ class Progress:
         else:
             self._stream.write(text + "\n")
         self._stream.flush()
+
+
+def with_progress(items: Sequence[T], title: str, *, unit: str = "") -> Iterator[T]:
+    """Each of ``items``, counted as done once the next is asked for."""
+    with Progress(title, len(items), unit=unit) as bar:
+        for item in items:
+            yield item
+            bar.advance()

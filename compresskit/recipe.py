@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -92,6 +92,33 @@ class Recipe:
     def to_yaml(self) -> str:
         """:meth:`to_json` as YAML that any YAML reader loads safely."""
         return dump_yaml(self.to_json())
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """``recipe`` with every path that exists made absolute, so that it runs from any directory."""
+    data = {name: _absolute_data(getattr(recipe, name)) for name in ("data", "evaluation")}
+    stages = []
+    for stage in recipe.stages:
+        paths = {n: _absolute(getattr(stage, n, None)) for n in ("teacher", "deepspeed_config")}
+        changed: dict[str, Any] = {name: path for name, path in paths.items() if path is not None}
+        if getattr(stage, "data", None) is not None:
+            changed["data"] = _absolute_data(stage.data)  # type: ignore[attr-defined]
+        stages.append(replace(stage, **changed) if changed else stage)  # type: ignore[type-var]
+    tokenizer = _absolute(recipe.tokenizer)
+    return replace(recipe, model=_absolute(recipe.model), tokenizer=tokenizer, stages=tuple(stages), **data)
+
+
+def _absolute(path: Any) -> Any:
+    """``path``, absolute if something is there, else (a hub id) as it is."""
+    return str(Path(path).expanduser().absolute()) if path and Path(path).expanduser().exists() else path
+
+
+def _absolute_data(spec: DataSpec | None) -> DataSpec | None:
+    if spec is None or not spec.source or "://" in spec.source:
+        return spec
+    source = spec.source
+    is_glob = any(c in source for c in "*?[") and not Path(source).is_absolute()
+    return replace(spec, source=str(Path.cwd() / source) if is_glob else _absolute(source))
 
 
 def stage_to_json(stage: Stage) -> dict[str, Json]:

@@ -28,6 +28,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     (place / "text.jsonl").write_text("\n".join(json.dumps({"text": f"line {n} " * 20}) for n in range(200)))
     (place / "empty.txt").write_text("")
+    (place / "one.txt").write_text("One document and no more.")
     (place / "cut.jsonl").write_text('{"text": "whole"}\n{"text": "cut of')
     (place / "latin.txt").write_bytes(b"caf\xe9 " * 50)
     (place / "two.csv").write_text("left,right\nsome words,other words\n")
@@ -128,6 +129,21 @@ WRONG = {
     "no output": ("prune {m}/model", ["--out"]),
     "output not ours": ("prune {m}/model -o full --method magnitude", ["full", "did not write"]),
     "unknown measure": ("prune {m}/model -o out --measure speed", ["speed", "latency"]),
+    "nothing to score": (
+        "prune {m}/model -o out --method magnitude --data {m}/one.txt",
+        ["one.txt", "at least one document to score"],
+    ),
+    "a negative number of documents": (
+        "prune {m}/model -o out --method magnitude --eval-documents -1",
+        ["documents to score", "-1"],
+    ),
+    "a report where no file can be": ("report {m}/model -o absent/r.html", ["absent/r.html"]),
+    "records where no file can be": ("bench {m}/model -o absent/r.json", ["absent/r.json"]),
+    "unknown dtype": ("prune {m}/model -o out --dtype float31", ["float31"]),
+    "a column that is not there": (
+        "prune {m}/model -o out --data {m}/two.csv --set data.column=middle",
+        ["two.csv", "middle", "left", "right"],
+    ),
     "unknown command": ("prun {m}/model", ["did you mean: prune"]),
     "report of nothing": ("report {m}/model", ["compresskit.json"]),
     "several faults at once": (

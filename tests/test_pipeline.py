@@ -179,6 +179,33 @@ def test_the_same_plan_twice_is_done_already(model: Path, tmp_path: Path) -> Non
     assert first.digest == again.digest
 
 
+def test_what_a_kill_leaves_of_the_final_cleanup_is_not_taken_for_finished_work(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed_at_once(path: Path, **_: Any) -> None:
+        if Path(path).name == "1-edit":
+            (Path(path) / "config.json").unlink()
+            raise Interrupted
+        real(path, **_)
+
+    real = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", killed_at_once)
+    with pytest.raises(Interrupted):
+        run(planned(model, double()), tmp_path / "out")
+    monkeypatch.setattr(shutil, "rmtree", real)
+    assert (tmp_path / ".out.work" / "1-edit" / "stage.json").is_file()
+    run(planned(model, double()), tmp_path / "out", overwrite=True)
+    assert RUNS == ["double", "double"]
+
+
+def test_a_finished_artifact_without_what_is_now_asked_for_is_not_returned_in_silence(
+    model: Path, tmp_path: Path
+) -> None:
+    run(planned(model, double()), tmp_path / "out")
+    with pytest.raises(OutputError, match="without measurements and stages"):
+        run(planned(model, double()), tmp_path / "out", measure=lambda c: {}, keep_stages=True)
+
+
 def test_all_checkpoints_are_measured_together_and_the_records_kept(model: Path, tmp_path: Path) -> None:
     calls: list[list[str]] = []
 
@@ -223,6 +250,38 @@ def test_two_processes_at_one_output(model: Path, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setitem(CHANGES, "double", start_another)
     run(planned(model, double()), tmp_path / "out")
+
+
+def test_cutting_what_was_pruned_or_training_what_is_packed_is_refused(model: Path, tmp_path: Path) -> None:
+    run(planned(model, prune()), tmp_path / "pruned")
+    with pytest.raises(PlanError, match=r"stages\[0\].*the stages that made this model.*Put the cut first"):
+        planned(tmp_path / "pruned", ck.Prune("cut", options={"ffn": 0.5}))
+    run(planned(model, ck.Quantize("rtn", scheme="w8a8")), tmp_path / "packed")
+    with pytest.raises(PlanError, match=r"model: expected dense weights.*packed"):
+        planned(tmp_path / "packed", ck.Prune("magnitude"))
+
+
+def test_a_teacher_trained_anew_is_another_run(model: Path, tmp_path: Path) -> None:
+    teacher = tiny_llama(tmp_path / "teacher", seed=3)
+    before = planned(model, ck.Distill(teacher=str(teacher), steps=1, context_length=32)).resume_key
+    assert planned(model, ck.Distill(teacher=str(teacher), steps=1, context_length=32)).resume_key == before
+    tiny_llama(teacher, seed=4)
+    assert planned(model, ck.Distill(teacher=str(teacher), steps=1, context_length=32)).resume_key != before
+
+
+def test_the_resolved_recipe_runs_from_another_directory(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = ck.Recipe(model="model", data="text.txt", stages=(double(),))
+    assert plan(recipe).recipe.model == str(tmp_path / "model")
+    assert plan(recipe).recipe.data.source == str(tmp_path / "text.txt")
+
+
+def test_all_faults_of_a_recipe_are_told_together(tmp_path: Path) -> None:
+    recipe = ck.Recipe(model=str(tmp_path / "absent"), data=str(tmp_path / "none.txt"), stages=(double(),))
+    with pytest.raises(PlanError, match=r"absent[\s\S]*none\.txt"):
+        plan(recipe)
 
 
 def test_training_after_quantisation_is_refused_with_the_cure(model: Path) -> None:

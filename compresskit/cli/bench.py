@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from compresskit.cli.common import parse_measures, quiet_libraries
+from compresskit.cli.common import check_writable, parse_measures, quiet_libraries
 
 
 @click.command()
@@ -26,11 +26,13 @@ def bench(
     as_json: bool,
 ) -> None:
     """Measure each DIR, any Hugging Face directory: size, quality, latency and memory."""
+    quiet_libraries(verbose=False)
     from compresskit import api
     from compresskit.artifact import write_json
     from compresskit.reports import build
 
-    quiet_libraries(verbose=False)
+    if out:
+        check_writable(out)
     measures = parse_measures(measure, api.MEASURES)
     records = api.bench(*directories, data=data, measures=measures, documents=eval_documents)
     click.echo(build(records).table())

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import click
 
+from compresskit.errors import Fault, OutputError
 from compresskit.fields import describe, fit, is_sequence
 from compresskit.recipe import Recipe, recipe_from
 from compresskit.yaml12 import parse_yaml
@@ -130,10 +131,15 @@ def one_stage_recipe(
         if name in hints and text not in (None, ()):
             stage[name] = _typed(text, hints[name])
             origins[f"{where}.{name}"] = RENAMED.get(name, "--" + name.replace("_", "-"))
-    for name, text in parse_set(given.get("overrides", ())).items():
-        stage[name] = parse_yaml(text, f"--set {name}")[0]
-        origins[f"{where}.{name}"] = f"--set {name}"
     data: dict[str, Any] = {"model": model, "stages": [*first, {kind: stage}]}
+    for name, text in parse_set(given.get("overrides", ())).items():
+        value = parse_yaml(text, f"--set {name}")[0]
+        if name.startswith("data."):
+            data.setdefault("data", {})[name.removeprefix("data.")] = value
+            origins[name] = f"--set {name}"
+        else:
+            stage[name] = value
+            origins[f"{where}.{name}"] = f"--set {name}"
     for name in ("dtype", "device", "trust_remote_code"):
         if given.get(name):
             data[name] = given[name]
@@ -143,7 +149,8 @@ def one_stage_recipe(
         origins["seed"] = "--seed"
     for name, value in recipe_fields.items():
         if value is not None:
-            data[name] = value
+            fields_of = data.get(name, {})  # what --set data.column=... has put there already
+            data[name] = {"source": value, **fields_of} if fields_of else value
             origins[name] = f"--{name}"
     return recipe_from(data, {**origins, "model": "MODEL"})
 
@@ -159,9 +166,9 @@ def _typed(text: Any, hint: Any) -> Any:
 
 def execute(recipe: Recipe, given: Mapping[str, Any]) -> None:
     """Plan ``recipe``; unless ``--dry-run``, run it and print what came out."""
+    quiet_libraries(verbose=given["verbose"])
     from compresskit import api
 
-    quiet_libraries(verbose=given["verbose"])
     plan = api.plan(recipe)
     if given["dry_run"]:
         click.echo(json.dumps(plan.to_json()) if given["as_json"] else str(plan))
@@ -199,6 +206,17 @@ def _tell(artifact: Artifact, out: str, *, measured: bool, as_json: bool) -> Non
         click.echo(json.dumps({"artifact": str(Path(out).absolute()), "digest": artifact.digest}))
 
 
+def check_writable(path: str) -> None:
+    """Raise OutputError, before any work is done, unless a file may be written at ``path``."""
+    parent = Path(path).absolute().parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK) or Path(path).is_dir():
+        raise OutputError(
+            Fault(
+                f"--out {path}", "a file in a directory that can be written", "none", "Choose another place."
+            )
+        )
+
+
 def parse_measures(text: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
     """``all``, ``none`` or names between commas."""
     from compresskit.api import MEASURES
@@ -210,6 +228,8 @@ def parse_measures(text: str | None, default: tuple[str, ...]) -> tuple[str, ...
 
 def quiet_libraries(*, verbose: bool) -> None:
     """Keep third parties' progress bars and log lines out of ours unless asked for."""
+    if not verbose:
+        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
     import transformers
 
     if verbose:

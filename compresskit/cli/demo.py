@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+
 @click.command()
 @click.option("-o", "--out", default="demo-out", show_default=True, help="Directory to write.")
 @click.option("--steps", default=60, show_default=True, help="Of distillation.")
@@ -13,17 +14,18 @@ import click
 def demo(out: str, steps: int, overwrite: bool) -> None:
     """Prune, distil and quantise the bundled model on the text of this Python's standard library."""
     import compresskit as ck
-    from compresskit import api
-    from compresskit.assets import teacher_path
     from compresskit.cli.common import quiet_libraries
 
     quiet_libraries(verbose=False)
+    from compresskit import api
+    from compresskit.assets import teacher_path
+
     recipe = ck.Recipe(
         model=str(teacher_path()),
         data=ck.DataSpec(source="stdlib:"),
         stages=(
-            ck.Prune("wanda", pattern="50%", samples=32),
-            ck.Distill(steps=steps, batch_size=8, learning_rate=1e-3, context_length=256),
+            ck.Prune("wanda", pattern="60%", samples=32),
+            ck.Distill(steps=steps, batch_size=8, learning_rate=1e-3, context_length=256, precision="bf16"),
             ck.Quantize("rtn", scheme="w8a16"),
         ),
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from compresskit.cli.common import check_writable
 from compresskit.errors import Fault, InputError
 
 WRITERS = {".html": "html", ".md": "markdown", ".json": "json"}
@@ -21,6 +22,7 @@ def report(directories: tuple[str, ...], out: str) -> None:
     suffix = Path(out).suffix
     if suffix not in WRITERS:
         raise InputError(Fault(f"--out {out}", "a name ending in .html, .md or .json", suffix, "Change it."))
+    check_writable(out)
     built = api.report(*directories)
     Path(out).write_text(getattr(built, WRITERS[suffix])(), encoding="utf-8")
     click.echo(built.table())

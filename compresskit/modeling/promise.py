@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 
+from compresskit.modeling.anatomy import Anatomy
 from compresskit.modeling.source import ModelSource
 
 if TYPE_CHECKING:
@@ -80,15 +81,14 @@ class Tied:
         return tuple(f"{name} is no longer tied to {self.layer}" for name in loose[:10])
 
 
-def standing_promises(source: ModelSource) -> tuple[Shape | Tied, ...]:
+def standing_promises(anatomy: Anatomy) -> tuple[Shape | Tied, ...]:
     """What every later checkpoint of the same architecture must keep.
 
     Args:
-        source: a checkpoint.
+        anatomy: of a checkpoint, or of one that a plan foretells.
 
     Returns:
         A Shape for each parameter of the config's skeleton, tied ones included, and a Tied for each group.
     """
-    anatomy = source.anatomy
     shapes = tuple(Shape(name, shape) for name, shape in anatomy.parameter_shapes.items())
     return shapes + tuple(Tied(group[0], group) for group in anatomy.tied)

@@ -20,7 +20,7 @@ from tests.modeling.families import FAMILIES
 @pytest.mark.parametrize("family", FAMILIES)
 def test_standing_promises_hold_and_survive_json(family: str, model: Model) -> None:
     source = open_model(model(family))
-    promises = standing_promises(source)
+    promises = standing_promises(source.anatomy)
     assert sum(isinstance(p, Shape) for p in promises) == len(source.anatomy.parameter_shapes)
     for promise in promises:
         assert promise.broken(source, source) == ()
@@ -42,7 +42,7 @@ def test_an_untied_head_is_seen(model: Model, tmp_path: Path) -> None:
     save_file(state, tmp_path / "model.safetensors")
     config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": False}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (tied,) = (p for p in standing_promises(made) if isinstance(p, Tied))
+    (tied,) = (p for p in standing_promises(made.anatomy) if isinstance(p, Tied))
     assert tied.broken(made, open_model(tmp_path)) == (
         "lm_head.weight is no longer tied to model.embed_tokens.weight",
     )
