@@ -17,6 +17,7 @@ from compresskit.training.access import zero_fraction
 from compresskit.training.fields import TrainingFields
 from compresskit.training.fit import TrainOutcome
 from compresskit.training.job import Part, TrainJob, train
+from compresskit.training.rules import this_rank
 
 LONGEST_ROW = 2048
 VALIDATION_ROWS = 256
@@ -55,8 +56,8 @@ def run_stage(stage: Distill | Finetune, model: ModelSource, context: StageConte
         title="Distilling" if isinstance(stage, Distill) else "Fine-tuning",
     )
     outcome = train(job)
-    if not (context.out / "config.json").is_file():
-        return StageResult()  # a rank above 0 of an existing launch: rank 0 tells the result
+    if this_rank():
+        return StageResult()  # rank 0 wrote the checkpoint and tells the result
     return _result(stage, outcome, context)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from compresskit.training.fit import TrainOutcome, fit, quiet_transformers
 from compresskit.training.hold import require_held
 from compresskit.training.launch import launch
 from compresskit.training.order import Rows
-from compresskit.training.rules import launched_processes
+from compresskit.training.rules import launched_processes, this_rank
 from compresskit.training.write import write_checkpoint
 
 OUTCOME = "outcome.json"
@@ -149,7 +148,7 @@ def carry_out(job: TrainJob) -> TrainOutcome:
         title=job.title,
         warnings=notes,
     )
-    if int(os.environ.get("RANK", "0")) == 0:
+    if this_rank() == 0:
         (Path(job.scratch) / OUTCOME).write_text(json.dumps(asdict(outcome)), encoding="utf-8")
     return outcome
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from compresskit import errors
 from compresskit.errors import CompressKitError, Fault, WorkerError
+from compresskit.training.rules import this_rank
 
 JOB = "job.json"
 POLL_S = 0.1
@@ -115,7 +116,7 @@ def _failure(scratch: Path, failed: list[tuple[int, int]]) -> CompressKitError:
 def note_failure(error: BaseException, scratch: Path) -> None:
     """Leave what the parent needs to tell of ``error``; called by the rank that raised it."""
     faults = error.faults if isinstance(error, CompressKitError) else ()
-    rank = int(os.environ["RANK"])
+    rank = this_rank()
     note: dict[str, Any] = {
         "time": time.time(),
         "rank": rank,

@@ -239,6 +239,11 @@ def launched_processes() -> int | None:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def this_rank() -> int:
+    """The rank of this process in its launch; outside of one 0, the rank that writes and tells."""
+    return int(os.environ.get("RANK", "0")) if launched_processes() is not None else 0
+
+
 def number_faults(fields: TrainingFields, where: str) -> list[Fault]:
     """Fields that must be positive, or not negative, and are not."""
     least = {"batch_size": 1, "processes": 1, "eval_every": 0, "checkpoint_every": 0}

@@ -19,6 +19,7 @@ from compresskit.distill.stage import Distill
 from compresskit.errors import PlanError
 from compresskit.modeling import ModelSource, open_model
 from compresskit.stage import Outlook, StageContext, StageResult
+from compresskit.training.fit import TrainOutcome
 
 FEW = {"steps": 6, "batch_size": 4, "context_length": 24, "learning_rate": 1e-2, "checkpoint_every": 0}
 
@@ -64,7 +65,7 @@ def run(
     stage: Distill | Finetune, source: ModelSource, text: DataSpec, place: Path, **changes: Any
 ) -> tuple[StageResult, Path]:
     out, scratch = place / "out", place / "scratch"
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
     scratch.mkdir()
     settings: dict[str, Any] = {"original": source.directory, "cache": place / "cache", "device": "cpu"}
     context = StageContext(out=out, scratch=scratch, data=text, **settings | changes)
@@ -118,6 +119,29 @@ def test_distil_brings_a_pruned_student_back_to_its_teacher(text: DataSpec, tmp_
         assert not made[f"{layer}.weight"][:, ::2].any()
     zeros = {layer.name: layer.zero_fraction for layer in result.layers}
     assert all(zeros[layer] == 0.5 for layer in layers)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_only_rank_0_tells_the_result(
+    source: ModelSource, text: DataSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str
+) -> None:
+    """Whatever stands in the directory: rank 0 may have finished it long before the others look."""
+    tiny_llama(tmp_path / "s" / "out")
+    outcome = TrainOutcome(
+        steps=1,
+        first_loss=2.0,
+        final_loss=1.0,
+        validation_loss=None,
+        skipped_steps=0,
+        engine="ddp",
+        processes=2,
+        parameter_bytes=1,
+    )
+    monkeypatch.setattr("compresskit.distill.work.train", lambda job: outcome)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setenv("RANK", rank)
+    result, _ = run(Finetune(**FEW), source, text, tmp_path / "s")
+    assert bool(result.metrics) == (rank == "0")
 
 
 def test_a_loss_that_does_not_fall_is_told(source: ModelSource, text: DataSpec, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from compresskit.training import rules
 from compresskit.training.fields import TrainingFields
-from compresskit.training.rules import RULES, Setting, training_faults
+from compresskit.training.rules import RULES, Setting, this_rank, training_faults
 
 DS: dict[str, Any] = {"strategy": "deepspeed"}
 BREAKS: dict[str, dict[str, Any]] = {
@@ -123,3 +123,10 @@ def test_a_launch_decides_the_number_of_processes(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("WORLD_SIZE", "3")
     (fault,) = training_faults(TrainingFields(batch_size=16, micro_batch_size=4), "x")
     assert "on 3 processes" in fault.got
+
+
+def test_the_rank_is_that_of_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert this_rank() == 0
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("RANK", "3")
+    assert this_rank() == 3
