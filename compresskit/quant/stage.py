@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+from compresskit.calibration.oneshot import as_names, fit_faults, length_faults, number_faults, tied_faults
 from compresskit.data.spec import DataSpec
 from compresskit.errors import Fault, InputError
 from compresskit.options import Options, freeze_options, option_faults
@@ -14,7 +15,6 @@ from compresskit.registry import nearest
 
 if TYPE_CHECKING:
     from compresskit.modeling.source import ModelSource
-    from compresskit.quant.scheme import Scheme
     from compresskit.stage import Forecast, Outlook, StageContext, StageResult
 
 
@@ -28,6 +28,8 @@ class Quantize:
         targets: which layers: module names, fnmatch patterns, ``re:`` patterns or ``Linear``.
         ignore: which of those to leave alone.
         data: calibration text, for a method that reads any; None takes the recipe's.
+        samples: calibration rows, for a method that needs any.
+        context_length: tokens per calibration row; None is the model's own maximum, 2048 at most.
         options: the method's own fields.
     """
 
@@ -40,11 +42,13 @@ class Quantize:
     targets: tuple[str, ...] = ("Linear",)
     ignore: tuple[str, ...] = ("lm_head",)
     data: DataSpec | None = None
+    samples: int = 128
+    context_length: int | None = None
     options: Mapping[str, Any] | Options = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "targets", _names(self.targets))
-        object.__setattr__(self, "ignore", _names(self.ignore))
+        object.__setattr__(self, "targets", as_names(self.targets))
+        object.__setattr__(self, "ignore", as_names(self.ignore))
         if isinstance(self.data, str):
             object.__setattr__(self, "data", DataSpec(source=self.data))
         object.__setattr__(self, "options", freeze_options(self.options))
@@ -67,7 +71,11 @@ class Quantize:
         if self.method not in QUANTIZERS:
             cure = f"Did you mean: {nearest(self.method, QUANTIZERS)}?"
             return [Fault(f"{where}.method", "the name of a quantizer", repr(self.method), cure)]
-        faults = option_faults(QUANTIZERS[self.method], self._options, where=where, stage=Quantize)
+        method = QUANTIZERS[self.method]
+        faults = option_faults(method, self._options, where=where, stage=Quantize)
+        faults += number_faults(self, where)
+        if method.needs:
+            faults += length_faults(self, model.config, where)
         return faults + self.scheme_faults(model, where)
 
     def forecast(self, model: Outlook) -> Forecast:
@@ -81,6 +89,7 @@ class Quantize:
 
         Raises:
             SchemeError: the scheme does not fit a layer, or ``model`` is quantised already.
+            StatisticError: calibration measured nothing usable.
         """
         from compresskit.quant.oneshot import run_oneshot
 
@@ -105,49 +114,25 @@ class Quantize:
             layers = select(model.anatomy, self.targets, self.ignore, where=where)
         except InputError as error:
             return faults + [f for f in error.faults if isinstance(f, Fault)]
-        faults += [_tied_fault(name, where) for name in layers if linears[name].tied]
+        faults += tied_faults(model.anatomy, layers, where)
         if conv := [name for name in layers if linears[name].transposed]:
             faults.append(_transposed_fault(conv, where))
         if again := [name for name in layers if _has_grid(model, name)]:
             faults.append(_again_fault(again, where))
         if not faults:
-            faults += self._fit_faults(model, layers, scheme, where)
+            cure = (
+                "Choose a group size that divides it, use one scale per row (w4a16-channel), or add these "
+                "layers to ignore."
+            )
+            faults += fit_faults(
+                linears, layers, lambda ln: scheme.misfit(ln.in_features), where=f"{where}.scheme", cure=cure
+            )
         return faults
-
-    def _fit_faults(
-        self, model: Outlook | ModelSource, layers: Sequence[str], scheme: Scheme, where: str
-    ) -> list[Fault]:
-        misfits: dict[tuple[str, int], list[str]] = {}
-        for name in layers:
-            inputs = model.anatomy.linears[name].in_features
-            if expected := scheme.misfit(inputs):
-                misfits.setdefault((expected, inputs), []).append(name)
-        cure = (
-            "Choose a group size that divides it, use one scale per row (w4a16-channel), or add these layers "
-            "to ignore."
-        )
-        return [
-            Fault(f"{where}.scheme", expected, f"{inputs} in {', '.join(names)}", cure)
-            for (expected, inputs), names in misfits.items()
-        ]
 
 
 def _has_grid(model: Outlook | ModelSource, layer: str) -> bool:
     bits = getattr(model, "layer_bits", None)
     return layer in bits if bits is not None else model.grid(layer) is not None  # type: ignore[union-attr]
-
-
-def _names(value: Sequence[str]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
-
-
-def _tied_fault(name: str, where: str) -> Fault:
-    return Fault(
-        f"{where}.targets",
-        "layers with weights of their own",
-        f"{name}, which shares its weight with the token embedding",
-        f"Add {name} to ignore.",
-    )
 
 
 def _transposed_fault(names: Sequence[str], where: str) -> Fault:

@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
+from compresskit.calibration.oneshot import calibration_rows, length_faults
 from compresskit.calibration.statistics import LayerStats
 from compresskit.calibration.walk import walk
-from compresskit.data.pack import PackedRows, packed
-from compresskit.errors import Fault, PatternError
-from compresskit.modeling import context_length, load_tokenizer
+from compresskit.errors import PatternError
 from compresskit.modeling.streaming import StreamedModel
 from compresskit.sparse import PRUNERS
-from compresskit.sparse.outlook import SPILL_BYTES, calibration_length
 from compresskit.sparse.pattern import parse_pattern
 from compresskit.sparse.promise import Zeros
 from compresskit.stage import LayerRecord, StageResult
@@ -42,11 +40,13 @@ def run_oneshot(stage: Prune, model: ModelSource, context: StageContext) -> Stag
         DataError: the calibration data cannot be read.
         StatisticError: calibration measured nothing usable.
     """
+    cls: Any = PRUNERS[stage.method]
     faults = stage.pattern_faults(model, "prune")
+    if cls.needs:
+        faults += length_faults(stage, model.config, "prune")
     if faults:
         raise PatternError(*faults)
-    cls: Any = PRUNERS[stage.method]
-    method = cls(pattern=parse_pattern(stage.pattern), **dict(stage.options))
+    method = cls(pattern=parse_pattern(str(stage.pattern)), **dict(stage.options))
     layers = stage.layers(model)
     records: dict[str, LayerRecord] = {}
     counts = [0, 0]
@@ -65,10 +65,10 @@ def run_oneshot(stage: Prune, model: ModelSource, context: StageContext) -> Stag
 
     rows, spill, warnings = None, None, _skipped(stage, model, layers)
     if method.needs:
-        rows = _rows(stage, model, context, warnings)
-        width = model.config.get_text_config().hidden_size
-        if len(rows) * rows.context_length * width * 4 > SPILL_BYTES:
-            spill = context.scratch / "hidden.bin"
+        rows, spill, said = calibration_rows(
+            stage, model, context.data, cache=context.cache, scratch=context.scratch
+        )
+        warnings += said
     elif stage.data is not None:
         warnings.append(f"{stage.method} reads no data; the data given to it was left unread.")
     with StreamedModel(model, context.out, device=context.device, dtype=context.dtype) as streamed:
@@ -76,29 +76,11 @@ def run_oneshot(stage: Prune, model: ModelSource, context: StageContext) -> Stag
             streamed, cast(Any, rows), visit, method.needs, layers=layers, title="pruning", spill=spill
         )
     return StageResult(
-        promises=tuple(Zeros(layer=layer, pattern=stage.pattern) for layer in layers),
+        promises=tuple(Zeros(layer=layer, pattern=str(stage.pattern)) for layer in layers),
         layers=tuple(_with_error(records[layer], walked.relative_error[layer]) for layer in layers),
         metrics={"zero_fraction": counts[0] / counts[1], "calibration_tokens": walked.num_tokens},
         warnings=tuple(warnings),
     )
-
-
-def _rows(stage: Prune, model: ModelSource, context: StageContext, warnings: list[str]) -> PackedRows:
-    limit, length = context_length(model.config), calibration_length(stage, model.config)
-    if length > limit:
-        cure = "Lower context_length."
-        raise PatternError(
-            Fault("context_length", f"at most {limit}, the model's own maximum", str(length), cure)
-        )
-    tokenizer = load_tokenizer(model)
-    spec = stage.data or context.data
-    rows = packed(spec, tokenizer, context_length=length, cache=context.cache, rows=stage.samples)
-    warnings.extend(rows.warnings)
-    if len(rows) < stage.samples:
-        warnings.append(
-            f"Calibration asked for {stage.samples} rows of {length} tokens; {spec.source} holds {len(rows)}."
-        )
-    return rows
 
 
 def _skipped(stage: Prune, model: ModelSource, layers: tuple[str, ...]) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+from compresskit.calibration.oneshot import as_names, fit_faults, length_faults, number_faults, tied_faults
 from compresskit.data.spec import DataSpec
 from compresskit.errors import Fault, InputError
 from compresskit.options import Options, freeze_options, option_faults
@@ -13,6 +14,7 @@ from compresskit.registry import nearest
 from compresskit.sparse import PRUNERS, STRUCTURED_PRUNERS
 
 if TYPE_CHECKING:
+    from compresskit.modeling.anatomy import Linear
     from compresskit.modeling.source import ModelSource
     from compresskit.sparse.pattern import Pattern
     from compresskit.stage import Forecast, Outlook, StageContext, StageResult
@@ -43,7 +45,7 @@ class Prune:
 
     method: str = "wanda"
     _: KW_ONLY
-    pattern: str = "50%"
+    pattern: str | float = "50%"
     targets: tuple[str, ...] = ("Linear",)
     ignore: tuple[str, ...] = ("lm_head",)
     data: DataSpec | None = None
@@ -53,8 +55,10 @@ class Prune:
     options: Mapping[str, Any] | Options = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "targets", _names(self.targets))
-        object.__setattr__(self, "ignore", _names(self.ignore))
+        # YAML reads 0.5 as a number; a stage has one spelling of it, so that equal recipes are equal.
+        object.__setattr__(self, "pattern", str(self.pattern))
+        object.__setattr__(self, "targets", as_names(self.targets))
+        object.__setattr__(self, "ignore", as_names(self.ignore))
         if isinstance(self.data, str):
             object.__setattr__(self, "data", DataSpec(source=self.data))
         object.__setattr__(self, "options", freeze_options(self.options))
@@ -84,7 +88,9 @@ class Prune:
         faults += self._number_faults(where)
         if self.reshapes:
             return faults or list(method(**dict(self._options)).faults(model, where))
-        return faults + self._length_faults(model, where) + self.pattern_faults(model, where)
+        if method.needs:
+            faults += length_faults(self, model.config, where)
+        return faults + self.pattern_faults(model, where)
 
     def forecast(self, model: Outlook) -> Forecast:
         """What this stage will do to such a ``model``; called only when it has no faults."""
@@ -126,7 +132,7 @@ class Prune:
         linears, chosen = model.anatomy.linears, self.named(model, where)
         if self.on_indivisible != "skip":
             return chosen
-        pattern = parse_pattern(self.pattern)
+        pattern = parse_pattern(str(self.pattern))
         return tuple(n for n in chosen if not pattern.misfit(linears[n].out_features, linears[n].in_features))
 
     @property
@@ -134,24 +140,11 @@ class Prune:
         return cast(Options, self.options)
 
     def _number_faults(self, where: str) -> list[Fault]:
-        faults = []
-        for name in ("samples", "context_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                faults.append(Fault(f"{where}.{name}", "at least 1", str(value), f"Raise {name}."))
+        faults = number_faults(self, where)
         if self.on_indivisible not in ON_INDIVISIBLE:
             cure = f"Did you mean: {nearest(self.on_indivisible, ON_INDIVISIBLE)}?"
             faults.append(Fault(f"{where}.on_indivisible", "error or skip", repr(self.on_indivisible), cure))
         return faults
-
-    def _length_faults(self, model: Outlook, where: str) -> list[Fault]:
-        from compresskit.modeling import context_length
-
-        limit = context_length(model.config)
-        if (self.context_length or 0) <= limit:
-            return []
-        expected, got = f"at most {limit}, the model's own maximum", str(self.context_length)
-        return [Fault(f"{where}.context_length", expected, got, "Lower context_length.")]
 
     def pattern_faults(self, model: Outlook | ModelSource, where: str) -> list[Fault]:
         """What is wrong with the pattern and the targets alone."""
@@ -159,14 +152,14 @@ class Prune:
 
         faults: list[Fault] = []
         try:
-            pattern = parse_pattern(self.pattern, where=f"{where}.pattern")
+            pattern = parse_pattern(str(self.pattern), where=f"{where}.pattern")
         except InputError as error:
             faults += [f for f in error.faults if isinstance(f, Fault)]
         try:
             layers = self.named(model, where)
         except InputError as error:
             return faults + [f for f in error.faults if isinstance(f, Fault)]
-        faults += [_tied_fault(name, where) for name in layers if model.anatomy.linears[name].tied]
+        faults += tied_faults(model.anatomy, layers, where)
         if not faults:
             faults += self._fit_faults(model, layers, pattern, where)
         return faults
@@ -174,31 +167,13 @@ class Prune:
     def _fit_faults(
         self, model: Outlook | ModelSource, layers: Sequence[str], pattern: Pattern, where: str
     ) -> list[Fault]:
-        misfits: dict[tuple[str, int], list[str]] = {}
-        for name in layers:
-            linear = model.anatomy.linears[name]
-            expected = pattern.misfit(linear.out_features, linear.in_features)
-            if expected:
-                misfits.setdefault((expected, linear.in_features), []).append(name)
-        unfit = sum(len(names) for names in misfits.values())
+        def misfit(linear: Linear) -> str | None:
+            return pattern.misfit(linear.out_features, linear.in_features)
+
+        linears = model.anatomy.linears
+        unfit = sum(1 for name in layers if misfit(linears[name]))
         if self.on_indivisible == "skip" and unfit < len(layers):
             return []
         cure = "Choose another pattern, add these layers to ignore"
         cure += "." if unfit == len(layers) else ", or set on_indivisible to skip."
-        return [
-            Fault(f"{where}.pattern", expected, f"{inputs} in {', '.join(names)}", cure)
-            for (expected, inputs), names in misfits.items()
-        ]
-
-
-def _names(value: Sequence[str]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
-
-
-def _tied_fault(name: str, where: str) -> Fault:
-    return Fault(
-        f"{where}.targets",
-        "layers with weights of their own",
-        f"{name}, which shares its weight with the token embedding",
-        f"Add {name} to ignore.",
-    )
+        return fit_faults(linears, layers, misfit, where=f"{where}.pattern", cure=cure)

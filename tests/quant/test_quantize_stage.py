@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from tiny import tiny_llama
+from torch import Tensor
 
+from compresskit.calibration.statistics import LayerStats
 from compresskit.data.spec import DataSpec
 from compresskit.errors import SchemeError
 from compresskit.modeling import ModelSource, open_model
+from compresskit.quant import QUANTIZERS
+from compresskit.quant.base import Quantized
+from compresskit.quant.rtn import RoundToNearest
+from compresskit.quant.scheme import Scheme
 from compresskit.quant.stage import Quantize
 from compresskit.stage import Outlook, StageContext, StageResult
 
@@ -111,6 +117,47 @@ def test_run_reads_no_data_and_keeps_zeros(model: ModelSource, tmp_path: Path) -
             assert torch.equal(grid.snap(now), now)
     untouched = [n for n in model.names() if "norm" in n or "embed" in n]
     assert all(torch.equal(model.tensor(n), after.tensor(n)) for n in untouched)
+
+
+@dataclass(frozen=True, slots=True)
+class ByInputs:
+    """Rounds rows of quiet inputs away: without statistics it cannot run."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"input_sq_mean"})
+
+    def quantize(self, weight_OI: Tensor, scheme: Scheme, stats: LayerStats) -> Quantized:
+        """Zero the input whose mean square is lowest, then round."""
+        sq_mean_I = stats.require_input_sq_mean(weight_OI.shape[1])
+        weight_OI = weight_OI.clone()
+        weight_OI[:, sq_mean_I.argmin()] = 0
+        return RoundToNearest().quantize(weight_OI, scheme, stats)
+
+
+def test_a_method_that_needs_statistics_gets_them(
+    model: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(QUANTIZERS._table, "by-inputs", f"{__name__}:ByInputs")  # type: ignore[arg-type]
+    monkeypatch.delitem(QUANTIZERS.__dict__, "_targets", raising=False)
+    text = tmp_path / "story.txt"
+    text.write_text("Once upon a time there was a little girl who liked to count to ten. " * 60)
+    stage = Quantize(
+        "by-inputs", scheme="w8a16", data=DataSpec(source=str(text)), samples=3, context_length=32
+    )
+    look = outlook(model)
+    assert faults(stage, look) == ""
+    said = faults(replace(stage, samples=0, context_length=4096), look)
+    assert "stages[1].samples: expected at least 1, got 0" in said
+    assert "stages[1].context_length: expected at most 128, the model's own maximum, got 4096" in said
+    assert stage.forecast(look).memory_bytes > Quantize(scheme="w8a16").forecast(look).memory_bytes
+    result, after = run(stage, model, tmp_path)
+    assert result.metrics["calibration_tokens"] == 3 * 32
+    assert all(record.relative_error and record.relative_error < 1 for record in result.layers)
+    for record in result.layers:
+        assert int((after.weight_OI(record.name) == 0).all(0).sum()) >= 1, record.name
+    short, _ = run(replace(stage, samples=1000), model, tmp_path / "short")
+    assert "asked for 1000 rows of 32 tokens" in short.warnings[-1]
+    with pytest.raises(SchemeError, match="at most 128"):
+        run(replace(stage, context_length=4096), model, tmp_path / "long")
 
 
 def test_run_twice_on_other_layers_keeps_the_first_grids(model: ModelSource, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from compresskit.errors import DataError, PatternError
 from compresskit.formats.grid import same_grid
 from compresskit.modeling import ModelSource, open_model
 from compresskit.quant.stage import Quantize
+from compresskit.recipe import load_recipe
 from compresskit.sparse.stage import Prune
 from compresskit.stage import Outlook, Stage, StageContext, StageResult
 
@@ -70,6 +73,28 @@ def test_a_stage_is_a_value() -> None:
     assert stage.reshapes
     assert not Prune().reshapes
     assert not stage.trains
+
+
+def test_a_fraction_may_be_a_number(tmp_path: Path) -> None:
+    assert Prune(pattern=0.5) == Prune(pattern="0.5")
+    assert Prune(pattern=0.5).pattern == "0.5"
+    path = tmp_path / "recipe.yaml"
+    for written in ("0.5", "'0.5'"):
+        path.write_text(f"model: m\nstages:\n  - prune: {{method: magnitude, pattern: {written}}}\n")
+        assert load_recipe(path).stages == (Prune("magnitude", pattern="0.5"),)
+
+
+def test_a_row_needs_a_length_only_where_rows_are_read(model: ModelSource) -> None:
+    config = deepcopy(model.config)
+    config.max_position_embeddings = 0  # states nothing; its type lets no null in
+    endless = replace(outlook(model), config=config)
+    (fault,) = Prune("wanda").faults(endless, "stages[0]")
+    assert str(fault).startswith(
+        "stages[0].context_length: expected the tokens of a calibration row, got none"
+    )
+    assert Prune("wanda", context_length=9999).faults(endless, "stages[0]") == []
+    assert Prune("magnitude").faults(endless, "stages[0]") == []
+    assert Prune("magnitude", context_length=9999).faults(outlook(model), "stages[0]") == []
 
 
 def test_every_layer_that_does_not_fit_is_named(model: ModelSource) -> None:

@@ -1,0 +1,178 @@
+"""What one-shot stages share: layers, calibration rows, the memory both take. No torch at import."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from compresskit.errors import Fault, ModelError
+
+if TYPE_CHECKING:
+    from compresskit.data.pack import PackedRows
+    from compresskit.data.spec import DataSpec
+    from compresskit.modeling.anatomy import Anatomy, Linear
+    from compresskit.modeling.source import ModelSource
+
+MAX_CONTEXT = 2048
+SPILL_BYTES = 1 << 29
+
+
+class Calibrated(Protocol):
+    """The fields of a stage that say what to calibrate on."""
+
+    @property
+    def data(self) -> DataSpec | None:
+        """Text of the stage's own; None takes the recipe's."""
+        ...
+
+    @property
+    def samples(self) -> int:
+        """Rows."""
+        ...
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens per row; None is the model's own maximum, 2048 at most."""
+        ...
+
+
+def as_names(value: Sequence[str]) -> tuple[str, ...]:
+    """One name or many, as a tuple."""
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def number_faults(stage: Calibrated, where: str) -> list[Fault]:
+    """What is wrong with ``samples`` and ``context_length``, whatever the model."""
+    return [
+        Fault(f"{where}.{name}", "at least 1", str(value), f"Raise {name}.")
+        for name, value in (("samples", stage.samples), ("context_length", stage.context_length))
+        if value is not None and value < 1
+    ]
+
+
+def length_faults(stage: Calibrated, config: Any, where: str) -> list[Fault]:
+    """What is wrong with the length of a row for a model of ``config``; only for methods that read rows."""
+    from compresskit.modeling import context_length
+
+    name = f"{where}.context_length"
+    try:
+        limit = context_length(config)
+    except ModelError:
+        if stage.context_length is not None:
+            return []
+        got = "none, and the model's config.json states no maximum"
+        return [Fault(name, "the tokens of a calibration row", got, "Set context_length.")]
+    if (stage.context_length or 0) <= limit:
+        return []
+    expected, got = f"at most {limit}, the model's own maximum", str(stage.context_length)
+    return [Fault(name, expected, got, "Lower context_length.")]
+
+
+def row_length(stage: Calibrated, config: Any) -> int:
+    """Tokens per calibration row; ``stage`` has no faults."""
+    from compresskit.modeling import context_length
+
+    return stage.context_length or min(context_length(config), MAX_CONTEXT)
+
+
+def calibration_rows(
+    stage: Calibrated, model: ModelSource, fallback: DataSpec, *, cache: Path, scratch: Path
+) -> tuple[PackedRows, Path | None, tuple[str, ...]]:
+    """The rows a method sees.
+
+    Args:
+        stage: has no faults for ``model``.
+        model: whose tokenizer is used.
+        fallback: the text, where the stage names none.
+        cache: of tokens.
+        scratch: of this stage.
+
+    Returns:
+        The rows; a file for hidden states, where they are too many for memory; warnings.
+
+    Raises:
+        DataError: the text cannot be read.
+        ModelError: the model has no tokenizer.
+    """
+    from compresskit.data.pack import packed
+    from compresskit.modeling import load_tokenizer
+
+    spec, length = stage.data or fallback, row_length(stage, model.config)
+    tokenizer = load_tokenizer(model, trust_remote_code=model.trust_remote_code)
+    rows = packed(spec, tokenizer, context_length=length, cache=cache, rows=stage.samples)
+    warnings = list(rows.warnings)
+    if len(rows) < stage.samples:
+        warnings.append(
+            f"Calibration asked for {stage.samples} rows of {length} tokens; {spec.source} holds {len(rows)}."
+        )
+    width = model.config.get_text_config().hidden_size
+    spills = len(rows) * rows.context_length * width * 4 > SPILL_BYTES
+    return rows, scratch / "hidden.bin" if spills else None, tuple(warnings)
+
+
+def walk_bytes(anatomy: Anatomy, weight_bytes: float) -> float:
+    """Memory of a walk without data: what lies outside the blocks, and one block before and after."""
+    sizes: dict[str | None, int] = {}
+    for name, shape in anatomy.parameter_shapes.items():
+        block = anatomy.block_of(name)
+        sizes[block] = sizes.get(block, 0) + prod(shape)
+    tied = sum(prod(anatomy.parameter_shapes[n]) for group in anatomy.tied for n in group[1:])
+    outside = sizes.pop(None, 0) - tied
+    return (outside + 2 * max(sizes.values(), default=0)) * weight_bytes
+
+
+def calibration_bytes(stage: Calibrated, config: Any, anatomy: Anatomy) -> int:
+    """Memory that data adds to a walk: all hidden states, and one row's values inside a block."""
+    length = row_length(stage, config)
+    width = getattr(config.get_text_config(), "hidden_size", 0) or 0
+    inner = max((linear.out_features for linear in anatomy.linears.values() if linear.block), default=0)
+    return min(stage.samples * length * width * 4, SPILL_BYTES) + length * (8 * width + 4 * inner) * 4
+
+
+def largest_layer(anatomy: Anatomy, layers: Sequence[str]) -> int:
+    """Weights of the largest of ``layers``."""
+    linears = anatomy.linears
+    return max((linears[n].out_features * linears[n].in_features for n in layers), default=0)
+
+
+def tied_faults(anatomy: Anatomy, layers: Sequence[str], where: str) -> list[Fault]:
+    """One fault for each layer that shares its weight with another part of the model."""
+    return [
+        Fault(
+            f"{where}.targets",
+            "layers with weights of their own",
+            f"{name}, which shares its weight with the token embedding",
+            f"Add {name} to ignore.",
+        )
+        for name in layers
+        if anatomy.linears[name].tied
+    ]
+
+
+def fit_faults(
+    linears: Mapping[str, Linear],
+    layers: Sequence[str],
+    misfit: Callable[[Linear], str | None],
+    *,
+    where: str,
+    cure: str,
+) -> list[Fault]:
+    """One fault for all layers of one width that something does not fit in the same way.
+
+    Args:
+        linears: of the model.
+        layers: names of those to look at.
+        misfit: what would fit such a layer; nothing where it fits.
+        where: the field that does not fit.
+        cure: a sentence.
+    """
+    found: dict[tuple[str, int], list[str]] = {}
+    for name in layers:
+        if expected := misfit(linears[name]):
+            found.setdefault((expected, linears[name].in_features), []).append(name)
+    return [
+        Fault(where, expected, f"{inputs} in {', '.join(names)}", cure)
+        for (expected, inputs), names in found.items()
+    ]
