@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compresskit.errors import Fault
 from compresskit.stage import Forecast
@@ -32,16 +32,9 @@ def student_faults(fields: TrainingFields, model: Outlook, where: str) -> list[F
                 "Train another model: only next-token models can be trained so far.",
             )
         )
-    for name in UNSUPPORTED_SCALES:
-        if getattr(model.config, name, 1.0) not in (None, 1.0):
-            faults.append(
-                Fault(
-                    where,
-                    f"a model whose logits are not scaled ({name})",
-                    f"{name}={getattr(model.config, name)}",
-                    "Train another model: the fused losses do not know this scale yet.",
-                )
-            )
+    else:
+        faults += isolation_faults(fields, model, where)
+    faults += scale_faults(model.config, where)
     limit = getattr(model.config, "max_position_embeddings", None)
     if fields.context_length and limit and fields.context_length > limit:
         faults.append(
@@ -53,6 +46,35 @@ def student_faults(fields: TrainingFields, model: Outlook, where: str) -> list[F
             )
         )
     return faults
+
+
+def scale_faults(config: Any, where: str) -> list[Fault]:
+    """What is wrong with the output projection of a student or teacher with such a configuration."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return [
+        Fault(
+            where,
+            f"a model whose logits are not scaled ({name})",
+            f"{name}={getattr(text, name)}",
+            "Choose another model: the fused losses do not know this scale yet.",
+        )
+        for name in UNSUPPORTED_SCALES
+        if getattr(text, name, 1.0) not in (None, 1.0)
+    ]
+
+
+def isolation_faults(fields: TrainingFields, model: Outlook, where: str) -> list[Fault]:
+    """Why documents packed into a row would see each other, unless the data says that they may."""
+    from compresskit.training.isolation import probed_faults
+
+    if (getattr(fields, "data", None) or model.data).cross_documents:
+        return []
+    return probed_faults(where, model.config, model.anatomy, model.original, trust_remote_code=trusts(model))
+
+
+def trusts(model: Outlook) -> bool:
+    """Whether code that comes with models may run; no where the plan does not say."""
+    return bool(getattr(model, "trust_remote_code", False))
 
 
 def forecast_training(fields: TrainingFields, model: Outlook, *, teacher_bytes: int) -> Forecast:

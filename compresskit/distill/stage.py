@@ -70,7 +70,7 @@ class Distill(TrainingFields):
             got = str(self.cross_entropy_weight)
             cure = "Give the share of the next-token loss, such as 0.5."
             faults.append(Fault(f"{where}.cross_entropy_weight", "a number from 0 to 1", got, cure))
-        return faults + teacher_faults(self.teacher, model, where)
+        return faults + teacher_faults(self.teacher, self.data or model.data, model, where)
 
     def forecast(self, model: Outlook) -> Forecast:
         """What this stage will do to such a ``model``; called only when it has no faults."""

@@ -10,29 +10,50 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compresskit.distill.outlook import scale_faults, trusts
 from compresskit.errors import Fault, InputError
 from compresskit.modeling import ModelSource, load_tokenizer, open_model
+from compresskit.training.isolation import probed_faults
 
 if TYPE_CHECKING:
+    from compresskit.data.spec import DataSpec
     from compresskit.stage import Outlook
 
 SHOWN = 3
 
 
-def teacher_faults(teacher: str | None, model: Outlook, where: str) -> list[Fault]:
-    """What is wrong with ``teacher`` for a student such as ``model``; reads headers and tokenizers only."""
+def teacher_faults(teacher: str | None, data: DataSpec, model: Outlook, where: str) -> list[Fault]:
+    """What is wrong with ``teacher`` for a student such as ``model``; reads headers and tokenizers only.
+
+    Args:
+        teacher: directory or hub id; None is the model before the first stage.
+        data: what the stage trains on.
+        model: the student to be.
+        where: of the stage.
+    """
+    trust = trusts(model)
     try:
-        source = open_model(teacher or str(model.original))
+        source = open_model(teacher or str(model.original), trust_remote_code=trust)
     except InputError as error:
         return [_at(f"{where}.teacher", fault) for fault in error.faults]
     if not source.anatomy.is_causal or source.anatomy.head is None:
         got = type(source.config).__name__
         cure = "Choose a causal language model."
         return [Fault(f"{where}.teacher", "a causal language model", got, cure)]
-    return vocabulary_faults(model.tokenizer, vocabulary_of(model.config), source, f"{where}.teacher")
+    # Of the model before the first stage the student's own faults tell already.
+    faults = scale_faults(source.config, f"{where}.teacher") if teacher else []
+    if teacher and not data.cross_documents:
+        faults += probed_faults(
+            f"{where}.teacher", source.config, source.anatomy, source.directory, trust_remote_code=trust
+        )
+    return faults + vocabulary_faults(
+        model.tokenizer, vocabulary_of(model.config), source, f"{where}.teacher", trust_remote_code=trust
+    )
 
 
-def vocabulary_faults(tokenizer: Path, rows: int, teacher: ModelSource, where: str) -> list[Fault]:
+def vocabulary_faults(
+    tokenizer: Path, rows: int, teacher: ModelSource, where: str, *, trust_remote_code: bool = False
+) -> list[Fault]:
     """Why the token ids of ``teacher`` do not mean what the student's mean.
 
     Args:
@@ -40,9 +61,13 @@ def vocabulary_faults(tokenizer: Path, rows: int, teacher: ModelSource, where: s
         rows: ids the student's embedding has.
         teacher: opened, its weights unread.
         where: prefix of each fault.
+        trust_remote_code: whether code beside a tokenizer may run.
     """
     try:
-        ours, theirs = (load_tokenizer(d).get_vocab() for d in (tokenizer, teacher.directory))
+        ours, theirs = (
+            load_tokenizer(d, trust_remote_code=trust_remote_code).get_vocab()
+            for d in (tokenizer, teacher.directory)
+        )
     except InputError as error:
         return [_at(where, fault) for fault in error.faults]
     cure = "Choose a teacher with the student's tokenizer, or build the student anew with the teacher's."
@@ -72,7 +97,7 @@ def vocabulary_of(config: Any) -> int:
 
 def teacher_bytes(teacher: str | None, model: Outlook) -> int:
     """Of the teacher's weights."""
-    return open_model(teacher or str(model.original)).bytes
+    return open_model(teacher or str(model.original), trust_remote_code=trusts(model)).bytes
 
 
 def _at(where: str, fault: Fault | str) -> Fault:

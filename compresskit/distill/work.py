@@ -8,6 +8,7 @@ from typing import Any
 
 from compresskit.distill import LOSSES
 from compresskit.distill.finetune import Finetune
+from compresskit.distill.outlook import scale_faults
 from compresskit.distill.stage import Distill
 from compresskit.distill.vocabulary import shared_vocabulary, vocabulary_faults, vocabulary_of
 from compresskit.errors import Fault, PlanError
@@ -67,7 +68,9 @@ def _loss(stage: Distill | Finetune, model: ModelSource, context: StageContext) 
         return Part(CROSS_ENTROPY), None
     source = open_model(stage.teacher or str(context.original), trust_remote_code=context.trust_remote_code)
     rows = vocabulary_of(model.config)
-    faults = vocabulary_faults(model.directory, rows, source, "teacher")
+    trust = context.trust_remote_code
+    faults = vocabulary_faults(model.directory, rows, source, "teacher", trust_remote_code=trust)
+    faults += scale_faults(source.config, "teacher")
     if faults:
         raise PlanError(*faults)
     loss: Any = LOSSES[stage.loss]

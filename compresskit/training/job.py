@@ -8,17 +8,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from compresskit.data.pack import packed
 from compresskit.data.spec import DataSpec
-from compresskit.errors import DataError
+from compresskit.errors import DataError, PlanError
 from compresskit.modeling import ModelSource, load_model, load_tokenizer
 from compresskit.registry import locate
 from compresskit.training.fields import TrainingFields
 from compresskit.training.fit import TrainOutcome, fit, quiet_transformers
 from compresskit.training.hold import require_held
+from compresskit.training.isolation import isolation_fault, model_sees_across, sees_across
 from compresskit.training.launch import launch
+from compresskit.training.objective import TeacherProvider
 from compresskit.training.order import Rows
 from compresskit.training.rules import launched_processes, this_rank
 from compresskit.training.write import write_checkpoint
@@ -128,6 +130,9 @@ def carry_out(job: TrainJob) -> TrainOutcome:
         if teacher is not None:
             teacher.load()
 
+    if not job.data.get("cross_documents"):
+        _require_isolation(model, teacher)
+
     def save(tensors: Mapping[str, Tensor]) -> None:
         if tensors:
             require_held(tensors, job.held, source.tensor)
@@ -151,6 +156,22 @@ def carry_out(job: TrainJob) -> TrainOutcome:
     if this_rank() == 0:
         (Path(job.scratch) / OUTCOME).write_text(json.dumps(asdict(outcome)), encoding="utf-8")
     return outcome
+
+
+def _require_isolation(model: nn.Module, teacher: TeacherProvider | None) -> None:
+    """PlanError if documents packed into one row see each other in the model or its teacher."""
+    faults = []
+    if model_sees_across(model):
+        faults.append(isolation_fault("model", type(model).__name__))
+    if teacher is not None:
+
+        def hidden(ids: Tensor, positions: Tensor) -> Tensor:
+            return teacher.signal({"input_ids": ids, "position_ids": positions}).hidden_BTE
+
+        if sees_across(hidden):
+            faults.append(isolation_fault("teacher", "a model"))
+    if faults:
+        raise PlanError(*faults)
 
 
 def outcome_from_json(text: str) -> TrainOutcome:

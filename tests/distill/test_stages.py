@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, tiny_llama
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, GraniteConfig, GraniteForCausalLM, OPTConfig, OPTForCausalLM
 
 from compresskit.data.spec import DataSpec
 from compresskit.distill.finetune import Finetune
@@ -179,6 +179,70 @@ def test_a_model_that_predicts_no_next_token_is_refused(tmp_path: Path) -> None:
     byte_tokenizer().save_pretrained(tmp_path / "bert")
     bert = open_model(str(tmp_path / "bert"))
     assert "only next-token models" in str(Finetune().faults(outlook(bert), "s")[0])
+
+
+def tiny_opt(directory: Path) -> Path:
+    """A model that gives each token the position it has in the row, whatever it is told."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=258,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
+        max_position_embeddings=128,
+        bos_token_id=256,
+        eos_token_id=257,
+        pad_token_id=257,
+        tie_word_embeddings=True,
+    )
+    OPTForCausalLM(config).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def test_documents_that_see_each_other_need_consent(
+    source: ModelSource, text: DataSpec, tmp_path: Path
+) -> None:
+    """Refused by the plan from the configuration alone, and by the run from the weights themselves."""
+    opt = open_model(str(tiny_opt(tmp_path / "opt")))
+    for stage in (Finetune(**FEW), Distill(**FEW)):
+        (fault,) = stage.faults(outlook(opt), "stages[0]")
+        assert fault.where == "stages[0]"
+        assert "cross_documents: true" in fault.cure
+        with pytest.raises(PlanError, match="cross_documents: true"):
+            run(stage, opt, text, tmp_path / stage.kind)
+    (fault,) = Distill(teacher=str(opt.directory)).faults(outlook(source), "stages[0]")
+    assert fault.where == "stages[0].teacher"
+    with pytest.raises(PlanError, match="teacher: expected a model that keeps documents apart"):
+        run(Distill(teacher=str(opt.directory), **FEW), source, text, tmp_path / "taught")
+    consent = replace(text, cross_documents=True)
+    stage = Finetune(data=consent, **FEW)
+    assert stage.faults(outlook(opt), "s") == []
+    result, _ = run(stage, opt, text, tmp_path / "consent")
+    assert result.metrics["final_loss"] < result.metrics["first_loss"]
+
+
+def test_a_teacher_whose_logits_are_scaled_is_refused(
+    source: ModelSource, text: DataSpec, tmp_path: Path
+) -> None:
+    config = GraniteConfig(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        logits_scaling=8.0,
+    )
+    GraniteForCausalLM(config).save_pretrained(tmp_path / "granite")
+    byte_tokenizer().save_pretrained(tmp_path / "granite")
+    stage = Distill(teacher=str(tmp_path / "granite"), **FEW)
+    (fault,) = stage.faults(outlook(source), "stages[0]")
+    assert (fault.where, fault.got) == ("stages[0].teacher", "logits_scaling=8.0")
+    with pytest.raises(PlanError, match="logits_scaling=8"):
+        run(stage, source, text, tmp_path / "s")
 
 
 def other_vocabulary(directory: Path) -> Path:
