@@ -299,7 +299,7 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def _trainable(model: nn.Module, fields: TrainingFields) -> Iterator[dict[str, torch.dtype]]:
-    """fp32 weights and no generation cache while this lasts; yields each tensor's own dtype."""
+    """fp32 weights while this lasts; yields each tensor's own dtype."""
     dtypes = {name: t.dtype for name, t in model.state_dict().items()}
     config: Any = getattr(model, "config", None)
     before = getattr(config, "use_cache", None)
@@ -310,7 +310,7 @@ def _trainable(model: nn.Module, fields: TrainingFields) -> Iterator[dict[str, t
         yield dtypes
     finally:
         if config is not None and before is not None:
-            config.use_cache = before
+            config.use_cache = before  # transformers' Trainer sets it to False and leaves it so
         if fields.activation_checkpointing:
             _keep_activations(model)
         _restore(model, dtypes)

@@ -48,9 +48,5 @@ def write_checkpoint(source: ModelSource, out: Path, tensors: Mapping[str, Tenso
     copy_sidecars(source.directory, out)
 
 
-def _pending(source: ModelSource, tensors: Mapping[str, Tensor], name: str) -> Pending:
-    return Pending(name, source.dtype(name), source.shape(name), partial(_stored, source, tensors, name))
-
-
 def _stored(source: ModelSource, tensors: Mapping[str, Tensor], name: str) -> Tensor:
     return tensors[name].to(source.dtype(name))
