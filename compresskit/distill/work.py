@@ -24,6 +24,7 @@ LONGEST_ROW = 2048
 VALIDATION_ROWS = 256
 CROSS_ENTROPY = "compresskit.training.objective:CrossEntropy"
 REPLICA = "compresskit.distill.teacher:Replica"
+COMPUTES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def run_stage(stage: Distill | Finetune, model: ModelSource, context: StageContext) -> StageResult:
@@ -89,7 +90,7 @@ def _result(stage: Distill | Finetune, outcome: TrainOutcome, context: StageCont
     plain = asdict(outcome)
     record = {name: plain.pop(name) for name in ("resumed_from", "seconds", "parameter_bytes")}
     (context.scratch / "record.json").write_text(json.dumps(record), encoding="utf-8")
-    warnings = plain.pop("warnings")
+    warnings = plain.pop("warnings") + dtype_warnings(context.dtype, stage.precision)
     if outcome.skipped_steps:
         warnings += (
             f"{outcome.skipped_steps} of {outcome.steps} steps overflowed in fp16 and were skipped; "
@@ -109,3 +110,16 @@ def _result(stage: Distill | Finetune, outcome: TrainOutcome, context: StageCont
         for name in made.anatomy.linears
     )
     return StageResult(layers=layers, metrics=plain, warnings=tuple(warnings))
+
+
+def dtype_warnings(dtype: str, precision: str) -> tuple[str, ...]:
+    """What to tell of a recipe's ``dtype`` that is not what training computed in, in full sentences.
+
+    It is the type that stages without training compute in; no stage changes the type weights are stored in.
+    """
+    if dtype == "auto" or COMPUTES[precision] == dtype:
+        return ()
+    return (
+        f"dtype: {dtype} has no effect on training, which computed in {COMPUTES[precision]}: set the stage's "
+        "precision instead. Weights are stored in the type they had.",
+    )

@@ -153,6 +153,15 @@ def test_a_loss_that_does_not_fall_is_told(source: ModelSource, text: DataSpec, 
         assert result.warnings == ()
 
 
+@pytest.mark.parametrize(("dtype", "told"), [("auto", False), ("float32", False), ("bfloat16", True)])
+def test_a_dtype_that_training_does_not_follow_is_told(
+    source: ModelSource, text: DataSpec, tmp_path: Path, dtype: str, told: bool
+) -> None:
+    result, out = run(Finetune(**FEW), source, text, tmp_path / "s", dtype=dtype)
+    assert any("set the stage's precision" in warning for warning in result.warnings) == told
+    assert {t.dtype for t in load_file(out / "model.safetensors").values()} == {torch.float32}
+
+
 def test_training_after_quantisation_is_refused(source: ModelSource, text: DataSpec, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="Put this stage before the quantisation"):
         run(Finetune(**FEW), source, text, tmp_path / "s", promises=(Gridded("model.layers.0.mlp.up_proj"),))
