@@ -89,7 +89,8 @@ def _inside(anatomy: Anatomy, block: str) -> tuple[tuple[str, int, int], ...]:
 
 def _probe(config: Any, anatomy: Anatomy, directory: Path, trust_remote_code: bool) -> nn.Module:
     """One block of the real widths with random weights, on the CPU in float32."""
-    changes = {**with_blocks(config, anatomy, directory, (0,)), "vocab_size": PROBE_VOCABULARY}
+    one = with_blocks(config, anatomy, directory, (0,), trust_remote_code=trust_remote_code)
+    changes = {**one, "vocab_size": PROBE_VOCABULARY}
     small = resized(config, changes)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         token = getattr(small, name, None)

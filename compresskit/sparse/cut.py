@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 NEURON_MULTIPLE = 8
 SHARD_BYTES = 1 << 28
 CONFIG = "config.json"
+REMOTE_CODE = "transformers_modules"  # the package that transformers puts such code in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +69,7 @@ class Cut:
         if faults:
             return faults
         try:
-            plan_cut(self, model.config, model.anatomy, model.original)
+            plan_cut(self, model.config, model.anatomy, model.original, trust_remote_code=_trusts(model))
         except InputError as error:
             faults = [
                 Fault(f"{where}.{f.where}" if f.where == "ffn" else f.where, f.expected, f.got, f.cure)
@@ -79,9 +80,10 @@ class Cut:
 
     def forecast(self, model: Outlook) -> Forecast:
         """What the smaller model will be; called only when there are no faults."""
-        surgery = plan_cut(self, model.config, model.anatomy, model.original)
+        trust = _trusts(model)
+        surgery = plan_cut(self, model.config, model.anatomy, model.original, trust_remote_code=trust)
         config = resized(model.config, surgery.changes)
-        skeleton = skeleton_of(config, model.original)
+        skeleton = skeleton_of(config, model.original, trust_remote_code=trust)
         after = replace(model, anatomy=anatomy_of(skeleton), config=config, layer_bits={})
         dropped = len(model.anatomy.blocks) - len(surgery.blocks)
         touched = len(surgery.blocks) * (1 + len(surgery.coupling.makers)) if surgery.coupling else 0
@@ -159,6 +161,11 @@ def spaced(count: int, keep: int) -> tuple[int, ...]:
     return tuple((2 * i * (count - 1) + keep - 1) // (2 * (keep - 1)) for i in range(keep))
 
 
+def _trusts(model: Outlook) -> bool:
+    """Whether code that comes with the model may run: its configuration's class could only be had so."""
+    return type(model.config).__module__.partition(".")[0] == REMOTE_CODE
+
+
 def plan_cut(
     cut: Cut, config: Any, anatomy: Anatomy, directory: Path, *, trust_remote_code: bool = False
 ) -> Surgery:
@@ -172,7 +179,7 @@ def plan_cut(
     changes: dict[str, Any] = {}
     if cut.layers is not None:
         blocks = spaced(len(blocks), cut.layers)
-        changes = with_blocks(config, anatomy, directory, blocks)
+        changes = with_blocks(config, anatomy, directory, blocks, trust_remote_code=trust_remote_code)
     if cut.ffn is None:
         return Surgery(blocks, None, None, changes)
     couplings = find_couplings(config, anatomy, directory, trust_remote_code=trust_remote_code)
@@ -186,8 +193,9 @@ def plan_cut(
         expected = f"fewer than {old} neurons after rounding to a multiple of {NEURON_MULTIPLE}"
         raise PatternError(Fault("ffn", expected, f"{new} for {cut.ffn}", "Lower ffn."))
     middle = resized(config, changes)
-    shapes = _shapes_after(anatomy_of(skeleton_of(middle, directory)), couplings[0], new)
-    changes |= with_shapes(middle, directory, old, new, shapes)
+    skeleton = skeleton_of(middle, directory, trust_remote_code=trust_remote_code)
+    shapes = _shapes_after(anatomy_of(skeleton), couplings[0], new)
+    changes |= with_shapes(middle, directory, old, new, shapes, trust_remote_code=trust_remote_code)
     return Surgery(blocks, couplings[0], new, changes)
 
 

@@ -27,14 +27,17 @@ def resized(config: Any, changes: Mapping[str, Any]) -> Any:
     return type(config).from_dict(data)
 
 
-def with_blocks(config: Any, anatomy: Anatomy, directory: Path, keep: Sequence[int]) -> Changes:
+def with_blocks(
+    config: Any, anatomy: Anatomy, directory: Path, keep: Sequence[int], *, trust_remote_code: bool = False
+) -> Changes:
     """The changes that leave only the blocks ``keep`` of a model.
 
     Args:
         config: of the model.
         anatomy: of the model.
-        directory: to name in errors.
+        directory: of the model, for errors and code of its own.
         keep: indices of blocks, ascending.
+        trust_remote_code: whether that code may run.
 
     Returns:
         The number of blocks, and each list with one entry per block cut to those kept.
@@ -46,18 +49,14 @@ def with_blocks(config: Any, anatomy: Anatomy, directory: Path, keep: Sequence[i
     lists = {
         key: [value[i] for i in keep]
         for key, value in data.items()
-        if isinstance(value, list | tuple)
-        and len(value) == count
-        and "token" not in key
-        and key != "architectures"
+        if isinstance(value, list | tuple) and len(value) == count and not _is_no_list_of_blocks(key)
     }
 
     def fits(after: Anatomy) -> bool:
         return len(after.blocks) == len(keep)
 
-    depth = _search(
-        config, [k for k, v in data.items() if _is_int(v, count)], len(keep), lists, directory, fits
-    )
+    keys = [k for k, v in data.items() if _is_int(v, count)]
+    depth = _search(config, keys, len(keep), lists, directory, fits, trust_remote_code)
     if depth is None:
         cure = "Cut another model."
         raise ModelError(Fault(f"{directory}: config.json", "a key for the number of blocks", "none", cure))
@@ -65,16 +64,23 @@ def with_blocks(config: Any, anatomy: Anatomy, directory: Path, keep: Sequence[i
 
 
 def with_shapes(
-    config: Any, directory: Path, old: int, new: int, shapes: Mapping[str, tuple[int, ...]]
+    config: Any,
+    directory: Path,
+    old: int,
+    new: int,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    trust_remote_code: bool = False,
 ) -> Changes:
     """The change that turns a width of ``old`` into ``new`` and gives the model exactly ``shapes``.
 
     Args:
         config: of the model, its blocks already cut.
-        directory: to name in errors.
+        directory: of the model, for errors and code of its own.
         old: the width now, which a key holds, or which follows from another where a key holds null.
         new: the width to come.
         shapes: every parameter's shape after the change.
+        trust_remote_code: whether that code may run.
 
     Raises:
         ModelError: no key of the configuration does that.
@@ -85,7 +91,7 @@ def with_shapes(
     def fits(after: Anatomy) -> bool:
         return dict(after.parameter_shapes) == dict(shapes)
 
-    width = _search(config, keys, new, {}, directory, fits)
+    width = _search(config, keys, new, {}, directory, fits, trust_remote_code)
     if width is None:
         cure = "Cut layers only, or another model."
         raise ModelError(Fault(f"{directory}: config.json", f"a key for the width {old}", "none", cure))
@@ -99,10 +105,12 @@ def _search(
     besides: Changes,
     directory: Path,
     fits: Callable[[Anatomy], bool],
+    trust: bool,
 ) -> str | None:
     for key in keys:
         try:
-            after = anatomy_of(skeleton_of(resized(config, {**besides, key: value}), directory))
+            changed = resized(config, {**besides, key: value})
+            after = anatomy_of(skeleton_of(changed, directory, trust_remote_code=trust))
         except Exception:
             continue
         if fits(after):
