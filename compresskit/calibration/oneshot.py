@@ -100,7 +100,7 @@ def calibration_rows(
     from compresskit.modeling import load_tokenizer
 
     spec, length = stage.data or fallback, row_length(stage, model.config)
-    tokenizer = load_tokenizer(model, trust_remote_code=model.trust_remote_code)
+    tokenizer = load_tokenizer(model)
     rows = packed(spec, tokenizer, context_length=length, cache=cache, rows=stage.samples)
     warnings = list(rows.warnings)
     if len(rows) < stage.samples:

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
 
 from compresskit.errors import Fault, ModelError
+from compresskit.modeling.quiet import hush, without_bars
 
 # Tried in order; the first whose table lists the architecture is what users load it with.
 AUTO_CLASSES = (
@@ -70,7 +71,8 @@ def load_model(directory: Path, *, device: str = "cpu", trust_remote_code: bool 
     """
     cls = getattr(transformers, auto_class(directory))
     try:
-        model = cls.from_pretrained(directory, dtype="auto", trust_remote_code=trust_remote_code)
+        with without_bars():
+            model = cls.from_pretrained(directory, dtype="auto", trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ModelError(
             Fault(
@@ -80,6 +82,7 @@ def load_model(directory: Path, *, device: str = "cpu", trust_remote_code: bool 
                 "Mend the checkpoint, or install what the message asks for.",
             )
         ) from error
+    hush(model)
     return model.to(device).eval()
 
 
@@ -91,7 +94,7 @@ def empty_model(directory: Path, *, trust_remote_code: bool = False) -> Any:
         return cls.from_config(config, trust_remote_code=trust_remote_code)
 
 
-def max_positions(config: Any, tokenizer_limit: int | None = None) -> int:
+def max_positions(config: Any) -> int:
     """The longest sequence a model of ``config`` takes, in tokens.
 
     Raises:
@@ -101,8 +104,6 @@ def max_positions(config: Any, tokenizer_limit: int | None = None) -> int:
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
         if isinstance(value := getattr(text, name, None), int) and value > 0:
             return value
-    if tokenizer_limit:
-        return tokenizer_limit
     raise ModelError(
         Fault("config.json", "max_position_embeddings", "none", "State context_length in the call.")
     )

@@ -13,6 +13,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from compresskit.errors import Fault, InputError, ModelError
+from compresskit.modeling.quiet import hush, without_bars
 from compresskit.registry import nearest
 
 if TYPE_CHECKING:
@@ -167,7 +168,10 @@ def load_model(
     config = load_config(directory, trust_remote_code=trust)
     cls: Any = model_class(config, directory, trust_remote_code=trust)
     try:
-        loaded, info = cls.from_pretrained(directory, dtype=dtype, output_loading_info=True)
+        with without_bars():
+            loaded, info = cls.from_pretrained(
+                directory, dtype=dtype, output_loading_info=True, trust_remote_code=trust
+            )
     except Exception as error:  # transformers raises many kinds
         raise ModelError(
             Fault(
@@ -186,6 +190,7 @@ def load_model(
                 FETCH_OR_FIX,
             )
         )
+    hush(loaded)
     found: PreTrainedModel = loaded.to(resolve_device(device)).eval()
     return found
 
@@ -195,7 +200,7 @@ def load_tokenizer(model: ModelSource | Path | str, *, trust_remote_code: bool =
 
     Args:
         model: a source, or a directory.
-        trust_remote_code: whether code in the directory may run.
+        trust_remote_code: whether code in the directory may run; a source brings its own answer.
 
     Returns:
         A transformers tokenizer.
@@ -204,6 +209,7 @@ def load_tokenizer(model: ModelSource | Path | str, *, trust_remote_code: bool =
         ModelError: there is none, or transformers cannot read it.
     """
     directory = model.directory if not isinstance(model, (str, Path)) else Path(model)
+    trust = trust_remote_code or (not isinstance(model, (str, Path)) and model.trust_remote_code)
     # Checked first because transformers makes an empty tokenizer from a config.json alone.
     if not any(any(directory.glob(pattern)) for pattern in TOKENIZER_FILES):
         raise ModelError(
@@ -215,7 +221,7 @@ def load_tokenizer(model: ModelSource | Path | str, *, trust_remote_code: bool =
             )
         )
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust)
     except Exception as error:  # transformers and tokenizers raise many kinds
         raise ModelError(
             Fault(
