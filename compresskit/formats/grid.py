@@ -93,23 +93,6 @@ def same_grid(a: Grid | None, b: Grid | None) -> bool:
     return plain and a.scale_OG.dtype == b.scale_OG.dtype and torch.equal(a.scale_OG, b.scale_OG)
 
 
-def round_tokens(x_BTI: Tensor, bits: int) -> Tensor:
-    """Round activations onto ``bits`` with one symmetric scale per token, as compressed-tensors runs w8a8.
-
-    Args:
-        x_BTI: (batch, tokens, I); the last dimension shares a scale.
-        bits: 8 for w8a8.
-
-    Returns:
-        The rounded activations, same shape and dtype; the arithmetic is done in that dtype.
-    """
-    scale = x_BTI.abs().amax(-1, keepdim=True) / ((2**bits - 1) / 2)
-    scale = scale.where(scale != 0, torch.finfo(x_BTI.dtype).eps)
-    half = 2 ** (bits - 1)
-    rounded: Tensor = (x_BTI / scale).clamp(-half, half - 1).round() * scale
-    return rounded
-
-
 def write_grids(directory: Path, grids: Mapping[str, Grid]) -> None:
     """Write ``grids`` (layer name -> grid) into ``directory``; the bytes depend on nothing else."""
     tensors, plain = {}, {}

@@ -19,10 +19,11 @@ from compresskit.errors import FormatError
 from compresskit.formats import FORMATS, export
 from compresskit.formats.checkpoint import export_checkpoint, write_shards
 from compresskit.formats.compressed_tensors import CompressedTensors, pack, unpack
-from compresskit.formats.grid import Grid, round_tokens, same_grid, write_grids
+from compresskit.formats.grid import Grid, same_grid, write_grids
 from compresskit.modeling import ModelSource, copy_sidecars, load_model, open_model
 from compresskit.quant.affine import grid_for
 from compresskit.quant.scheme import parse
+from tests.formats.rounding import round_tokens
 
 LOGIT_TOLERANCE = 1e-5
 

@@ -11,7 +11,8 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize, fake_q
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
 from compresskit.errors import FormatError
-from compresskit.formats.grid import GRIDS_FILE, Grid, read_grids, round_tokens, same_grid, write_grids
+from compresskit.formats.grid import GRIDS_FILE, Grid, read_grids, same_grid, write_grids
+from tests.formats.rounding import round_tokens
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
