@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from tqdm.std import tqdm
+from tqdm.std import tqdm  # type: ignore[import-untyped]
 
 
 @contextmanager

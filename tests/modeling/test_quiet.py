@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from compresskit.data.spec import DataSpec
 from compresskit.formats.checkpoint import export_checkpoint
