@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, tiny_llama
 from transformers import BertConfig, BertModel, GraniteConfig, GraniteForCausalLM, OPTConfig, OPTForCausalLM
 
+from compresskit import modeling
 from compresskit.data.spec import DataSpec
 from compresskit.distill.finetune import Finetune
 from compresskit.distill.stage import Distill
@@ -252,6 +254,30 @@ def test_a_teacher_whose_logits_are_scaled_is_refused(
     assert (fault.where, fault.got) == ("stages[0].teacher", "logits_scaling=8.0")
     with pytest.raises(PlanError, match="logits_scaling=8"):
         run(stage, source, text, tmp_path / "s")
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_trust_reaches_the_teacher_and_both_tokenizers(
+    source: ModelSource, text: DataSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trust: bool
+) -> None:
+    asked: list[tuple[str, bool]] = []
+
+    def noting(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, trust_remote_code: bool = False) -> Any:
+            asked.append((real.__name__, trust_remote_code))
+            return real(*args, trust_remote_code=trust_remote_code)
+
+        return call
+
+    for module in ("distill.vocabulary", "distill.work", "distill.teacher", "training.job"):
+        for name in ("open_model", "load_tokenizer", "load_model"):
+            if module != "training.job" or name != "load_model":  # there a source brings its own answer
+                path = f"compresskit.{module}.{name}"
+                monkeypatch.setattr(path, noting(getattr(modeling, name)), raising=False)
+    teacher = tiny_llama(tmp_path / "teacher", seed=1)
+    run(Distill(teacher=str(teacher), **FEW), source, text, tmp_path / "s", trust_remote_code=trust)
+    assert {name for name, _ in asked} == {"open_model", "load_tokenizer", "load_model"}
+    assert {trusted for _, trusted in asked} == {trust}
 
 
 def other_vocabulary(directory: Path) -> Path:
