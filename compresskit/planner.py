@@ -245,6 +245,7 @@ def _opened(recipe: Recipe, build_dir: Path) -> tuple[ModelSource, Outlook]:
         data=recipe.data,
         device=device,
         devices=torch.cuda.device_count(),
+        trust_remote_code=recipe.trust_remote_code,
     )
     return source, outlook
 

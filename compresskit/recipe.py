@@ -51,7 +51,7 @@ class Recipe:
         data: for every stage that names none of its own.
         evaluation: what quality is measured on; None is the validation split of ``data``.
         seed: of the run; each stage derives its own.
-        dtype: ``auto`` keeps what is stored.
+        dtype: one-shot stages compute in; what is stored keeps its own. ``auto`` computes in that.
         device: ``auto`` takes an accelerator where there is one.
         trust_remote_code: let code in model directories run.
         origins: where each field was written, for errors: ``stages[0].pattern`` -> ``recipe.yaml:7``.
@@ -96,7 +96,6 @@ class Recipe:
 
 def resolved(recipe: Recipe) -> Recipe:
     """``recipe`` with every path that exists made absolute, so that it runs from any directory."""
-    data = {name: _absolute_data(getattr(recipe, name)) for name in ("data", "evaluation")}
     stages = []
     for stage in recipe.stages:
         paths = {n: _absolute(getattr(stage, n, None)) for n in ("teacher", "deepspeed_config")}
@@ -104,8 +103,14 @@ def resolved(recipe: Recipe) -> Recipe:
         if getattr(stage, "data", None) is not None:
             changed["data"] = _absolute_data(stage.data)  # type: ignore[attr-defined]
         stages.append(replace(stage, **changed) if changed else stage)  # type: ignore[type-var]
-    tokenizer = _absolute(recipe.tokenizer)
-    return replace(recipe, model=_absolute(recipe.model), tokenizer=tokenizer, stages=tuple(stages), **data)
+    return replace(
+        recipe,
+        model=_absolute(recipe.model),
+        tokenizer=_absolute(recipe.tokenizer),
+        data=_absolute_data(recipe.data),
+        evaluation=recipe.evaluation and _absolute_data(recipe.evaluation),
+        stages=tuple(stages),
+    )
 
 
 def _absolute(path: Any) -> Any:
@@ -113,8 +118,8 @@ def _absolute(path: Any) -> Any:
     return str(Path(path).expanduser().absolute()) if path and Path(path).expanduser().exists() else path
 
 
-def _absolute_data(spec: DataSpec | None) -> DataSpec | None:
-    if spec is None or not spec.source or "://" in spec.source:
+def _absolute_data(spec: DataSpec) -> DataSpec:
+    if not spec.source:
         return spec
     source = spec.source
     is_glob = any(c in source for c in "*?[") and not Path(source).is_absolute()

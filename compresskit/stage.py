@@ -195,6 +195,7 @@ class Outlook:
         data: the recipe's data, for a stage that names none.
         device: ``cpu`` or ``cuda``.
         devices: accelerators of this machine, 0 for none.
+        trust_remote_code: whether code in model directories may run.
     """
 
     anatomy: Anatomy
@@ -206,6 +207,7 @@ class Outlook:
     data: DataSpec = field(default_factory=DataSpec)
     device: str = "cpu"
     devices: int = 0
+    trust_remote_code: bool = False
 
     @property
     def checkpoint_bytes(self) -> int:

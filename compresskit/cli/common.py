@@ -64,7 +64,9 @@ def _option(field: Field[Any], hint: Any, text: str) -> Callable[[F], F]:
 
 def _metavar(hint: Any) -> str:
     words = describe(hint)
-    return "N" if "whole number" in words else "X" if "number" in words else "TEXT"
+    if "text" in words:
+        return "TEXT"
+    return "N" if "whole number" in words else "X"
 
 
 def run_options(function: F) -> F:

@@ -69,12 +69,9 @@ def isolation_faults(fields: TrainingFields, model: Outlook, where: str) -> list
 
     if (getattr(fields, "data", None) or model.data).cross_documents:
         return []
-    return probed_faults(where, model.config, model.anatomy, model.original, trust_remote_code=trusts(model))
-
-
-def trusts(model: Outlook) -> bool:
-    """Whether code that comes with models may run; no where the plan does not say."""
-    return bool(getattr(model, "trust_remote_code", False))
+    return probed_faults(
+        where, model.config, model.anatomy, model.original, trust_remote_code=model.trust_remote_code
+    )
 
 
 def forecast_training(fields: TrainingFields, model: Outlook, *, teacher_bytes: int) -> Forecast:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compresskit.distill.outlook import scale_faults, trusts
+from compresskit.distill.outlook import scale_faults
 from compresskit.errors import Fault, InputError
 from compresskit.modeling import ModelSource, load_tokenizer, open_model
 from compresskit.training.isolation import probed_faults
@@ -31,7 +31,7 @@ def teacher_faults(teacher: str | None, data: DataSpec, model: Outlook, where: s
         model: the student to be.
         where: of the stage.
     """
-    trust = trusts(model)
+    trust = model.trust_remote_code
     try:
         source = open_model(teacher or str(model.original), trust_remote_code=trust)
     except InputError as error:
@@ -97,7 +97,7 @@ def vocabulary_of(config: Any) -> int:
 
 def teacher_bytes(teacher: str | None, model: Outlook) -> int:
     """Of the teacher's weights."""
-    return open_model(teacher or str(model.original), trust_remote_code=trusts(model)).bytes
+    return open_model(teacher or str(model.original), trust_remote_code=model.trust_remote_code).bytes
 
 
 def _at(where: str, fault: Fault | str) -> Fault:

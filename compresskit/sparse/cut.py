@@ -69,7 +69,9 @@ class Cut:
         if faults:
             return faults
         try:
-            plan_cut(self, model.config, model.anatomy, model.original, trust_remote_code=_trusts(model))
+            plan_cut(
+                self, model.config, model.anatomy, model.original, trust_remote_code=model.trust_remote_code
+            )
         except InputError as error:
             faults = [
                 Fault(f"{where}.{f.where}" if f.where == "ffn" else f.where, f.expected, f.got, f.cure)
@@ -80,7 +82,7 @@ class Cut:
 
     def forecast(self, model: Outlook) -> Forecast:
         """What the smaller model will be; called only when there are no faults."""
-        trust = _trusts(model)
+        trust = model.trust_remote_code
         surgery = plan_cut(self, model.config, model.anatomy, model.original, trust_remote_code=trust)
         config = resized(model.config, surgery.changes)
         skeleton = skeleton_of(config, model.original, trust_remote_code=trust)
@@ -159,11 +161,6 @@ def spaced(count: int, keep: int) -> tuple[int, ...]:
     if keep == 1:
         return (0,)
     return tuple((2 * i * (count - 1) + keep - 1) // (2 * (keep - 1)) for i in range(keep))
-
-
-def _trusts(model: Outlook) -> bool:
-    """Whether code that comes with the model may run: its configuration's class could only be had so."""
-    return type(model.config).__module__.partition(".")[0] == REMOTE_CODE
 
 
 def plan_cut(
