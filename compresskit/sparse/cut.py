@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 NEURON_MULTIPLE = 8
 SHARD_BYTES = 1 << 28
 CONFIG = "config.json"
-REMOTE_CODE = "transformers_modules"  # the package that transformers puts such code in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
