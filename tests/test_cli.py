@@ -118,7 +118,7 @@ WRONG = {
     "cut that is none": ("distill --teacher {m}/model --student cut:layers -o out", ["cut:layers=3,ffn=0.5"]),
     "cut beyond what is there": (
         "distill --teacher {m}/model --student cut:layers=9 -o out",
-        ["layers", "9", "2"],
+        ["--student stages[0].layers", "9", "2"],
     ),
     "unknown strategy": ("finetune {m}/model -o out --nproc 2 --strategy fdsp", ["--strategy", "fsdp"]),
     "unknown loss": (

@@ -116,7 +116,7 @@ def one_stage_recipe(
         cls: its class.
         model: path or hub id.
         given: option name -> text, as click hands it over; None was not typed.
-        first: stages to run before, as plain data.
+        first: stages that make the student, as plain data.
         recipe_fields: ``data``, ``tokenizer`` ... of the recipe; None leaves the default.
 
     Returns:
@@ -128,7 +128,8 @@ def one_stage_recipe(
     hints = get_type_hints(cls)
     where = f"stages[{len(first)}]"
     stage: dict[str, Any] = {}
-    origins = {where: f"compresskit {kind}"}
+    origins = {f"stages[{index}]": "--student" for index in range(len(first))}
+    origins[where] = f"compresskit {kind}"
     for name, text in given.items():
         if name in hints and text not in (None, ()):
             stage[name] = _typed(text, hints[name])
