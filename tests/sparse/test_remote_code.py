@@ -48,6 +48,7 @@ def test_a_cut_is_foreseen_with_the_models_own_code(model: ModelSource) -> None:
         tokenizer=model.directory,
         original=model.directory,
         weight_bytes=4.0,
+        trust_remote_code=True,
     )
     cut = Cut(layers=1, ffn=0.5)
     assert cut.faults(before, "stages[0]") == []

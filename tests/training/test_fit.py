@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
-from compresskit.errors import DataError, EngineError, NumericError, PlanError, PromiseError
+from compresskit.errors import DataError, InputError, NumericError, PlanError, PromiseError
 from compresskit.training import fit as fit_module
 from compresskit.training.checkpoint import MARK, latest
 from compresskit.training.fields import TrainingFields
@@ -294,7 +294,7 @@ def test_faults_come_together(make_model: Make, rows: Rows, tmp_path: Path) -> N
     with pytest.raises(PlanError) as error:
         train(make_model(), rows, tmp_path, learning_rate=0.0, optimizer="muon", precision="fp8")
     assert len(error.value.faults) == 3
-    with pytest.raises(EngineError, match="device: expected a device of this machine, got tpu"):
+    with pytest.raises(InputError, match="device: expected auto, cpu, cuda or cuda:0, got 'tpu'"):
         fit(make_model(), rows, fields=FIELDS, scratch=tmp_path, device="tpu")
     with pytest.raises(DataError, match="at least one row"):
         train(make_model(), [], tmp_path)  # type: ignore[arg-type]
