@@ -29,6 +29,10 @@ from compresskit.registry import nearest
 Visit = Callable[[str, Tensor, LayerStats], Tensor]
 """``visit(layer, weight_OI, stats)`` returns the new weight (O, I); it must not change ``weight_OI``."""
 
+Prepare = Callable[[int, StreamedModel, Mapping[str, LayerStats]], Mapping[str, LayerStats]]
+"""``prepare(index, streamed, stats)`` may change block ``index`` without changing what it computes, through
+``streamed``; it returns the statistics of the same layers as they are after that."""
+
 
 @dataclass(frozen=True, slots=True)
 class Walked:
@@ -51,6 +55,7 @@ def walk(
     needs: frozenset[str] = frozenset(),
     *,
     layers: Collection[str] | None = None,
+    prepare: Prepare | None = None,
     title: str = "Calibrating",
     spill: Path | None = None,
 ) -> Walked:
@@ -64,6 +69,8 @@ def walk(
         visit: see :data:`Visit`; the weight it gets is in its stored dtype on the model's device.
         needs: names of ``statistics.STATISTICS`` to collect.
         layers: names of the layers to visit; None is every linear layer inside the blocks.
+        prepare: see :data:`Prepare`; called once in each block up to the last with a layer to visit, after
+            the statistics of its layers were collected and before any of them is visited. Not without data.
         title: of the progress bar.
         spill: a file to keep hidden states in, where rows * T * D values are too many for memory.
 
@@ -92,7 +99,8 @@ def walk(
     hidden = Activations(spill)
     try:
         return Walked(
-            _Walk(streamed, documents, visit, needs, ordered, hidden).run(title), documents.num_tokens
+            _Walk(streamed, documents, visit, needs, ordered, hidden, prepare).run(title),
+            documents.num_tokens,
         )
     finally:
         hidden.close()
@@ -125,8 +133,10 @@ class _Walk:
         needs: frozenset[str],
         layers: Sequence[str],
         hidden: Activations,
+        prepare: Prepare | None,
     ) -> None:
         self.streamed, self.rows, self.visit, self.needs = streamed, rows, visit, needs
+        self.prepare = prepare
         self.linears = {name: streamed.source.anatomy.linears[name] for name in layers}
         self.relay = Relay(streamed)
         self.hidden = hidden
@@ -161,9 +171,15 @@ class _Walk:
         def onward(row: int) -> None:
             self.hidden[row] = through(row)
 
-        self._change(names, lambda row: None if not self.needs else _drop(through(row)), onward)
+        self._change(names, lambda row: _drop(through(row)), onward, index)
 
-    def _change(self, names: list[str], watch: Callable[[int], None], proceed: Callable[[int], None]) -> None:
+    def _change(
+        self,
+        names: list[str],
+        watch: Callable[[int], None],
+        proceed: Callable[[int], None],
+        block: int | None = None,
+    ) -> None:
         """Collect for ``names`` while ``watch`` runs the rows, visit them, then ``proceed`` with the rows."""
         module, device = self.streamed.module, self.streamed.device
         stats: dict[str, LayerStats] = {name: LayerStats(num_tokens=0, layer=name) for name in names}
@@ -171,6 +187,8 @@ class _Walk:
             with Collector(module, [self.linears[n] for n in names], self.needs, device) as collector:
                 self._each_row(watch, collector)
             stats = collector.finish(names)
+        if self.prepare is not None and block is not None:
+            stats = dict(self.prepare(block, self.streamed, stats))
         deltas = {name: self._visit(name, stats.pop(name)) for name in names}
         with Shift(module, deltas) as shift:
             self._each_row(proceed, shift)

@@ -124,24 +124,40 @@ class StreamedModel:
             RuntimeError: the layer's block is not entered.
         """
         linear = self.source.anatomy.linears[layer]
-        name = f"{layer}.weight"
-        self._require_resident(name)
+        self._require_resident(f"{layer}.weight")
         if linear.tied:
             got = "a weight shared with another module"
             raise ModelError(Fault(layer, "a weight of its own", got, f"Add {layer} to ignore."))
         shape = (linear.out_features, linear.in_features)
-        if tuple(weight_OI.shape) != shape:
-            cure = "Return a weight of the shape given."
-            raise ModelError(Fault(layer, f"a weight of shape {shape}", f"{tuple(weight_OI.shape)}", cure))
-        if not is_finite(weight_OI):
-            cure = "Use another method or more calibration data; this one failed on this layer."
-            raise ModelError(Fault(layer, "finite weights", "NaN or infinity", cure))
-        weight = weight_OI.detach().t() if linear.transposed else weight_OI.detach()
-        exact = weight.to(self.source.dtype(name))
-        with torch.no_grad():
-            self.module.get_parameter(name).copy_(exact)
-        if exact.dtype != self.dtype:
-            self._exact[name] = exact.to("cpu", copy=True).contiguous()
+        _require_sound(layer, weight_OI, shape)
+        self._set(f"{layer}.weight", weight_OI.detach().t() if linear.transposed else weight_OI.detach())
+
+    def parameter(self, name: str) -> Tensor:
+        """Parameter ``name`` as it will be written, in its stored dtype and shape, on the model's device.
+
+        Raises:
+            RuntimeError: its block is not entered.
+        """
+        self._require_resident(name)
+        return self._current(name).to(self.device)
+
+    def set_parameter(self, name: str, tensor: Tensor) -> None:
+        """Replace a parameter that is no linear layer's weight: of a norm, or a bias.
+
+        Args:
+            name: outside the blocks, or in the block that is entered.
+            tensor: of its shape as stored, finite, in its stored dtype or one that converts to it.
+
+        Raises:
+            ModelError: another shape, values that are not finite, or a parameter tied to another.
+            RuntimeError: its block is not entered.
+        """
+        self._require_resident(name)
+        if any(name in group for group in self.source.anatomy.tied):
+            got = "one shared with another module"
+            raise ModelError(Fault(name, "a parameter of its own", got, "Leave it as it is."))
+        _require_sound(name, tensor, tuple(self.module.get_parameter(name).shape))
+        self._set(name, tensor.detach())
 
     def close(self) -> None:
         """Write everything not yet written, the index and the files beside the weights; config.json last."""
@@ -167,6 +183,13 @@ class StreamedModel:
         """Shard 0 holds what is outside the blocks, shard i + 1 block i."""
         total = len(self.blocks) + 1
         return SINGLE if total == 1 else f"model-{number + 1:05d}-of-{total:05d}.safetensors"
+
+    def _set(self, name: str, value: Tensor) -> None:
+        exact = value.to(self.source.dtype(name))
+        with torch.no_grad():
+            self.module.get_parameter(name).copy_(exact)
+        if exact.dtype != self.dtype:
+            self._exact[name] = exact.to("cpu", copy=True).contiguous()
 
     def _require_resident(self, name: str) -> None:
         if self.module.get_parameter(name).is_meta:
@@ -248,6 +271,16 @@ def _return_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+def _require_sound(where: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    """A new value for ``where`` has its shape and is finite."""
+    if tuple(value.shape) != shape:
+        cure = "Return a weight of the shape given."
+        raise ModelError(Fault(where, f"a weight of shape {shape}", f"{tuple(value.shape)}", cure))
+    if not is_finite(value):
+        cure = "Use another method or more calibration data; this one failed on this layer."
+        raise ModelError(Fault(where, "finite weights", "NaN or infinity", cure))
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

@@ -279,6 +279,43 @@ def test_blocks_that_pass_on_more_than_hidden_states_are_refused(tmp_path: Path)
         walk(streamed, some_rows(8), weight_of, EVERY)
 
 
+def test_a_block_may_be_prepared_between_measuring_and_visiting(model: Model, tmp_path: Path) -> None:
+    """Prepared blocks are what visits see, what the error is relative to, and what is written."""
+    source = open_model(model("llama"))
+    (tmp_path / "out").mkdir()
+    calls: list[tuple[int, list[str]]] = []
+
+    def prepare(
+        index: int, streamed: StreamedModel, stats: Mapping[str, LayerStats]
+    ) -> Mapping[str, LayerStats]:
+        calls.append((index, list(stats)))
+        for name in stats:
+            assert stats[name].input_sq_mean_I is not None
+            streamed.set_weight(name, streamed.weight_OI(name) / 2)
+        norm = f"{streamed.blocks[index]}.input_layernorm.weight"
+        streamed.set_parameter(norm, streamed.parameter(norm) * 2)
+        return {name: LayerStats(num_tokens=7, layer=name) for name in stats}
+
+    def visit(layer: str, weight_OI: Tensor, stats: LayerStats) -> Tensor:
+        assert stats.num_tokens == 7
+        assert torch.equal(weight_OI, source.weight_OI(layer) / 2)
+        return weight_OI
+
+    layers = [f"model.layers.1.self_attn.{name}_proj" for name in "qk"]
+    with StreamedModel(source, tmp_path / "out") as streamed:
+        walked = walk(
+            streamed, some_rows(8), visit, frozenset({"input_sq_mean"}), layers=layers, prepare=prepare
+        )
+    assert calls == [(0, []), (1, layers)]
+    assert set(walked.relative_error.values()) == {0.0}
+    after = open_model(tmp_path / "out")
+    for name in source.names():
+        halved = name.removesuffix(".weight") in layers
+        doubled = name in [f"model.layers.{index}.input_layernorm.weight" for index in (0, 1)]
+        factor = 0.5 if halved else 2 if doubled else 1
+        assert torch.equal(after.tensor(name), source.tensor(name) * factor), name
+
+
 def test_faults_of_the_request_are_told(model: Model, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     streamed = StreamedModel(open_model(model("llama-tied")), tmp_path / "out")

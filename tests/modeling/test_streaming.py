@@ -91,8 +91,8 @@ def test_changes_of_every_kind_are_written(family: str, model: Model, tmp_path: 
             assert torch.equal(weight_OI, source.weight_OI(name))
             streamed.set_weight(name, weight_OI * 2)
             assert torch.equal(streamed.weight_OI(name), weight_OI * 2)
-            with torch.no_grad():
-                block.get_parameter(norm.removeprefix(linear)).zero_()
+            streamed.set_parameter(norm, torch.zeros_like(streamed.parameter(norm)))
+            assert not block.get_parameter(norm.removeprefix(linear)).any()
         with streamed.block(1):  # entered again: the change is read back, and a second one joins it
             assert torch.equal(streamed.weight_OI(name), weight_OI * 2)
             streamed.set_weight(name, weight_OI * 3)
@@ -167,6 +167,15 @@ def test_wrong_weights_are_refused(model: Model, tmp_path: Path) -> None:
             streamed.set_weight(UP, weight_OI.t())
         with pytest.raises(ModelError, match="NaN"):
             streamed.set_weight(UP, weight_OI / 0)
+        norm = "model.layers.1.input_layernorm.weight"
+        with pytest.raises(ModelError, match=r"input_layernorm.*shape \(16,\), got \(3,\)"):
+            streamed.set_parameter(norm, weight_OI[0, :3])
+        with pytest.raises(ModelError, match="infinity"):
+            streamed.set_parameter(norm, torch.full((16,), torch.inf))
+    with pytest.raises(RuntimeError, match="enter its block"):
+        streamed.set_parameter(norm, torch.ones(16))
+    with pytest.raises(ModelError, match="a parameter of its own"):
+        streamed.set_parameter("lm_head.weight", streamed.parameter("lm_head.weight"))
     with pytest.raises(OutputError, match="the model's own"):
         StreamedModel(streamed.source, streamed.source.directory)
     with pytest.raises(OutputError, match="Create it"):
