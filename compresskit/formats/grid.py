@@ -18,57 +18,120 @@ from compresskit.errors import Fault, FormatError
 from compresskit.formats.files import save_tensors
 
 GRIDS_FILE = "grids.safetensors"
+PLAIN = ("bits", "number", "group_size", "activation_bits")
+TENSORS = {"scale": "scale_OG", "zero_point": "zero_point_OG", "activation_scale": "activation_scale"}
+FLOAT8_MAX = 448.0  # of e4m3
+# The quantiles of Dettmers et al., "QLoRA", 2023, https://arxiv.org/abs/2305.14314, appendix E.
+NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Grid:
-    """The values a weight may take: ``q * scale``, rounded once into the scale's dtype.
+    """The values a weight may take, each rounded once into the scale's dtype; zero is always one of them.
 
-    That is to the bit what compressed-tensors computes when it unpacks a checkpoint. Zero is on every grid.
-    There are no zero points: transformers cannot load a packed checkpoint that has them.
+    An ``int`` grid has ``(q - zero) * scale``, a ``float`` one ``q * scale`` for every q of e4m3: to the bit what
+    compressed-tensors computes when it unpacks a checkpoint. An ``nf4`` grid has ``NF4[q] * scale``, computed
+    in float32, as bitsandbytes does.
 
     Attributes:
-        bits: of q, a signed integer: -2**(bits-1) ... 2**(bits-1)-1.
+        bits: of q; an integer lies in -2**(bits-1) ... 2**(bits-1)-1.
         scale_OG: positive, in the weight's own dtype.
         group_size: inputs that share a scale; None: all of a row.
-        activation_bits: of the layer's input, rounded per token while the model runs; None leaves it alone.
+        activation_bits: of the layer's input, rounded while the model runs; None leaves it alone.
+        number: ``int``, ``float`` or ``nf4``.
+        zero_point_OG: int8, the q that stands for 0; None where that is 0.
+        activation_scale: (1,), of every input of the layer; None finds each token's own as the model runs.
     """
 
     bits: int
     scale_OG: Tensor
     group_size: int | None = None
     activation_bits: int | None = None
+    number: str = "int"
+    zero_point_OG: Tensor | None = None
+    activation_scale: Tensor | None = None
 
     def quantize(self, weight_OI: Tensor) -> Tensor:
-        """The integers nearest to a weight.
+        """The q nearest to each weight.
 
         Args:
             weight_OI: (O, I), any float dtype.
 
         Returns:
-            int8 (O, I). For a weight that lies on this grid :meth:`dequantize` gives it back to the bit.
+            (O, I): int8, uint8 indices into :data:`NF4`, or float8_e4m3fn. For a weight that lies on this grid
+            :meth:`dequantize` gives it back to the bit.
         """
-        scale_OI = self._scale_OI(weight_OI)
         wide = torch.float64 if weight_OI.dtype == torch.float64 else torch.float32
-        q_OI = (weight_OI.to(wide) / scale_OI.to(wide)).round_()
-        half = 2 ** (self.bits - 1)
-        return q_OI.clamp_(-half, half - 1).to(torch.int8)
+        ratio_OGM = self._grouped(weight_OI).to(wide) / self._spread(self.scale_OG, weight_OI).to(wide)
+        if self.number == "nf4":
+            code = torch.tensor(NF4, dtype=wide, device=weight_OI.device)
+            q_OGM = torch.bucketize(ratio_OGM.contiguous(), (code[1:] + code[:-1]) / 2).to(torch.uint8)
+        elif self.number == "float":
+            q_OGM = ratio_OGM.clamp_(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn)
+        else:
+            q_OGM = ratio_OGM.round_()
+            if self.zero_point_OG is not None:
+                q_OGM += self._spread(self.zero_point_OG, weight_OI)
+            half = 2 ** (self.bits - 1)
+            q_OGM = q_OGM.clamp_(-half, half - 1).to(torch.int8)
+        return q_OGM.reshape(weight_OI.shape)
 
     def dequantize(self, q_OI: Tensor) -> Tensor:
-        """The weight (O, I), in the scale's dtype, that the integers ``q_OI`` (int8) stand for."""
-        scale_OI = self._scale_OI(q_OI)
-        return q_OI.to(scale_OI.dtype) * scale_OI
+        """The weight (O, I), in the scale's dtype, that ``q_OI`` from :meth:`quantize` stands for."""
+        scale_OG1 = self._spread(self.scale_OG, q_OI)
+        q_OGM = self._grouped(q_OI)
+        dtype = self.scale_OG.dtype
+        if self.number == "nf4":
+            code = torch.tensor(NF4, dtype=torch.promote_types(dtype, torch.float32), device=q_OI.device)
+            return (code[q_OGM.int()] * scale_OG1.to(code.dtype)).to(dtype).reshape(q_OI.shape)
+        level_OGM = q_OGM.to(dtype)
+        if self.zero_point_OG is not None:
+            level_OGM = level_OGM - self._spread(self.zero_point_OG, q_OI).to(dtype)
+        return (level_OGM * scale_OG1).reshape(q_OI.shape)
 
     def snap(self, weight_OI: Tensor) -> Tensor:
         """The nearest weight on the grid, (O, I) in the scale's dtype; zeros stay exactly zero."""
         return self.dequantize(self.quantize(weight_OI))
 
-    def bits_per_weight(self, in_features: int) -> float:
-        """Bits one stored weight takes, its share of the scales included."""
-        return self.bits + 8 * self.scale_OG.element_size() / (self.group_size or in_features)
+    def columns(self, start: int, stop: int) -> Grid:
+        """The grid of inputs ``start`` to ``stop`` alone, which must lie in one group or begin and end groups."""
+        if self.group_size is None:
+            return self
+        groups = slice(start // self.group_size, -(-stop // self.group_size))
+        zero_OG = None if self.zero_point_OG is None else self.zero_point_OG[:, groups]
+        size = min(self.group_size, stop - start)
+        return Grid(self.bits, self.scale_OG[:, groups], size, None, self.number, zero_OG)
 
-    def _scale_OI(self, like_OI: Tensor) -> Tensor:
-        rows, inputs = like_OI.shape
+    def bits_per_weight(self, in_features: int) -> float:
+        """Bits one stored weight takes, its share of scales and zero points included.
+
+        Four-bit weights whose inputs are rounded too are stored as int8: nothing else loads them.
+        """
+        per_scale = 32 if self.number == "nf4" else 8 * self.scale_OG.element_size()
+        per_zero = 0 if self.zero_point_OG is None else self.bits
+        stored = 8 if self.activation_bits else self.bits
+        return stored + (per_scale + per_zero) / (self.group_size or in_features)
+
+    def _grouped(self, value_OI: Tensor) -> Tensor:
+        """(O, I) as (O, G, members)."""
+        rows, inputs = value_OI.shape
         groups = 1 if self.group_size is None else inputs // self.group_size
         if self.scale_OG.shape != (rows, groups) or inputs % groups:
             raise FormatError(
@@ -79,7 +142,10 @@ class Grid:
                     "Quantise the layer again: its shape has changed since.",
                 )
             )
-        return self.scale_OG.to(like_OI.device).repeat_interleave(inputs // groups, dim=1)
+        return value_OI.reshape(rows, groups, -1)
+
+    def _spread(self, per_group_OG: Tensor, like_OI: Tensor) -> Tensor:
+        return per_group_OG.to(like_OI.device).unsqueeze(-1)
 
     def _grouping(self) -> str:
         return "one scale per row" if self.group_size is None else f"groups of {self.group_size}"
@@ -89,8 +155,14 @@ def same_grid(a: Grid | None, b: Grid | None) -> bool:
     """Whether two grids hold the same values, to the bit."""
     if a is None or b is None:
         return a is b
-    plain = all(getattr(a, f) == getattr(b, f) for f in ("bits", "group_size", "activation_bits"))
-    return plain and a.scale_OG.dtype == b.scale_OG.dtype and torch.equal(a.scale_OG, b.scale_OG)
+    plain = all(getattr(a, field) == getattr(b, field) for field in PLAIN)
+    return plain and all(_same(getattr(a, field), getattr(b, field)) for field in TENSORS.values())
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def write_grids(directory: Path, grids: Mapping[str, Grid]) -> None:
@@ -98,8 +170,10 @@ def write_grids(directory: Path, grids: Mapping[str, Grid]) -> None:
     tensors, plain = {}, {}
     for layer in sorted(grids):
         grid = grids[layer]
-        tensors[f"{layer}.scale"] = grid.scale_OG.contiguous().cpu()
-        plain[layer] = {f: getattr(grid, f) for f in ("bits", "group_size", "activation_bits")}
+        plain[layer] = {field: getattr(grid, field) for field in PLAIN}
+        for name, field in TENSORS.items():
+            if (tensor := getattr(grid, field)) is not None:
+                tensors[f"{layer}.{name}"] = tensor.contiguous().cpu()
     save_tensors(directory / GRIDS_FILE, tensors, {"grids": json.dumps(plain, sort_keys=True)})
 
 
@@ -120,11 +194,16 @@ def read_grids(directory: Path) -> dict[str, Grid]:
         return {}
     try:
         with safe_open(path, framework="pt") as file:
-            plain = json.loads(file.metadata()["grids"])
-            return {
-                layer: Grid(scale_OG=file.get_tensor(f"{layer}.scale"), **fields)
-                for layer, fields in plain.items()
+            plain, stored = json.loads(file.metadata()["grids"]), set(file.keys())
+            tensors = {
+                layer: {
+                    field: file.get_tensor(f"{layer}.{name}")
+                    for name, field in TENSORS.items()
+                    if f"{layer}.{name}" in stored
+                }
+                for layer in plain
             }
+            return {layer: Grid(**tensors[layer], **fields) for layer, fields in plain.items()}
     except Exception as error:  # safetensors raises its own untyped errors for a truncated file
         raise FormatError(
             Fault(

@@ -1,4 +1,4 @@
-"""Which scale a group of weights gets: the least that reaches its extremes.
+"""Which scale a group of weights gets: the least that reaches its extremes, or the one that errs least.
 
 Shapes: O = out_features, I = in_features, G = groups along I, M = members of a group.
 """
@@ -9,19 +9,23 @@ import torch
 from torch import Tensor
 
 from compresskit.errors import Fault, SchemeError
-from compresskit.formats.grid import Grid
+from compresskit.formats.grid import FLOAT8_MAX, Grid
 from compresskit.quant.scheme import Scheme
 
+SHRINKS = tuple(1 - step / 40 for step in range(21))
+"""Fractions of the full range that :func:`least_error_grid` tries."""
 
-def grid_for(weight_OI: Tensor, scheme: Scheme) -> Grid:
+
+def grid_for(weight_OI: Tensor, scheme: Scheme, shrink_OG: Tensor | float = 1.0) -> Grid:
     """The grid whose range just covers each group of ``weight_OI``.
 
-    The range is 2**bits - 1 steps wide and symmetric, as in compressed-tensors' own observers; the odd step
+    A symmetric integer range is 2**bits - 1 steps wide, as in compressed-tensors' own observers; the odd step
     is below zero, so a largest weight above zero is rounded down by half a step.
 
     Args:
         weight_OI: (O, I), any float dtype. Not modified.
         scheme: bits and groups.
+        shrink_OG: cover only this fraction of each group's range; what lies outside goes to its end.
 
     Returns:
         A grid with scales in ``weight_OI``'s dtype, all positive; a group of zeros gets scale 1.
@@ -29,24 +33,76 @@ def grid_for(weight_OI: Tensor, scheme: Scheme) -> Grid:
     Raises:
         SchemeError: the group size does not divide I, or a weight is not finite.
     """
-    rows, inputs = weight_OI.shape
-    expected = scheme.misfit(inputs)
-    if expected:
-        cure = "Choose a group size that divides it, or add the layer to ignore."
-        raise SchemeError(Fault(f"scheme {scheme}", expected, str(inputs), cure))
-    weight_OGM = weight_OI.reshape(rows, -1, scheme.group_size or inputs)
+    weight_OGM = _groups(weight_OI, scheme)
     wide = torch.float64 if weight_OI.dtype == torch.float64 else torch.float32
-    largest_OG = weight_OGM.abs().amax(-1).to(wide)
-    if not bool(torch.isfinite(largest_OG).all()):
+    low_OG, high_OG = weight_OGM.amin(-1).to(wide).clamp(max=0), weight_OGM.amax(-1).to(wide).clamp(min=0)
+    if not bool(torch.isfinite(high_OG - low_OG).all()):
         cure = "Check the checkpoint the stage before this one wrote."
         raise SchemeError(Fault(f"scheme {scheme}", "finite weights", "inf or nan", cure))
+    low_OG, high_OG = low_OG * shrink_OG, high_OG * shrink_OG
+    largest_OG = torch.maximum(high_OG, -low_OG)
     steps = 2**scheme.weight_bits - 1
-    scale_OG = (largest_OG * 2 / steps).to(weight_OI.dtype)
+    if scheme.number == "nf4":
+        scale_OG = largest_OG
+    elif scheme.number == "float":
+        scale_OG = largest_OG / FLOAT8_MAX
+    else:
+        scale_OG = (largest_OG * 2 if scheme.symmetric else high_OG - low_OG) / steps
+    scale_OG = scale_OG.to(weight_OI.dtype)
     # Weights so small that their scale underflows still need a scale to divide by.
-    scale_OG = scale_OG.where(scale_OG > 0, torch.finfo(weight_OI.dtype).tiny).where(largest_OG > 0, 1)
+    tiny = torch.finfo(weight_OI.dtype).tiny
+    scale_OG = scale_OG.where(scale_OG > 0, tiny).where(largest_OG > 0, 1)
+    zero_OG = None
+    if not scheme.symmetric:
+        half = 2 ** (scheme.weight_bits - 1)
+        zero_OG = (-half - low_OG / scale_OG.to(wide)).round().clamp(-half, half - 1).to(torch.int8)
     return Grid(
         bits=scheme.weight_bits,
         scale_OG=scale_OG,
         group_size=scheme.group_size,
         activation_bits=scheme.activation_bits,
+        number=scheme.number,
+        zero_point_OG=zero_OG,
     )
+
+
+def least_error_grid(weight_OI: Tensor, scheme: Scheme, importance_I: Tensor | None = None) -> Grid:
+    """The grid, of those that cover a fraction of each group's range, with the least squared rounding error.
+
+    Args:
+        weight_OI: (O, I), any float dtype. Not modified.
+        scheme: bits and groups.
+        importance_I: (I,), not negative: what a squared error of each input's weights costs; None: the same.
+
+    Returns:
+        A grid that errs no more, in any group, than :func:`grid_for`'s.
+
+    Raises:
+        SchemeError: as :func:`grid_for`.
+    """
+    full = grid_for(weight_OI, scheme)
+    best_OG = torch.ones_like(full.scale_OG, dtype=torch.float32)
+    least_OG = torch.full_like(best_OG, torch.inf)
+    for shrink in SHRINKS:
+        grid = grid_for(weight_OI, scheme, shrink)
+        error_OI = (grid.snap(weight_OI).float() - weight_OI.float()).square_()
+        if importance_I is not None:
+            error_OI *= importance_I
+        error_OG = error_OI.reshape(*best_OG.shape, -1).sum(-1)
+        better_OG = error_OG < least_OG
+        least_OG, best_OG = torch.where(better_OG, error_OG, least_OG), best_OG.where(~better_OG, shrink)
+    return grid_for(weight_OI, scheme, best_OG)
+
+
+def activation_scale(abs_max_I: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale (1,) in ``dtype`` of inputs of which the largest of each feature are ``abs_max_I`` (I,)."""
+    largest = abs_max_I.max().reshape(1)
+    return (largest * 2 / (2**8 - 1)).to(dtype).where(largest > 0, 1)
+
+
+def _groups(weight_OI: Tensor, scheme: Scheme) -> Tensor:
+    rows, inputs = weight_OI.shape
+    if expected := scheme.misfit(inputs):
+        cure = "Choose a group size that divides it, or add the layer to ignore."
+        raise SchemeError(Fault(f"scheme {scheme}", expected, str(inputs), cure))
+    return weight_OI.reshape(rows, -1, scheme.group_size or inputs)

@@ -14,10 +14,14 @@ from compresskit.quant.scheme import Scheme
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """A weight (O, I) that lies on ``grid`` to the bit, in the dtype it had."""
+    """A weight (O, I) that lies on ``grid`` to the bit, in the dtype it had.
+
+    ``note`` is anything a reader of the report should know, such as a damping that had to be raised.
+    """
 
     weight_OI: Tensor
     grid: Grid
+    note: str = ""
 
 
 class Quantizer(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,53 @@ def test_snap_is_the_slow_loop() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_every_integer_above_and_below_a_zero_point_is_recovered(dtype: torch.dtype) -> None:
+    zero = torch.randint(-8, 8, (64, 8), dtype=torch.int8)
+    grid = replace(grid_of(4, dtype, 32), zero_point_OG=zero)
+    q = torch.randint(-8, 8, (64, 256), dtype=torch.int8)
+    args = QuantizationArgs(num_bits=4, strategy="group", group_size=32, symmetric=False)
+    assert torch.equal(grid.quantize(grid.dequantize(q)), q)
+    assert torch.equal(grid.dequantize(q), dequantize(q, grid.scale_OG, zero, args=args))
+    assert not grid.snap(torch.zeros(64, 256, dtype=dtype)).any(), "zero is on every grid"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_float8_is_that_of_compressed_tensors(dtype: torch.dtype) -> None:
+    grid = replace(grid_of(8, dtype), number="float")
+    weight = (torch.randn(64, 256) * grid.scale_OG.float() * 150).to(dtype)
+    args = QuantizationArgs(num_bits=8, type="float", strategy="channel")
+    want = fake_quantize(weight, grid.scale_OG, torch.zeros_like(grid.scale_OG), args)
+    # It divides in the weight's dtype, which decides some ties otherwise: a step is an eighth at most.
+    torch.testing.assert_close(grid.snap(weight), want, rtol=0.13, atol=0)
+    assert (grid.snap(weight) == want).float().mean() > 0.97
+    assert torch.equal(grid.snap(grid.snap(weight)), grid.snap(weight))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nf4_is_that_of_bitsandbytes(dtype: torch.dtype) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    torch.manual_seed(0)
+    weight = torch.randn(64, 256).to(dtype)
+    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    grid = Grid(bits=4, scale_OG=weight.view(64, 4, 64).abs().amax(-1), group_size=64, number="nf4")
+    assert torch.equal(grid.scale_OG.float().flatten(), state.absmax)
+    want = functional.dequantize_4bit(packed, state)
+    assert (grid.snap(weight) == want).float().mean() > 0.999, "all but ties"
+    assert torch.equal(grid.snap(grid.snap(weight)), grid.snap(weight))
+
+
+def test_columns_are_a_part_of_the_grid() -> None:
+    torch.manual_seed(0)
+    zero = torch.randint(-8, 8, (64, 8), dtype=torch.int8)
+    grid, weight = replace(grid_of(4, torch.bfloat16, 32), zero_point_OG=zero), torch.randn(64, 256) / 50
+    for start, stop in ((0, 32), (7, 8), (64, 128)):
+        part = grid.columns(start, stop)
+        assert torch.equal(part.snap(weight[:, start:stop]), grid.snap(weight)[:, start:stop])
+    rows = grid_of(4, torch.bfloat16)
+    assert torch.equal(rows.columns(5, 9).snap(weight[:, 5:9]), rows.snap(weight)[:, 5:9])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_values_are_those_of_compressed_tensors(dtype: torch.dtype) -> None:
     grid = grid_of(4, dtype, 32)
     q = torch.randint(-8, 8, (64, 256), dtype=torch.int8)
@@ -66,13 +114,20 @@ def test_tokens_are_rounded_as_compressed_tensors_does(dtype: torch.dtype) -> No
 
 
 def test_files_give_back_the_same_grids_and_the_same_bytes(tmp_path: Path) -> None:
-    grids = {"b.c": grid_of(8, torch.bfloat16), "a": grid_of(4, torch.float32, 32)}
+    zero = torch.ones(64, 8, dtype=torch.int8)
+    grids = {
+        "b.c": replace(grid_of(8, torch.bfloat16), activation_bits=8, activation_scale=torch.ones(1)),
+        "a": replace(grid_of(4, torch.float32, 32), zero_point_OG=zero),
+    }
     write_grids(tmp_path, grids)
     first = (tmp_path / GRIDS_FILE).read_bytes()
     (tmp_path / "plain").touch()
     assert (tmp_path / GRIDS_FILE).stat().st_mode == (tmp_path / "plain").stat().st_mode
     back = read_grids(tmp_path)
     assert sorted(back) == ["a", "b.c"]
+    assert torch.equal(back["a"].zero_point_OG, zero)
+    assert back["a"].activation_scale is None
+    assert torch.equal(back["b.c"].activation_scale, torch.ones(1))
     assert all(same_grid(back[name], grids[name]) for name in grids)
     write_grids(tmp_path, dict(reversed(grids.items())))
     assert (tmp_path / GRIDS_FILE).read_bytes() == first
@@ -93,6 +148,8 @@ def test_same_grid_sees_every_difference() -> None:
     assert not same_grid(grid, Grid(bits=8, scale_OG=grid.scale_OG, group_size=32))
     assert not same_grid(grid, Grid(bits=4, scale_OG=grid.scale_OG.double(), group_size=32))
     assert not same_grid(grid, Grid(bits=4, scale_OG=changed, group_size=32))
+    assert not same_grid(grid, replace(grid, number="nf4"))
+    assert not same_grid(grid, replace(grid, zero_point_OG=torch.zeros(64, 8, dtype=torch.int8)))
     assert not same_grid(grid, None)
     assert same_grid(None, None)
 

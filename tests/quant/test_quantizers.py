@@ -13,11 +13,20 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from compresskit.calibration.statistics import LayerStats
 from compresskit.errors import SchemeError
 from compresskit.quant import QUANTIZERS
-from compresskit.quant.affine import grid_for
+from compresskit.quant.affine import SHRINKS, grid_for, least_error_grid
 from compresskit.quant.rtn import RoundToNearest
 from compresskit.quant.scheme import parse
 
-SCHEMES = ["w8a8", "w8a16", "w4a16-g32", "w4a16-channel"]
+SCHEMES = [
+    "w8a8",
+    "w8a16",
+    "w4a16-g32",
+    "w4a16-channel",
+    "w4a16-g32-asym",
+    "w4a8-g32",
+    "fp8",
+    "nf4",
+]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -57,8 +66,10 @@ def test_contract(name: str, dtype: torch.dtype, scheme: str, layout: str) -> No
     assert torch.equal(got.grid.snap(got.weight_OI), got.weight_OI), "every weight lies on the grid"
     assert not got.weight_OI[before == 0].any(), "zeros stay zeros"
     assert not torch.signbit(got.weight_OI[before == 0]).any()
-    assert (got.grid.bits, got.grid.group_size) == (parse(scheme).weight_bits, parse(scheme).group_size)
-    assert got.grid.activation_bits == parse(scheme).activation_bits
+    want = parse(scheme)
+    assert (got.grid.bits, got.grid.group_size) == (want.weight_bits, want.group_size)
+    assert (got.grid.number, got.grid.activation_bits) == (want.number, want.activation_bits)
+    assert (got.grid.zero_point_OG is None) == want.symmetric
     again = quantizer(name).quantize(weight.contiguous(), parse(scheme), stats())
     assert torch.equal(again.weight_OI, got.weight_OI)
 
@@ -96,6 +107,22 @@ def test_the_error_is_at_most_half_a_step(bits: int) -> None:
     got = RoundToNearest().quantize(weight, parse(f"w{bits}a16-channel" if bits == 4 else "w8a16"))
     steps = (got.weight_OI - weight).abs() / got.grid.scale_OG
     assert steps.max() <= 0.5 + 1e-3
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g32", "w4a16-g32-asym", "nf4", "fp8"])
+def test_the_least_error_is_that_of_trying_every_range(scheme: str) -> None:
+    torch.manual_seed(0)
+    weight, importance = torch.randn(4, 64) ** 3, torch.rand(64)
+    form = parse(scheme)
+    groups = 64 // (form.group_size or 64)
+
+    def errors(weight: torch.Tensor, shrink: float) -> torch.Tensor:
+        error = (grid_for(weight, form, shrink).snap(weight) - weight).square() * importance
+        return error.reshape(4, groups, -1).sum(-1)
+
+    tried = torch.stack([errors(weight, shrink) for shrink in SHRINKS])
+    got = least_error_grid(weight, form, importance).snap(weight) - weight
+    torch.testing.assert_close((got.square() * importance).reshape(4, groups, -1).sum(-1), tried.amin(0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
