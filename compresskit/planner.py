@@ -267,17 +267,24 @@ def _source_faults(source: ModelSource, recipe: Recipe) -> list[Fault]:
 def _chain_faults(stage: Stage, before: list[PlannedStage], source: ModelSource, where: str) -> list[Fault]:
     """What this place in the chain forbids, whatever the stage."""
     faults = []
-    quantised = next((s for s in before if s.stage.kind == "quantize"), None)
-    if stage.trains and quantised is not None:
+    quantised = next((s for s in before if s.forecast.after.layer_bits), None)
+    if stage.trains and quantised is not None and not getattr(stage, "keeps_grids", False):
+        cure = "Put this stage before the quantisation."
+        if hasattr(quantised.stage, "teacher"):
+            cure = (
+                f"Put this stage before {quantised.name}, or give the stage {quantised.stage.kind} a teacher."
+            )
         faults.append(
             Fault(
                 where,
                 "training before quantisation",
                 f"{stage.kind} after {quantised.name}, which would move weights off their grid",
-                "Put this stage before the quantisation.",
+                cure,
             )
         )
-    holds = next((s.name for s in before if not s.trains and not s.reshapes), None)
+    holds = next(
+        (s.name for s in before if not s.reshapes and (not s.trains or s.forecast.after.layer_bits)), None
+    )
     if holds is None and inherited_promises(source.directory):
         holds = "the stages that made this model"
     if stage.reshapes and holds is not None:

@@ -46,15 +46,15 @@ class Finetune(TrainingFields):
         Returns:
             All faults of the training fields together.
         """
-        from compresskit.distill.outlook import student_faults
+        from compresskit.training.outlook import student_faults
 
         return student_faults(self, model, where)
 
     def forecast(self, model: Outlook) -> Forecast:
         """What this stage will do to such a ``model``; called only when it has no faults."""
-        from compresskit.distill.outlook import forecast_training
+        from compresskit.training.outlook import forecast_training
 
-        return forecast_training(self, model, teacher_bytes=0)
+        return forecast_training(self, model)
 
     def run(self, model: ModelSource, context: StageContext) -> StageResult:
         """Train ``model`` into ``context.out``.
@@ -64,6 +64,6 @@ class Finetune(TrainingFields):
             NumericError: a loss or weight is no longer finite; names the step and the layer.
             WorkerError: a training process died.
         """
-        from compresskit.distill.work import run_stage
+        from compresskit.training.stage import run_training
 
-        return run_stage(self, model, context)
+        return run_training(self, model, context, title="Fine-tuning")

@@ -56,8 +56,8 @@ class Distill(TrainingFields):
         Returns:
             All faults together: of the training fields, the loss, the teacher and its vocabulary.
         """
-        from compresskit.distill.outlook import student_faults
         from compresskit.distill.vocabulary import teacher_faults
+        from compresskit.training.outlook import student_faults
 
         faults = student_faults(self, model, where)
         if self.loss not in LOSSES:
@@ -74,8 +74,8 @@ class Distill(TrainingFields):
 
     def forecast(self, model: Outlook) -> Forecast:
         """What this stage will do to such a ``model``; called only when it has no faults."""
-        from compresskit.distill.outlook import forecast_training
         from compresskit.distill.vocabulary import teacher_bytes
+        from compresskit.training.outlook import forecast_training
 
         return forecast_training(self, model, teacher_bytes=teacher_bytes(self.teacher, model))
 

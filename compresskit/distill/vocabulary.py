@@ -10,10 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compresskit.distill.outlook import scale_faults
 from compresskit.errors import Fault, InputError
 from compresskit.modeling import ModelSource, load_tokenizer, open_model
 from compresskit.training.isolation import probed_faults
+from compresskit.training.outlook import scale_faults
 
 if TYPE_CHECKING:
     from compresskit.data.spec import DataSpec

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,9 @@ class TrainingFields:
         zero_stage: 1, 2 or 3 under ``deepspeed``.
         deepspeed_config: path of a ds_config.json of the user's own; its "auto" values are filled in.
     """
+
+    keeps_grids: ClassVar[bool] = False
+    """Whether weights that an earlier stage put on a grid stay on it."""
 
     steps: int | None = None
     epochs: float = 1.0

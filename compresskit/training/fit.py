@@ -91,6 +91,7 @@ class Run:
         teacher: for an objective that needs one.
         validation: rows for the evaluations.
         held: layers whose zero weights stay zero.
+        adaptation: what was done to the model before, in words; another one is another run.
         seed: of data order and dropout.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:0``.
         save: called on every rank at the end with the whole state dict in the model's own dtypes; it is
@@ -107,6 +108,7 @@ class Run:
     teacher: TeacherProvider | None
     validation: Rows | None
     held: tuple[str, ...]
+    adaptation: str
     seed: int
     device: str
     save: Callable[[Mapping[str, Tensor]], None] | None
@@ -137,6 +139,7 @@ class Run:
         facts = {**asdict(self.fields), "steps": self.steps, "seed": self.seed, "rows": len(self.rows)}
         facts |= {"processes": setting.processes, "strategy": setting.strategy, "device": setting.device}
         facts |= {"objective": repr(self.objective), "held": self.held}
+        facts |= {"adaptation": self.adaptation}
         for name in ("eval_every", "checkpoint_every"):
             facts.pop(name)
         text = json.dumps(facts, sort_keys=True, default=str)
@@ -220,6 +223,7 @@ def fit(
     teacher: TeacherProvider | None = None,
     validation: Rows | None = None,
     held: tuple[str, ...] = (),
+    adaptation: str = "",
     seed: int = 0,
     device: str = "auto",
     save: Callable[[Mapping[str, Tensor]], None] | None = None,
@@ -251,6 +255,7 @@ def fit(
         teacher=teacher,
         validation=validation,
         held=held,
+        adaptation=adaptation,
         seed=seed,
         device=device,
         save=save,

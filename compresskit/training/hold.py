@@ -7,7 +7,7 @@ step would be lost under DeepSpeed, which keeps its own copy of the weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -48,19 +48,19 @@ def weight_of(model: nn.Module, layer: str) -> nn.Parameter:
 
 
 def require_held(
-    tensors: Mapping[str, Tensor], layers: Iterable[str], before: Callable[[str], Tensor]
+    now: Callable[[str], Tensor], layers: Iterable[str], before: Callable[[str], Tensor]
 ) -> None:
-    """Raise PromiseError unless every zero of ``before`` is still zero in ``tensors``.
+    """Raise PromiseError unless every zero of ``before`` is still zero in ``now``.
 
     Args:
-        tensors: the gathered state dict about to be saved.
+        now: the weight called ``<layer>.weight`` as it was saved.
         layers: whose zeros were held.
-        before: the weight called ``<layer>.weight`` before training.
+        before: the weight of that name before training.
     """
     faults = []
     for layer in layers:
         name = f"{layer}.weight"
-        lost = int(((before(name) == 0) & (tensors[name] != 0)).sum())
+        lost = int(((before(name) == 0) & (now(name) != 0)).sum())
         if lost:
             faults.append(
                 Fault(

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from compresskit.data.pack import packed
 from compresskit.data.spec import DataSpec
 from compresskit.errors import DataError, PlanError
-from compresskit.modeling import ModelSource, load_model, load_tokenizer
+from compresskit.modeling import ModelSource, load_tokenizer
 from compresskit.registry import locate
+from compresskit.training.adaptation import Adaptation, Plain
 from compresskit.training.fields import TrainingFields
 from compresskit.training.fit import TrainOutcome, fit, quiet_transformers
 from compresskit.training.hold import require_held
@@ -23,7 +24,6 @@ from compresskit.training.launch import launch
 from compresskit.training.objective import TeacherProvider
 from compresskit.training.order import Rows
 from compresskit.training.rules import launched_processes, this_rank
-from compresskit.training.write import write_checkpoint
 
 OUTCOME = "outcome.json"
 
@@ -51,6 +51,7 @@ class TrainJob:
         fields: of TrainingFields.
         objective: an ``Objective``.
         teacher: a ``TeacherProvider``, or None.
+        adaptation: an ``Adaptation``, or None to train the plain model.
         data: of DataSpec.
         context_length: tokens per row.
         cache: directory of the token cache.
@@ -68,6 +69,7 @@ class TrainJob:
     fields: Mapping[str, Any]
     objective: Part
     teacher: Part | None = None
+    adaptation: Part | None = None
     data: Mapping[str, Any]
     context_length: int
     cache: str
@@ -86,7 +88,7 @@ class TrainJob:
     def from_json(cls, text: str) -> TrainJob:
         """Inverse of :meth:`to_json`."""
         data = json.loads(text)
-        for name in ("objective", "teacher"):
+        for name in ("objective", "teacher", "adaptation"):
             data[name] = data[name] and Part(**data[name])
         return cls(**data | {"held": tuple(data["held"])})
 
@@ -125,8 +127,9 @@ def carry_out(job: TrainJob) -> TrainOutcome:
     source = ModelSource(job.model, trust_remote_code=job.trust_remote_code)
     rows, validation, notes = _rows(job)
     teacher = job.teacher.make() if job.teacher else None
+    adaptation: Adaptation = job.adaptation.make() if job.adaptation else Plain()
     with quiet_transformers():
-        model = load_model(source, dtype="auto", device="cpu")
+        model = adaptation.load(source)
         if teacher is not None:
             teacher.load()
 
@@ -135,8 +138,9 @@ def carry_out(job: TrainJob) -> TrainOutcome:
 
     def save(tensors: Mapping[str, Tensor]) -> None:
         if tensors:
-            require_held(tensors, job.held, source.tensor)
-            write_checkpoint(source, Path(job.out), tensors)
+            adaptation.save(source, Path(job.out), tensors)
+            made = ModelSource(job.out, trust_remote_code=job.trust_remote_code)
+            require_held(made.tensor, job.held, source.tensor)
 
     outcome = fit(
         model,
@@ -146,7 +150,8 @@ def carry_out(job: TrainJob) -> TrainOutcome:
         objective=job.objective.make(),
         teacher=teacher,
         validation=validation,
-        held=job.held,
+        held=job.held if adaptation.masks_gradients else (),
+        adaptation=repr(adaptation),
         seed=job.seed,
         device=job.device,
         save=save,

@@ -139,7 +139,7 @@ def test_only_rank_0_tells_the_result(
         processes=2,
         parameter_bytes=1,
     )
-    monkeypatch.setattr("compresskit.distill.work.train", lambda job: outcome)
+    monkeypatch.setattr("compresskit.training.stage.train", lambda job: outcome)
     monkeypatch.setenv("LOCAL_RANK", rank)
     monkeypatch.setenv("RANK", rank)
     result, _ = run(Finetune(**FEW), source, text, tmp_path / "s")

@@ -73,7 +73,7 @@ def with_fields(job: TrainJob, **changes: Any) -> TrainJob:
 
 def test_a_job_survives_json(job: TrainJob) -> None:
     assert TrainJob.from_json(job.to_json()) == job
-    job = replace(job, teacher=Part("a:B", {"c": 1}), held=("x", "y"))
+    job = replace(job, teacher=Part("a:B", {"c": 1}), adaptation=Part("d:E"), held=("x", "y"))
     assert TrainJob.from_json(job.to_json()) == job
 
 

@@ -247,7 +247,7 @@ def test_zeros_not_held_are_lost_and_seen(make_model: Make, rows: Rows, tmp_path
     before = copy.deepcopy(model.state_dict())
     train(model, rows, tmp_path)
     with pytest.raises(PromiseError, match=r"gate_proj: expected every pruned weight still zero, got \d+"):
-        require_held(model.state_dict(), names, before.__getitem__)
+        require_held(model.state_dict().__getitem__, names, before.__getitem__)
 
 
 def test_a_weight_that_is_nan_stops_the_run_and_is_named(

@@ -12,7 +12,8 @@ from compresskit.training.rules import Setting, launched_processes, training_fau
 if TYPE_CHECKING:
     from compresskit.stage import Outlook
 
-DEFAULT_CONTEXT = 2048
+LONGEST_ROW = 2048
+"""Tokens of a row where neither the recipe nor the model asks for fewer."""
 STATE_BYTES = 16
 """Of one trained parameter: fp32 weight, gradient and the two moments of Adam."""
 LOGIT_ROWS = 1024
@@ -74,13 +75,22 @@ def isolation_faults(fields: TrainingFields, model: Outlook, where: str) -> list
     )
 
 
-def forecast_training(fields: TrainingFields, model: Outlook, *, teacher_bytes: int) -> Forecast:
+def forecast_training(
+    fields: TrainingFields,
+    model: Outlook,
+    *,
+    teacher_bytes: int = 0,
+    trained: int | None = None,
+    other_bytes: int = 0,
+) -> Forecast:
     """Memory of one process, in bytes: weights, gradients, optimiser, activations and the loss's chunks.
 
     Args:
         fields: of the stage.
         model: what the stage will be given.
         teacher_bytes: of the teacher's weights, which every process holds whole.
+        trained: parameters that are; None: all of the model.
+        other_bytes: what an adaptation holds besides, such as frozen weights, in each process.
     """
     setting = Setting(fields, launched_processes() or fields.processes, "cpu")
     config, anatomy = model.config, model.anatomy
@@ -89,22 +99,23 @@ def forecast_training(fields: TrainingFields, model: Outlook, *, teacher_bytes: 
     vocabulary = getattr(config, "vocab_size", 0) or 0
     tokens = setting.micro_batch_size * (
         fields.context_length
-        or min(getattr(config, "max_position_embeddings", None) or 2048, DEFAULT_CONTEXT)
+        or min(getattr(config, "max_position_embeddings", None) or LONGEST_ROW, LONGEST_ROW)
     )
     shards = {"fsdp": setting.processes, "deepspeed": setting.processes}.get(setting.strategy, 1)
-    states = anatomy.num_parameters * STATE_BYTES // shards
+    parameters = anatomy.num_parameters if trained is None else trained
+    states = parameters * STATE_BYTES // shards
     if setting.strategy == "deepspeed" and fields.zero_stage < 3:
-        states = anatomy.num_parameters * (8 + 8 // shards)
+        states = parameters * (8 + 8 // shards)
     per_token = len(anatomy.blocks) * (1 if fields.activation_checkpointing else 8) * width
     activations = 4 * tokens * (per_token + 4 * inner)
     logits = 4 * 4 * min(tokens, LOGIT_ROWS) * vocabulary
-    loading = anatomy.num_parameters * 4
+    loading = parameters * 4
     notes: tuple[str, ...] = ()
     if setting.strategy in ("fsdp", "deepspeed"):
         notes = ("Each process loads the whole model once before it keeps only its shard.",)
     return Forecast(
         after=model,
         layers=len(anatomy.linears),
-        memory_bytes=max(states, loading) + activations + logits + teacher_bytes,
+        memory_bytes=max(states, loading) + activations + logits + teacher_bytes + other_bytes,
         notes=notes,
     )
