@@ -46,9 +46,9 @@ NF4 = (
 class Grid:
     """The values a weight may take, each rounded once into the scale's dtype; zero is always one of them.
 
-    An ``int`` grid has ``(q - zero) * scale``, a ``float`` one ``q * scale`` for every q of e4m3: to the bit what
-    compressed-tensors computes when it unpacks a checkpoint. An ``nf4`` grid has ``NF4[q] * scale``, computed
-    in float32, as bitsandbytes does.
+    An ``int`` grid has ``(q - zero) * scale``, a ``float`` one ``q * scale`` for every q of e4m3: to the bit
+    what compressed-tensors computes when it unpacks a checkpoint. An ``nf4`` grid has ``NF4[q] * scale``,
+    computed in float32, as bitsandbytes does.
 
     Attributes:
         bits: of q; an integer lies in -2**(bits-1) ... 2**(bits-1)-1.
@@ -75,7 +75,7 @@ class Grid:
             weight_OI: (O, I), any float dtype.
 
         Returns:
-            (O, I): int8, uint8 indices into :data:`NF4`, or float8_e4m3fn. For a weight that lies on this grid
+            (O, I): int8, uint8 indices into :data:`NF4`, or float8_e4m3fn. For a weight on this grid
             :meth:`dequantize` gives it back to the bit.
         """
         wide = torch.float64 if weight_OI.dtype == torch.float64 else torch.float32
@@ -111,7 +111,7 @@ class Grid:
         return self.dequantize(self.quantize(weight_OI))
 
     def columns(self, start: int, stop: int) -> Grid:
-        """The grid of inputs ``start`` to ``stop`` alone, which must lie in one group or begin and end groups."""
+        """The grid of inputs ``start`` to ``stop`` alone: whole groups, or a part of one."""
         if self.group_size is None:
             return self
         groups = slice(start // self.group_size, -(-stop // self.group_size))

@@ -13,5 +13,6 @@ QUANTIZERS: Registry[Quantizer] = Registry(
     "quantizer",
     {
         "rtn": "compresskit.quant.rtn:RoundToNearest",
+        "gptq": "compresskit.quant.gptq:GPTQ",
     },
 )

@@ -90,8 +90,8 @@ def parse(text: str, *, where: str = "scheme") -> Scheme:
     """Read a scheme's name, in any case.
 
     Args:
-        text: ``w8a8``, ``w8a16``, ``w4a16`` (groups of 128), ``w4a16-g32``, ``w4a16-channel``, ``w4a8`` (the same
-            groups), ``w4a16`` also with ``-asym``, ``w8a8-static``, ``fp8`` or ``nf4``.
+        text: ``w8a8``, ``w8a16``, ``w4a16`` (groups of 128), ``w4a16-g32``, ``w4a16-channel``, ``w4a8`` (the
+            same groups), ``w4a16`` also with ``-asym``, ``w8a8-static``, ``fp8`` or ``nf4``.
         where: the place to name in an error.
 
     Returns:
@@ -109,7 +109,7 @@ def parse(text: str, *, where: str = "scheme") -> Scheme:
     found = FORM.fullmatch(plain)
     weight, activation, grouping, last = found.groups() if found else ("", "", None, None)
     eight = activation == "8"
-    # No runtime multiplies int8 by int8 in groups; 256 levels about a zero point are more than bfloat16 tells apart.
+    # No runtime multiplies int8 by int8 in groups; bfloat16 cannot tell 256 levels about a zero point apart.
     w8a8, w4a16 = eight and weight == "8", weight == "4" and not eight
     if not found or (grouping and w8a8) or (last == "static" and not w8a8) or (last == "asym" and not w4a16):
         raise SchemeError(

@@ -1,0 +1,157 @@
+"""Weights that no longer move, kept in few bits while adapters are trained on top of them.
+
+NF4 with double quantisation and int8 are bitsandbytes' own, so that a model which its user loads in 4 or 8 bit
+is the one the adapter was trained on. A weight that an earlier stage put on a grid is kept as its own integers.
+
+Paper: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, https://arxiv.org/abs/2305.14314.
+Shapes: O = out_features, I = in_features.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compresskit.formats.grid import Grid
+from compresskit.modeling import ModelSource
+from compresskit.modeling.skeleton import skeleton
+
+BASES = ("nf4", "int8", "none")
+INT8_STEPS = 127.0
+
+
+def bitsandbytes() -> Any:
+    """The package; without its advice to fetch kernels, which training does not use."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    import bitsandbytes as package
+
+    return package
+
+
+def freeze(weight_OI: Tensor, bias_O: Tensor | None, base: str, *, dtype: torch.dtype) -> nn.Linear:
+    """A linear layer whose weight takes no gradient.
+
+    Args:
+        weight_OI: (O, I), any float dtype; not modified.
+        bias_O: or None.
+        base: ``nf4`` (blocks of 64, their scales in 8 bit), ``int8`` (one scale per row) or ``none``.
+        dtype: that an NF4 layer multiplies in.
+
+    Returns:
+        The layer on the CPU, to be called like ``torch.nn.Linear``.
+    """
+    rows, inputs = weight_OI.shape
+    has_bias = bias_O is not None
+    layer: Any
+    if base == "nf4":
+        nn4 = bitsandbytes().nn
+        layer = nn4.Linear4bit(
+            inputs, rows, has_bias, compute_dtype=dtype, compress_statistics=True, quant_type="nf4", device="meta"
+        )
+        layer.weight = nn4.Params4bit(
+            weight_OI.float(), requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
+        ).to("cpu")
+        # Else an evaluation on such a CPU would repack the weight for good, its scales rounded to bfloat16.
+        layer.support_avx512bf16_for_cpu = False
+    elif base == "int8":
+        nn8 = bitsandbytes().nn
+        layer = nn8.Linear8bitLt(inputs, rows, has_bias, has_fp16_weights=False, device="meta")
+        layer.weight = nn8.Int8Params(weight_OI.float(), requires_grad=False, has_fp16_weights=False).to("cpu")
+    else:
+        layer = nn.Linear(inputs, rows, has_bias, device="meta")
+        layer.weight = nn.Parameter(weight_OI.detach().clone(), requires_grad=False)
+    if bias_O is not None:
+        layer.bias = nn.Parameter(bias_O.detach().clone(), requires_grad=False)
+    return cast(nn.Linear, layer)
+
+
+def rounded(weight_OI: Tensor, base: str) -> Tensor:
+    """``weight_OI`` as a layer from :func:`freeze` has it, (O, I) in float32; zeros stay exactly zero."""
+    layer = freeze(weight_OI, None, base, dtype=torch.float32)
+    prefix = "layer."
+    return stored_weight({prefix + k: v for k, v in layer.state_dict().items()}, "layer")
+
+
+def stored_weight(tensors: Mapping[str, Tensor], layer: str) -> Tensor:
+    """The weight (O, I), in float32, that the state dict of a frozen layer stands for.
+
+    Args:
+        tensors: a state dict, on the CPU; keys of this layer begin with its name.
+        layer: name of the frozen layer itself.
+    """
+    name = f"{layer}.weight"
+    weight = tensors[name]
+    if weight.dtype == torch.uint8:
+        functional = bitsandbytes().functional
+        parts = {k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")}
+        state = functional.QuantState.from_dict(parts, device=torch.device("cpu"))
+        found: Tensor = functional.dequantize_4bit(weight, state)
+        return found.float()
+    if weight.dtype == torch.int8:
+        return weight.float() * (tensors[f"{layer}.SCB"].float() / INT8_STEPS)[:, None]
+    return weight.float()
+
+
+class GridLinear(nn.Linear):
+    """A frozen layer whose weight lies on a grid: one byte per weight, the very values of the checkpoint.
+
+    Args:
+        weight_OI: (O, I), on ``grid`` to the bit.
+        bias_O: or None.
+        grid: of the layer.
+    """
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, grid: Grid) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight_OI.shape
+        self.grid = grid
+        # As bytes, so that a cast of the whole model to float32 leaves them alone.
+        levels_OI = grid.quantize(weight_OI)
+        self._levels = levels_OI.dtype
+        self.register_buffer("levels_OI", levels_OI.view(torch.uint8), persistent=False)
+        self.bias = None if bias_O is None else nn.Parameter(bias_O.detach().clone(), requires_grad=False)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight (O, I) in float32."""
+        levels: Tensor = self.levels_OI  # type: ignore[assignment]
+        return self.grid.dequantize(levels.view(self._levels)).float()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As ``torch.nn.Linear``."""
+        return F.linear(input, self.weight, self.bias)
+
+
+Replace = Callable[[str, Tensor, Tensor | None], nn.Module]
+
+
+def frozen_model(source: ModelSource, layers: frozenset[str], replace: Replace) -> nn.Module:
+    """The model of ``source`` with ``layers`` replaced, read one tensor at a time; nothing takes a gradient.
+
+    Args:
+        source: a dense checkpoint.
+        layers: names of linear layers.
+        replace: called with a layer's name, weight (O, I) and bias; makes what takes its place.
+
+    Returns:
+        The module on the CPU, in evaluation mode; what is not replaced has its stored dtype.
+    """
+    from compresskit.modeling.streaming import _assign, _fill_buffers
+
+    model: nn.Module = skeleton(source)
+    _fill_buffers(model, torch.device("cpu"))
+    for name in source.names():
+        layer, _, leaf = name.rpartition(".")
+        if layer not in layers:
+            _assign(model, name, source.tensor(name))
+        elif leaf == "weight":
+            bias = f"{layer}.bias"
+            made = replace(layer, source.weight_OI(layer), source.tensor(bias) if bias in source else None)
+            parent, _, child = layer.rpartition(".")
+            setattr(model.get_submodule(parent), child, made)
+    return model.requires_grad_(False).eval()
