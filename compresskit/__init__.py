@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from compresskit.registry import locate
 
 if TYPE_CHECKING:
-    from compresskit.api import bench, compress, load, plan, report, run
+    from compresskit.api import bench, compress, export, load, plan, report, run
     from compresskit.artifact import Artifact, open_artifact
     from compresskit.data.spec import DataSpec
     from compresskit.distill.finetune import Finetune
@@ -37,6 +37,7 @@ _HOMES = {
     "Recipe": "compresskit.recipe",
     "bench": "compresskit.api",
     "compress": "compresskit.api",
+    "export": "compresskit.api",
     "load": "compresskit.api",
     "load_recipe": "compresskit.recipe",
     "open_artifact": "compresskit.artifact",
@@ -55,6 +56,7 @@ __all__ = [
     "Recipe",
     "bench",
     "compress",
+    "export",
     "load",
     "load_recipe",
     "open_artifact",

@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compresskit.artifact import RECORDS, Artifact
+from compresskit.artifact import RECORDS, Artifact, check_output, publish
 from compresskit.data import documents as documents_of
 from compresskit.data.spec import STDLIB, DataSpec
 from compresskit.errors import DataError, Fault, InputError
-from compresskit.modeling import load_model, load_tokenizer
+from compresskit.modeling import load_model, load_tokenizer, open_model
 from compresskit.pipeline import run as run_plan
 from compresskit.planner import Plan, plan
 from compresskit.recipe import Recipe
@@ -142,6 +142,38 @@ def report(*subjects: Artifact | str | Path) -> Report:
     return build([s.directory if isinstance(s, Artifact) else Path(s) for s in subjects])
 
 
+def export(
+    directory: str | Path, *, to: str, out: str | Path, trust_remote_code: bool = False
+) -> tuple[str, ...]:
+    """Write the model in ``directory`` as another runtime loads it.
+
+    Args:
+        directory: a checkpoint: dense, a stage's with its grids, or a finished artifact.
+        to: ``gguf``, ``onnx``, ``torchao``, ``compressed-tensors``, ``bitsandbytes``, ``dense`` or another
+            name of ``compresskit.exports.EXPORTS``.
+        out: directory to write; it appears whole or not at all.
+        trust_remote_code: whether code in ``directory`` may run.
+
+    Returns:
+        Sentences about what the target holds only nearly, such as scales rounded to float16.
+
+    Raises:
+        OutputError: ``out`` is taken.
+        FormatError: the target cannot hold the model; every layer, package or architecture at fault is named.
+    """
+    from compresskit.exports.run import export_model
+
+    out = Path(out).absolute()
+    check_output(out, overwrite=False)
+    source = open_model(directory, trust_remote_code=trust_remote_code)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
+        partial = Path(place) / "export"
+        partial.mkdir()
+        warnings = export_model(source, to, partial)
+        publish(partial, out)
+    return warnings
+
+
 def load(directory: str | Path, *, dtype: str = "auto", device: str = "cpu") -> nn.Module:
     """The model in ``directory``, whole, ready to run; any Hugging Face directory will do."""
     return load_model(directory, dtype=dtype, device=device)
@@ -194,8 +226,6 @@ def compress(
 
 
 def _copy_weights(artifact: Artifact, planned: Plan, model: nn.Module) -> None:
-    from compresskit.modeling import open_model
-
     last = open_model(artifact.directory / "stages" / planned.stages[-1].name)
     parameters = dict(model.named_parameters())
     for name in last.names():
@@ -227,4 +257,4 @@ def _require_text(spec: DataSpec) -> None:
         )
 
 
-__all__ = ["RECORDS", "bench", "compress", "load", "load_tokenizer", "plan", "report", "run"]
+__all__ = ["RECORDS", "bench", "compress", "export", "load", "load_tokenizer", "plan", "report", "run"]

@@ -34,6 +34,7 @@ ORDER = (
     {"stage"},
     {"training"},
     {"quant", "sparse", "distill"},
+    {"exports"},
     {"recipe"},
     {"schema", "artifact"},
     {"planner"},

@@ -19,6 +19,7 @@ COMMANDS = {
     "plan": "Show what a recipe will do; load no weights.",
     "bench": "Measure size, quality, latency and memory.",
     "report": "Write the report of artifacts or records.",
+    "export": "Write a model as llama.cpp, onnxruntime, torchao ... load it.",
     "inspect": "Show what an artifact is and how it came to be.",
     "doctor": "Tell what this machine has and what is missing.",
     "demo": "Prune, distil and quantise the bundled model.",

@@ -1,0 +1,22 @@
+"""What other runtimes load: one file per target; the source is any checkpoint of ours, packed or not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from compresskit.registry import Registry
+
+if TYPE_CHECKING:  # keeps torch out of `compresskit --help`
+    from compresskit.exports.base import Exporter
+
+EXPORTS: Registry[Exporter] = Registry(
+    "export target",
+    {
+        "gguf": "compresskit.exports.gguf:Gguf",
+        "onnx": "compresskit.exports.onnx:Onnx",
+        "torchao": "compresskit.exports.torchao:Torchao",
+        "compressed-tensors": "compresskit.exports.plain:CompressedTensors",
+        "bitsandbytes": "compresskit.exports.plain:Bitsandbytes",
+        "dense": "compresskit.exports.plain:Dense",
+    },
+)
