@@ -25,6 +25,8 @@ from compresskit.quant.scheme import Scheme
 
 RAISE = 10.0
 LARGEST_DAMPING = 1.0
+CHUNK = 512
+"""Rows of the Gram matrix that are put in order at a time: nothing of its size is made but the result."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,18 +92,20 @@ def _inverse_factor(gram_II: Tensor, order_I: Tensor, damping: float, layer: str
     """The upper Cholesky factor (I, I) of the damped Hessian's inverse in ``order_I``, and its damping."""
     diagonal_I = gram_II.diagonal()
     mean = float(diagonal_I[diagonal_I > 0].mean())
+    # An input that was always zero gets the mean: it is tied to no other, so nothing is passed on.
+    dead_I = diagonal_I[order_I] == 0
+    info = torch.empty((), dtype=torch.int32, device=gram_II.device)
+    work_II = torch.empty_like(gram_II).mT  # columns first, as LAPACK has it, which then works in place
     while damping <= LARGEST_DAMPING:
-        damped_II = gram_II[order_I][:, order_I]
-        # An input that was always zero gets the mean: it is tied to no other, so nothing is passed on.
-        dead_I = damped_II.diagonal() == 0
-        damped_II.diagonal().add_(dead_I * mean + damping * mean)
-        lower_II, failed = torch.linalg.cholesky_ex(damped_II)
-        if not failed:
-            del damped_II
-            torch.cholesky_inverse(lower_II, out=lower_II)
-            upper_II, failed = torch.linalg.cholesky_ex(lower_II, upper=True)
-            if not failed and bool(torch.isfinite(upper_II).all()):
-                return upper_II, damping
+        for rows in torch.arange(len(order_I), device=order_I.device).split(CHUNK):
+            work_II[:, rows] = gram_II[order_I[rows]].index_select(1, order_I).mT
+        work_II.diagonal().add_(dead_I * mean + damping * mean)
+        torch.linalg.cholesky_ex(work_II, out=(work_II, info))
+        if not info:
+            torch.cholesky_inverse(work_II, out=work_II)
+            torch.linalg.cholesky_ex(work_II, upper=True, out=(work_II, info))
+            if not info and bool(work_II.diagonal().isfinite().all()):
+                return work_II, damping
         damping = max(damping * RAISE, 1e-4)
     cure = "Give more calibration rows, or quantise this layer with rtn."
     got = f"none with a damping up to {LARGEST_DAMPING:g}"
