@@ -1,8 +1,9 @@
 """compressed-tensors checkpoints, which transformers and vLLM load.
 
-Format: https://github.com/vllm-project/compressed-tensors. ``int-quantized`` (w8a8) stores int8 weights;
-``pack-quantized`` (w8a16, w4a16) stores several integers in an int32, the first in its lowest bits, shifted
-to be unsigned. Both store ``weight_scale`` (O, G) beside.
+Format: https://github.com/vllm-project/compressed-tensors. ``int-quantized`` (w8a8, w4a8) stores int8 weights,
+``float-quantized`` (fp8) e4m3; ``pack-quantized`` (w8a16, w4a16) stores several integers in an int32, the first
+in its lowest bits, shifted to be unsigned. All store ``weight_scale`` (O, G) beside, some ``weight_zero_point``
+(packed along O) and ``input_scale``.
 
 Shapes: O = out_features, I = in_features, G = groups along I, W = int32 words along I.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +23,21 @@ from compresskit.formats.base import Decoded
 from compresskit.formats.grid import Grid
 
 METHOD = "compressed-tensors"
-INT, PACKED, MIXED = "int-quantized", "pack-quantized", "mixed-precision"
+INT, FLOAT, PACKED = "int-quantized", "float-quantized", "pack-quantized"
+MIXED = "mixed-precision"
 WORD_BITS = 32
-PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape")
+PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "input_scale")
 
-_Form = tuple[int, int | None, int | None]
+
+class _Form(NamedTuple):
+    """What the grids of one group of the configuration have in common."""
+
+    bits: int
+    number: str
+    group_size: int | None
+    symmetric: bool
+    activation_bits: int | None
+    static: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +54,12 @@ class CompressedTensors:
         Returns:
             Plain data. Where all grids have one form it targets the class ``Linear`` less ``ignore``, which
             is what most readers know best; else it lists the layers of each form.
+
+        Raises:
+            FormatError: a grid is of another format, or some grids have zero points and others have none:
+                transformers can unpack zero points only while it loads, all layers in one way.
         """
+        _require_holdable(grids)
         forms: dict[_Form, list[str]] = {}
         for layer, grid in grids.items():
             forms.setdefault(_form(grid), []).append(layer)
@@ -58,6 +74,8 @@ class CompressedTensors:
             "quantization_status": "compressed",
             "config_groups": groups,
             "ignore": sorted(ignore),
+            # Left packed, transformers would expect zero points in another shape than the format stores.
+            **({} if all(form.symmetric for form in forms) else {"dequantize": True}),
         }
 
     def encode(
@@ -104,7 +122,7 @@ class CompressedTensors:
         held: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors:
             layer, _, part = key.rpartition(".")
-            if part not in PARTS or (part == "weight" and tensor.is_floating_point()):
+            if part not in PARTS or (part == "weight" and tensor.is_floating_point() and tensor.itemsize > 1):
                 yield Decoded(key, tensor, None)
                 continue
             parts = held.setdefault(layer, {})
@@ -151,12 +169,17 @@ def _encode_weight(layer: str, weight_OI: Tensor, grid: Grid) -> Iterator[tuple[
         got = f"{off} of {weight_OI.numel()} weights off it, {weight_OI.dtype} on {grid.scale_OG.dtype}"
         cure = "Quantise the layer again after whatever changed it."
         raise FormatError(Fault(layer, "a weight that lies on its grid", got, cure))
-    if grid.activation_bits is not None:
-        yield f"{layer}.weight", q_OI
-    else:
+    is_packed = _format_of(_form(grid)) == PACKED
+    if is_packed:
         yield f"{layer}.weight_packed", pack(q_OI, grid.bits)
+    else:
+        yield f"{layer}.weight", q_OI
     yield f"{layer}.weight_scale", grid.scale_OG
-    if grid.activation_bits is None:
+    if grid.zero_point_OG is not None:
+        yield f"{layer}.weight_zero_point", pack(grid.zero_point_OG.t(), grid.bits).t()
+    if grid.activation_scale is not None:
+        yield f"{layer}.input_scale", grid.activation_scale
+    if is_packed:
         yield f"{layer}.weight_shape", torch.tensor(weight_OI.shape)
 
 
@@ -167,64 +190,93 @@ def _unpack_layer(parts: Mapping[str, Tensor], args: Mapping[str, Any]) -> tuple
         q_OI = parts["weight"]
     else:
         q_OI = unpack(parts["weight_packed"], bits, int(parts["weight_shape"][1]))
+    zero_OG = None
+    if "weight_zero_point" in parts:
+        zero_OG = unpack(parts["weight_zero_point"].t(), bits, len(scale_OG)).t().contiguous()
     grid = Grid(
         bits=bits,
         scale_OG=scale_OG,
         group_size=weights.get("group_size"),
         activation_bits=inputs["num_bits"] if inputs else None,
+        number=weights["type"],
+        zero_point_OG=zero_OG,
+        activation_scale=parts.get("input_scale"),
     )
     return grid, q_OI
 
 
 def _absent(parts: Mapping[str, Tensor], args: Mapping[str, Any]) -> list[str]:
     """The parts of a layer still to come."""
-    wanted = ["weight"] if args["format"] == INT else ["weight_packed", "weight_shape"]
+    wanted = ["weight_packed", "weight_shape"] if args["format"] == PACKED else ["weight"]
+    wanted += [] if args["weights"]["symmetric"] else ["weight_zero_point"]
+    inputs = args.get("input_activations")
+    wanted += ["input_scale"] if inputs and not inputs["dynamic"] else []
     return [part for part in (*wanted, "weight_scale") if part not in parts]
 
 
 def _form(grid: Grid) -> _Form:
-    return grid.bits, grid.group_size, grid.activation_bits
+    return _Form(
+        grid.bits,
+        grid.number,
+        grid.group_size,
+        grid.zero_point_OG is None,
+        grid.activation_bits,
+        grid.activation_scale is not None,
+    )
+
+
+def _format_of(form: _Form) -> str:
+    if form.number == "float":
+        return FLOAT
+    return INT if form.activation_bits else PACKED
+
+
+def _require_holdable(grids: Mapping[str, Grid]) -> None:
+    if others := sorted(layer for layer, grid in grids.items() if grid.number not in ("int", "float")):
+        got = f"{grids[others[0]].number} in {', '.join(others[:10])}"
+        cure = "Quantise these layers with an integer scheme, or all of them with nf4."
+        raise FormatError(Fault(METHOD, "integer or e4m3 grids", got, cure))
+    kinds = {_form(grid) for grid in grids.values()}
+    if any(not form.symmetric for form in kinds) and len(kinds) > 1:
+        cure = "Quantise every layer with one scheme with zero points, or none."
+        got = f"{len(kinds)} different schemes"
+        raise FormatError(Fault(METHOD, "one scheme for all layers where any has zero points", got, cure))
 
 
 def _group(form: _Form, targets: list[str]) -> dict[str, Any]:
-    bits, group_size, activation_bits = form
     weights: dict[str, Any] = {
-        "num_bits": bits,
-        "type": "int",
-        "symmetric": True,
-        "strategy": "channel" if group_size is None else "group",
-        "group_size": group_size,
+        "num_bits": form.bits,
+        "type": form.number,
+        "symmetric": form.symmetric,
+        "strategy": "channel" if form.group_size is None else "group",
+        "group_size": form.group_size,
         "dynamic": False,
     }
-    tokens = {
-        "num_bits": activation_bits,
-        "type": "int",
+    inputs = {
+        "num_bits": form.activation_bits,
+        "type": form.number,
         "symmetric": True,
-        "strategy": "token",
+        "strategy": "tensor" if form.static else "token",
         "group_size": None,
-        "dynamic": True,
+        "dynamic": not form.static,
     }
     return {
         "targets": targets,
         "weights": weights,
-        "input_activations": tokens if activation_bits else None,
+        "input_activations": inputs if form.activation_bits else None,
         "output_activations": None,
-        "format": INT if activation_bits else PACKED,
+        "format": _format_of(form),
     }
 
 
 def _groups(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     groups = list((config.get("config_groups") or {}).values())
-    known = all(
-        g.get("format") in (INT, PACKED)
-        and (g["weights"]["type"], g["weights"]["symmetric"]) == ("int", True)
-        for g in groups
-    )
+    known = all(g.get("format") in (INT, FLOAT, PACKED) for g in groups)
     if config.get("quant_method") != METHOD or not groups or not known:
         got = f"{config.get('quant_method')!r}, format {config.get('format')!r}"
         cure = "Start from the model before it was compressed."
         raise FormatError(
-            Fault("config.json: quantization_config", f"{METHOD}, {INT} or {PACKED}", got, cure)
+            Fault("config.json: quantization_config", f"{METHOD}: {INT}, {FLOAT} or {PACKED}", got, cure)
         )
     return groups
 

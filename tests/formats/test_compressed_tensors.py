@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from compresskit.formats.grid import Grid, same_grid, write_grids
 from compresskit.modeling import ModelSource, copy_sidecars, load_model, open_model
 from compresskit.quant.affine import grid_for
 from compresskit.quant.scheme import parse
-from tests.formats.rounding import round_tokens
+from tests.formats.rounding import round_inputs
 
 LOGIT_TOLERANCE = 1e-5
 
@@ -41,12 +42,17 @@ def quantised(scheme: str, dtype: torch.dtype = torch.float32) -> tuple[dict[str
     torch.manual_seed(0)
     weight = torch.randn(6, 64).to(dtype)
     grid = grid_for(weight, parse(scheme))
+    if parse(scheme).static:
+        grid = replace(grid, activation_scale=torch.ones(1, dtype=dtype))
     return {"a.weight": grid.snap(weight), "a.bias": torch.ones(6), "norm.weight": torch.ones(4)}, {"a": grid}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a16", "w4a16-g32", "w4a16-channel"])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    "scheme",
+    ["w8a8", "w8a16", "w4a16-g32", "w4a16-channel", "w4a16-g32-asym", "w4a8-g32", "w8a8-static", "fp8"],
+)
+@pytest.mark.parametrize("name", ["compressed-tensors"])
 def test_decode_is_the_inverse(name: str, scheme: str, dtype: torch.dtype) -> None:
     tensors, grids = quantised(scheme, dtype)
     before = {key: tensor.clone() for key, tensor in tensors.items()}
@@ -100,6 +106,14 @@ def test_decode_says_what_is_missing_or_foreign() -> None:
         list(form.decode(stored.items(), {"quant_method": "gptq"}))
 
 
+def test_what_the_format_cannot_hold_is_refused() -> None:
+    form, zeros, plain = CompressedTensors(), quantised("w4a16-g32-asym")[1]["a"], quantised("w8a16")[1]["a"]
+    with pytest.raises(FormatError, match="one scheme for all layers where any has zero points, got 2"):
+        form.config({"a": zeros, "b": plain}, [])
+    with pytest.raises(FormatError, match="integer or e4m3 grids, got nf4 in b"):
+        form.config({"a": plain, "b": quantised("nf4")[1]["a"]}, [])
+
+
 def checkpoint(source: ModelSource, out: Path, schemes: dict[str, str]) -> dict[str, Grid]:
     """``source`` with layers whose names end as ``schemes`` says on their grids."""
     tensors = {name: source.tensor(name) for name in source.names()}
@@ -109,6 +123,8 @@ def checkpoint(source: ModelSource, out: Path, schemes: dict[str, str]) -> dict[
         if scheme and not linear.tied and not parse(scheme).misfit(linear.in_features):
             weight = tensors[f"{layer}.weight"]
             grids[layer] = grid_for(weight, parse(scheme))
+            if parse(scheme).static:
+                grids[layer] = replace(grids[layer], activation_scale=torch.tensor([0.02]).to(weight))
             tensors[f"{layer}.weight"] = grids[layer].snap(weight)
     out.mkdir()
     write_shards(out, tensors.items())
@@ -138,10 +154,9 @@ def as_users_see_them(directories: list[Path]) -> list[Tensor]:
 def as_we_mean_it(directory: Path, grids: dict[str, Grid]) -> Tensor:
     model = load_model(directory)
     for layer, grid in grids.items():
-        if (bits := grid.activation_bits) is not None:
-            model.get_submodule(layer).register_forward_pre_hook(
-                lambda _, args, bits=bits: (round_tokens(args[0], bits),)
-            )
+        model.get_submodule(layer).register_forward_pre_hook(
+            lambda _, args, grid=grid: (round_inputs(args[0], grid),)
+        )
     with torch.no_grad():
         logits: Tensor = model(torch.arange(1, 61).view(2, -1)).logits
     return logits
@@ -154,6 +169,11 @@ SCHEMES = (
     {"proj": "w4a16-g64"},
     {"proj": "w4a16-g128"},
     {"self_attn.q_proj": "w4a16-g32", "down_proj": "w8a8", "up_proj": "w8a16"},
+    {"proj": "w4a16-g32-asym"},
+    {"proj": "w4a8-g32"},
+    {"proj": "w8a8-static"},
+    {"proj": "fp8"},
+    {"q_proj": "fp8", "v_proj": "w8a8-static", "down_proj": "w4a8-channel", "up_proj": "w4a16-channel"},
 )
 
 
