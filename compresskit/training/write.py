@@ -27,7 +27,7 @@ def write_checkpoint(source: ModelSource, out: Path, tensors: Mapping[str, Tenso
     groups: list[list[str]] = [[]]
     room = SHARD_BYTES
     for name in source.names():
-        size = tensors[name].numel() * source.dtype(name).itemsize
+        size = source.place(name).num_bytes
         if groups[-1] and size > room:
             groups.append([])
             room = SHARD_BYTES
@@ -42,7 +42,7 @@ def write_checkpoint(source: ModelSource, out: Path, tensors: Mapping[str, Tenso
         write_shard(out / shard, pending)
         files |= dict.fromkeys(names, shard)
     if len(groups) > 1:
-        total = sum([tensors[n].numel() * source.dtype(n).itemsize for n in files])
+        total = sum(source.place(name).num_bytes for name in files)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
         (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     copy_sidecars(source.directory, out)
