@@ -56,10 +56,14 @@ class Relay:
         """The hidden states (1, T, D) that enter block 0."""
         return _hidden(self._call_of(row, 0))
 
+    def call(self, index: int, row: Row, hidden: Tensor) -> Call:
+        """The arguments that the model calls block ``index`` with, with ``hidden`` (1, T, D) among them."""
+        return _with_hidden(self._call_of(row, index), hidden)
+
     @torch.no_grad()
     def through(self, index: int, row: Row, hidden: Tensor) -> Tensor:
         """What block ``index``, which must be in memory, makes of ``hidden`` (1, T, D)."""
-        args, kwargs = _with_hidden(self._call_of(row, index), hidden)
+        args, kwargs = self.call(index, row, hidden)
         output = self._blocks[index](*args, **kwargs)
         return output if isinstance(output, Tensor) else output[0]
 
