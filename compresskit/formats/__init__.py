@@ -14,6 +14,7 @@ FORMATS: Registry[Format] = Registry(
     "format",
     {
         "compressed-tensors": "compresskit.formats.compressed_tensors:CompressedTensors",
+        "bitsandbytes": "compresskit.formats.bitsandbytes:Bitsandbytes",
     },
 )
 
