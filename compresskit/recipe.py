@@ -135,7 +135,7 @@ def stage_to_json(stage: Stage) -> dict[str, Json]:
 
 def _plain(value: Any) -> Json:
     if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
+        return {name: _plain(part) for name, part in asdict(value).items()}
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
 
 
