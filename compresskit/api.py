@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compresskit.artifact import RECORDS, Artifact, check_output, publish
-from compresskit.data import documents as documents_of
+from compresskit.data import open_corpus
 from compresskit.data.spec import STDLIB, DataSpec
 from compresskit.errors import DataError, Fault, InputError
 from compresskit.modeling import load_model, load_tokenizer, open_model
@@ -246,7 +246,7 @@ def _check_measures(measures: Sequence[str], documents: int | None) -> None:
 
 def _require_text(spec: DataSpec) -> None:
     """Raise DataError, before any work is done, unless there is something to score quality on."""
-    if next(documents_of(spec, spec.split), None) is None:
+    if next(open_corpus(spec).documents(spec.split), None) is None:
         raise DataError(
             Fault(
                 f"evaluation: {spec.source}",

@@ -6,7 +6,8 @@ renamed, so a reader sees a whole entry or none, and of two processes that build
 at once one wins and both use it.
 
 Files: ``tokens.bin`` (N little-endian ids), ``starts.npy`` (the offset of each document's first
-token, int64 (D,)), ``entry.json`` (sizes and checksums).
+token, int64 (D,)), ``entry.json`` (sizes and checksums), and for dialogues ``learnt.npy`` (which
+tokens are learnt, as runs: first and end of each, int64 (S, 2); 16 bytes a response).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,9 +30,22 @@ import numpy.typing as npt
 from compresskit.data.lines import file_sha256
 from compresskit.errors import DataError, Fault
 
-VERSION = 1
+VERSION = 2
 STALE_S = 24 * 3600.0
-TOKENS, STARTS, ENTRY = "tokens.bin", "starts.npy", "entry.json"
+TOKENS, STARTS, LEARNT, ENTRY = "tokens.bin", "starts.npy", "learnt.npy", "entry.json"
+
+
+class Piece(NamedTuple):
+    """One document on its way into an entry.
+
+    Attributes:
+        ids: of its tokens.
+        learnt: runs of tokens that are learnt, first and end of each, in order; None is all of them.
+            All pieces of an entry have runs, or none has.
+    """
+
+    ids: list[int]
+    learnt: list[tuple[int, int]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +57,15 @@ class Entry:
         tokens: token ids (N,), memory-mapped, uint16 or uint32.
         starts: offset of each document's first token (D,), int64, increasing, the first one 0.
         notes: sentences about the source for whoever uses the tokens.
+        learnt: runs of tokens that are learnt (S, 2), first and end of each, in order and inside one
+            document; None where all tokens are.
     """
 
     folder: Path
     tokens: npt.NDArray[Any]
     starts: npt.NDArray[np.int64]
     notes: tuple[str, ...]
+    learnt: npt.NDArray[np.int64] | None = None
 
 
 def read_entry(folder: Path) -> Entry:
@@ -61,27 +78,34 @@ def read_entry(folder: Path) -> Entry:
     facts = json.loads((folder / ENTRY).read_text(encoding="utf-8"))
     if not isinstance(facts, dict) or facts.get("version") != VERSION:
         raise ValueError(f"{ENTRY} is not of version {VERSION}")
-    for name in (TOKENS, STARTS):
-        if file_sha256(folder / name) != facts["sha256"][name]:
+    for name, digest in facts["sha256"].items():
+        if file_sha256(folder / name) != digest:
             raise ValueError(f"{name} differs from its checksum")
     tokens = np.memmap(folder / TOKENS, dtype=facts["dtype"], mode="r")
-    return Entry(folder, tokens, np.load(folder / STARTS), tuple(facts["notes"]))
+    learnt = np.load(folder / LEARNT) if LEARNT in facts["sha256"] else None
+    return Entry(folder, tokens, np.load(folder / STARTS), tuple(facts["notes"]), learnt)
 
 
-def _write(folder: Path, pieces: Iterable[list[int]], dtype: str, notes: Iterable[str]) -> None:
-    starts, offset = [], 0
+def _write(folder: Path, pieces: Iterable[Piece], dtype: str, notes: Iterable[str]) -> None:
+    starts, learnt, offset = [], [], 0
+    names = [TOKENS, STARTS]
     with (folder / TOKENS).open("wb") as file:
-        for piece in pieces:
+        for ids, runs in pieces:
             starts.append(offset)
-            offset += len(piece)
-            file.write(np.asarray(piece, dtype=dtype).tobytes())
+            if runs is not None:
+                learnt += [(offset + first, offset + end) for first, end in runs]
+                names = [TOKENS, STARTS, LEARNT]
+            offset += len(ids)
+            file.write(np.asarray(ids, dtype=dtype).tobytes())
         file.flush()
         os.fsync(file.fileno())
     np.save(folder / STARTS, np.asarray(starts, dtype=np.int64))
+    if LEARNT in names:
+        np.save(folder / LEARNT, np.asarray(learnt, dtype=np.int64).reshape(-1, 2))
     facts = {
         "version": VERSION,
         "dtype": dtype,
-        "sha256": {name: file_sha256(folder / name) for name in (TOKENS, STARTS)},
+        "sha256": {name: file_sha256(folder / name) for name in names},
         "notes": list(notes),  # read after the pieces: a generator's last words about its source
     }
     (folder / ENTRY).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
@@ -98,14 +122,14 @@ def _sweep(cache: Path) -> None:
 
 
 def build_entry(
-    cache: Path, key: str, pieces: Iterable[list[int]], *, dtype: str, notes: Iterable[str] = ()
+    cache: Path, key: str, pieces: Iterable[Piece], *, dtype: str, notes: Iterable[str] = ()
 ) -> Entry:
     """The entry called ``key``: opened where it is whole, else written from ``pieces``.
 
     Args:
         cache: the folder of all entries; made if need be.
         key: hash of everything that decides the entry's contents.
-        pieces: the token ids of each document; consumed only where the entry has to be written.
+        pieces: the documents; consumed only where the entry has to be written.
         dtype: numpy name of the stored integers, ``<u2`` or ``<u4``.
         notes: kept with the entry; consumed after ``pieces``.
 
@@ -127,7 +151,7 @@ def build_entry(
         raise DataError(Fault(str(cache), "a folder that can be written", str(error), cure)) from error
 
 
-def _build(cache: Path, key: str, pieces: Iterable[list[int]], dtype: str, notes: Iterable[str]) -> Entry:
+def _build(cache: Path, key: str, pieces: Iterable[Piece], dtype: str, notes: Iterable[str]) -> Entry:
     cache.mkdir(parents=True, exist_ok=True)
     _sweep(cache)
     folder, part = cache / key, cache / f".{key}.{os.getpid()}.{secrets.token_hex(4)}.part"

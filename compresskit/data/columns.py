@@ -1,17 +1,190 @@
-"""Which column of a table holds the text."""
+"""Which columns of a table hold the text, or the dialogues."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
+from compresskit.data.dialogue import MEND, Content, Dialogue, from_messages, paired
 from compresskit.data.lines import bad
+from compresskit.data.spec import DataSpec
 from compresskit.registry import nearest
 
 PREFERRED = ("text", "content", "story", "sentence", "document", "body", "article", "code")
+CHATS = ("messages", "conversations")
+PROMPTS = ("prompt", "question", "instruction", "query")
+INPUTS = ("input", "context")
+RESPONSES = ("response", "completion", "answer", "output")
+SYSTEMS = ("system", "system_prompt")
+HISTORY = "history"
+INSTANCES = "instances"
+NAMES = (
+    "a prompt ({}), a response ({}), and if need be input or context, system and history; "
+    "or a list of messages ({})"
+).format(", ".join(PROMPTS), ", ".join(RESPONSES), ", ".join(CHATS))
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What the columns of a source are read as: one of ``text``, ``chat``, ``response`` is set.
+
+    Attributes:
+        text: column of plain text.
+        chat: column of lists of messages.
+        prompt: columns whose texts make up the prompt, blank ones left out, a blank line between.
+        response: column of the response.
+        instances: column of lists of ``{input, output}``, each a dialogue of its own.
+        exact: the user named the columns: no input, system or history is looked for beside them.
+    """
+
+    text: str = ""
+    chat: str = ""
+    prompt: tuple[str, ...] = ()
+    response: str = ""
+    instances: str = ""
+    exact: bool = False
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """The columns that each row has."""
+        names = (self.text, self.chat, *self.prompt, self.response, self.instances)
+        return tuple(name for name in names if name)
+
+    def wanted(self, columns: Iterable[str]) -> list[str]:
+        """Those of a table's ``columns`` that are read."""
+        beside = () if self.text or self.exact else (*INPUTS, *SYSTEMS, HISTORY)
+        return [name for name in columns if name in self.required or name.lower() in beside]
+
+    def contents(self, place: str, row: object) -> list[Content]:
+        """The documents in one row; a row that is a string is its own text, null is no text.
+
+        Raises:
+            DataError: the row is no object, lacks a column, or holds something else there.
+        """
+        if isinstance(row, str):
+            return [row]
+        if not isinstance(row, dict):
+            cure = "Write one object or one string per row."
+            raise bad(place, "an object or a string", type(row).__name__, cure)
+        for name in self.required:
+            if name not in row:
+                cure = f"Did you mean: {nearest(name, row)}? Mend that row."
+                raise bad(place, f"a column called {name!r}", f"columns {', '.join(row) or 'none'}", cure)
+        if self.text:
+            return [_text(place, row, self.text)]
+        lower = {} if self.exact else {name.lower(): name for name in row if name not in self.required}
+        system = "\n\n".join(_texts(place, row, lower, SYSTEMS))
+        if self.chat:
+            return [from_messages(place, row[self.chat], system)]
+        asked = [text for name in self.prompt if (text := _text(place, row, name)).strip()]
+        if self.instances:
+            return list(_instances(place, asked, row[self.instances], system))
+        prompt = "\n\n".join([*asked, *_texts(place, row, lower, INPUTS)])
+        history = row[lower[HISTORY]] if HISTORY in lower else None
+        return [paired(place, prompt, _text(place, row, self.response), history, system)]
+
+
+def _texts(
+    place: str, row: Mapping[str, object], lower: Mapping[str, str], names: Iterable[str]
+) -> list[str]:
+    """The texts, blank ones left out, of those columns among ``names`` that the row has."""
+    found = [_text(place, row, lower[name]) for name in names if name in lower]
+    return [text for text in found if text.strip()]
+
+
+def _text(place: str, row: Mapping[str, object], name: str) -> str:
+    value = row[name]
+    if value is not None and not isinstance(value, str):
+        got = "a list" if isinstance(value, list) else type(value).__name__
+        cure = "Set `column` or `columns` to those that hold one text a row, or mend that row."
+        raise bad(place, f"text in column {name!r}", got, cure)
+    return value or ""
+
+
+def _instances(place: str, asked: list[str], instances: object, system: str) -> Iterator[Dialogue]:
+    """One dialogue for each ``{input, output}`` of a row of seed tasks."""
+    if not isinstance(instances, list) or not all(isinstance(one, dict) for one in instances):
+        raise bad(place, f"a list of objects in column {INSTANCES!r}", type(instances).__name__, MEND)
+    for number, one in enumerate(instances, 1):
+        where = f"{place} instance {number}"
+        if "output" not in one:
+            raise bad(where, "the key 'output'", f"keys {', '.join(one) or 'none'}", MEND)
+        given = _text(where, one, "input") if "input" in one else ""
+        prompt = "\n\n".join([*asked, given] if given.strip() else asked)
+        yield paired(where, prompt, _text(where, one, "output"), None, system)
+
+
+def find_layout(where: str, columns: Mapping[str, bool], spec: DataSpec) -> Layout:
+    """What the columns of a table are to be read as.
+
+    Args:
+        where: the file, for the error.
+        columns: name of each column and whether it holds text.
+        spec: the user's choice; without one, columns are known by their names (:data:`NAMES`), else the
+            text is looked for by a usual name, then as the only column with text.
+
+    Raises:
+        DataError: a named column is not there, there is no candidate, or there are several.
+    """
+    if spec.columns:
+        return _named(where, columns, spec.columns)
+    if spec.column is not None:
+        return Layout(text=text_column(where, columns, spec.column))
+    found = _dialogues(columns)
+    lower = {name.lower(): name for name in columns if columns[name]}
+    texts = [] if spec.supervise == "responses" else [lower[name] for name in PREFERRED if name in lower]
+    if found and texts:
+        raise bad(
+            where,
+            "text or dialogues",
+            f"both, text in column {texts[0]!r} and dialogues in {_said(found[0])}",
+            f"Set `column: {texts[0]}` to read the text, or `supervise: responses` to read the dialogues.",
+        )
+    if len(found) > 1:
+        got = "; or ".join(map(_said, found))
+        cure = "Set `columns` to those of the prompt and the response, as in [question, answer]."
+        raise bad(where, "one way to read dialogues", got, cure)
+    if found:
+        return found[0]
+    if spec.supervise == "responses":
+        got = f"columns {', '.join(columns) or 'none'}"
+        cure = "Set `columns` to those of the prompt and the response, as in [question, answer]."
+        raise bad(where, f"dialogues: {NAMES}", got, cure)
+    return Layout(text=text_column(where, columns, None))
+
+
+def _said(layout: Layout) -> str:
+    if layout.chat:
+        return f"the messages of {layout.chat!r}"
+    return " and ".join(repr(name) for name in layout.required)
+
+
+def _named(where: str, columns: Mapping[str, bool], names: tuple[str, ...]) -> Layout:
+    for name in names:
+        if name not in columns:
+            cure = f"Did you mean: {nearest(name, columns)}? Set `columns` to those of the dialogues."
+            raise bad(where, f"a column called {name!r}", f"columns {', '.join(columns) or 'none'}", cure)
+    if len(names) == 1:
+        return Layout(chat=names[0], exact=True)
+    return Layout(prompt=names[:-1], response=names[-1], exact=True)
+
+
+def _dialogues(columns: Mapping[str, bool]) -> list[Layout]:
+    """Every way in which columns of such names are dialogues."""
+    lower = {name.lower(): name for name in columns}
+    found = [Layout(chat=lower[name]) for name in CHATS if name in lower and not columns[lower[name]]]
+    prompts = [lower[name] for name in PROMPTS if name in lower]
+    if not prompts and INPUTS[0] in lower:
+        prompts = [lower[INPUTS[0]]]
+    responses = [lower[name] for name in RESPONSES if name in lower]
+    found += [Layout(prompt=(p,), response=r) for p in prompts for r in responses]
+    if INSTANCES in lower and not columns[lower[INSTANCES]] and len(prompts) == 1:
+        found.append(Layout(prompt=tuple(prompts), instances=lower[INSTANCES]))
+    return found
 
 
 def text_column(where: str, columns: Mapping[str, bool], wanted: str | None) -> str:
-    """The name of the column to read.
+    """The name of the column to read as text.
 
     Args:
         where: the file, for the error.
@@ -34,32 +207,10 @@ def text_column(where: str, columns: Mapping[str, bool], wanted: str | None) -> 
     if len(lower) == 1:
         return next(iter(lower.values()))
     kind = "several columns of text" if lower else "no column of text"
+    cure = "Set `column` to the one with the text, or `columns` to those of prompt and response."
     raise bad(
         where,
         "one column of text, or one of the names " + ", ".join(PREFERRED),
         f"{kind}; the columns are {names}",
-        "Set `column` to the one with the text." if lower else "Name a source that has text.",
+        cure if lower else "Name a source that has text.",
     )
-
-
-def row_text(where: str, row: object, column: str | None) -> str:
-    """The text in ``column`` of one row of JSON; a row that is a string is its own text.
-
-    Returns:
-        The text; empty where the value is null.
-
-    Raises:
-        DataError: the row is no object, lacks the column or holds something else than text there.
-    """
-    if isinstance(row, str):
-        return row
-    if not isinstance(row, dict):
-        cure = "Write one object or one string per row."
-        raise bad(where, "an object or a string", type(row).__name__, cure)
-    if column is None or column not in row:
-        column = text_column(where, {name: isinstance(v, str) for name, v in row.items()}, column)
-    value = row[column]
-    if value is not None and not isinstance(value, str):
-        cure = "Set `column` to one that holds text."
-        raise bad(where, f"text in column {column!r}", type(value).__name__, cure)
-    return value or ""

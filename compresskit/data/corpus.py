@@ -1,25 +1,28 @@
-"""A data source as a stream of documents, split into training and validation."""
+"""A data source as a stream of documents, texts or dialogues, split into training and validation."""
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from compresskit.data.columns import text_column
+from compresskit.data.columns import find_layout
+from compresskit.data.dialogue import Content, Dialogue
 from compresskit.data.hub import hub_columns, hub_documents, hub_identity, hub_splits
 from compresskit.data.lines import bad, file_sha256, lines
-from compresskit.data.readers import kind_of, read_file
+from compresskit.data.readers import kind_of, read_file, refuse_columns
 from compresskit.data.source import Source, find_source
-from compresskit.data.spec import DataSpec
+from compresskit.data.spec import SUPERVISE, DataSpec
 from compresskit.data.stdlib import held_out, stdlib_split
 from compresskit.errors import DataError, Fault
 
 SPLITS = ("train", "validation", "all")
 CHECKED_CHARACTERS = 1 << 25
 CHECKED_FAULTS = 10
+CHECKED_ROWS = 3
 GIVE_TEXT = "Give a source with text."
 
 
@@ -40,8 +43,17 @@ class Corpus:
         """The files that are read, in order; none for a data set of the hub."""
         return self.source.files
 
-    def documents(self, split: str = "train", notes: list[str] | None = None) -> Iterator[str]:
-        """The text of each document of ``split``, in a fixed order, read as a stream.
+    @property
+    def is_dialogue(self) -> bool:
+        """Whether the documents are dialogues; reads the first of them.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        return any(isinstance(content, Dialogue) for _, content, _ in islice(self._marked("all"), 1))
+
+    def documents(self, split: str = "train", notes: list[str] | None = None) -> Iterator[Content]:
+        """Each document of ``split``, text or dialogue, in a fixed order, read as a stream.
 
         A source with a validation split of its own is taken at its word. Of any other, documents are
         held out by a hash of their text (of the relative path for ``stdlib:``); the first one is always
@@ -53,21 +65,26 @@ class Corpus:
 
         Raises:
             DataError: unreadable, malformed, or no text in it; also while the stream is read.
+                Text and dialogues in one source are refused.
         """
         if split not in SPLITS:
             raise bad("split", " or ".join(SPLITS), repr(split), "Name one of them.")
         if self.spec.documents is not None and self.spec.documents < 1:
             raise bad("documents", "at least 1", str(self.spec.documents), "Raise it, or leave it out.")
-        return islice(self._texts(split, [] if notes is None else notes), self.spec.documents)
+        return islice(self._contents(split, [] if notes is None else notes), self.spec.documents)
 
-    def _texts(self, split: str, notes: list[str]) -> Iterator[str]:
+    def _contents(self, split: str, notes: list[str]) -> Iterator[Content]:
         blank = rows = texts = 0
-        for place, text, wanted in self._marked(split):
+        kind: type[Content] | None = None
+        for place, content, wanted in self._marked(split):
             rows += 1
+            text = str(content)
             if not text.strip():
                 blank += 1
                 continue
             texts += 1
+            kind = kind or type(content)
+            _require_kind(place, content, kind)
             try:
                 key = text.encode()
             except UnicodeEncodeError as error:
@@ -77,7 +94,7 @@ class Corpus:
                 held = texts == 2 or (texts > 2 and held_out(key, self.spec.validation_fraction))
                 wanted = held == (split == "validation")
             if wanted:
-                yield text
+                yield content
         if texts == 0:
             got = f"{rows} blank documents" if rows else "an empty source"
             raise bad(self.spec.source, "at least one document with text", got, GIVE_TEXT)
@@ -87,29 +104,35 @@ class Corpus:
             names = ", ".join(path.name for path in self.source.left_out[:5])
             notes.append(f"{self.spec.source}: files of a test split were left out: {names}.")
 
-    def _marked(self, split: str) -> Iterator[tuple[str, str, bool | None]]:
-        """Place, text and whether the document is in ``split``; None where its hash is to decide."""
-        column = self.spec.column
+    def _marked(self, split: str) -> Iterator[tuple[str, Content, bool | None]]:
+        """Place, content and whether the document is in ``split``; None where its hash is to decide."""
         if self.source.kind == "stdlib":
             for name, path in stdlib_split(split, self.spec.validation_fraction):
                 yield name, "".join(text for _, text in lines(path)), True
             return
         if self.source.kind == "hub":
             for part, decided in _parts(split, "validation" in hub_splits(self.source.name)):
-                for place, text in hub_documents(self.source.name, part, column):
-                    yield place, text, decided
+                for place, content in hub_documents(self.spec, part):
+                    yield place, content, decided
             return
         own = bool(self.source.validation)
         files = {"train": self.source.train, "validation": self.source.validation}
         for part, decided in _parts(split, own):
             for path in files[part]:
-                for place, text in read_file(path, column):
-                    yield place, text, decided
+                for place, content in read_file(path, self.spec):
+                    yield place, content, decided
 
     def fingerprint(self) -> str:
         """A hash of everything that decides the documents and their split, but not of where files lie."""
         spec = self.spec
-        facts = [spec.column, spec.documents, spec.validation_fraction, self.source.kind]
+        facts = [
+            spec.column,
+            spec.columns,
+            spec.supervise,
+            spec.documents,
+            spec.validation_fraction,
+            self.source.kind,
+        ]
         if self.source.kind == "hub":
             facts.append(hub_identity(self.source.name))
         elif self.source.kind == "stdlib":
@@ -134,28 +157,63 @@ def open_corpus(spec: DataSpec) -> Corpus:
         DataError: there is no such source, or a column is named that it cannot have.
     """
     source = find_source(spec.source)
-    if source.kind == "stdlib" and spec.column is not None:
-        raise bad(spec.source, "no column", repr(spec.column), "Leave `column` out: files have none.")
+    if spec.supervise not in (None, *SUPERVISE):
+        expected = " or ".join(SUPERVISE)
+        raise bad("supervise", expected, repr(spec.supervise), "Name one of them, or leave it out.")
+    if spec.column is not None and (spec.columns or spec.supervise == "responses"):
+        other = f"columns {', '.join(spec.columns)}" if spec.columns else "supervise: responses"
+        got = f"column {spec.column} and {other}"
+        raise bad(spec.source, "a column of text or dialogues", got, "Leave one of them out.")
+    if source.kind == "stdlib":
+        refuse_columns(spec.source, spec)
     return Corpus(spec, source)
 
 
 def documents(spec: DataSpec, split: str = "train") -> Iterator[str]:
-    """The text of each document of ``split`` of ``spec``; see :meth:`Corpus.documents`."""
-    return open_corpus(spec).documents(split)
+    """The text of each document of ``split`` of ``spec``; see :meth:`Corpus.documents`.
+
+    Raises:
+        DataError: the documents are dialogues.
+    """
+    return (_as_text(spec.source, content) for content in open_corpus(spec).documents(split))
 
 
-def _file_faults(path: Path, column: str | None) -> tuple[list[Fault], int]:
-    """What is wrong with one file, and how many documents with text were seen before the first fault."""
-    texts = characters = 0
+def _as_text(source: str, content: Content) -> str:
+    _require_kind(source, content, str)
+    return str(content)
+
+
+def _require_kind(place: str, content: Content, kind: type[Content]) -> None:
+    if not isinstance(content, kind):
+        words = {str: "text", Dialogue: "a dialogue"}
+        cure = "Name a source of one kind, or set `column` or `columns` to those to read."
+        raise bad(place, f"{words[kind]}, as elsewhere", words[type(content)], cure)
+
+
+def _file_faults(path: Path, spec: DataSpec) -> tuple[list[Fault], Counter[str]]:
+    """What is wrong with one file, and how many texts and dialogues were seen before the end or a fault."""
+    seen: Counter[str] = Counter()
+    faults: list[Fault] = []
+    characters = 0
     try:
-        for _, text in read_file(path, column):
-            texts += bool(text.strip())
+        for _, content in read_file(path, spec, faults):
+            text = str(content)
+            seen["text" if isinstance(content, str) else "dialogues"] += bool(text.strip())
             characters += len(text)
             if characters > CHECKED_CHARACTERS:
                 break
     except DataError as error:
-        return [fault for fault in error.faults if isinstance(fault, Fault)], texts
-    return [], texts
+        faults += [fault for fault in error.faults if isinstance(fault, Fault)]
+    return _fewer(faults), seen
+
+
+def _fewer(faults: list[Fault]) -> list[Fault]:
+    """The first few faults of a file's rows, the last of them with the number of the rest."""
+    if len(faults) <= CHECKED_ROWS:
+        return faults
+    *first, last = faults[:CHECKED_ROWS]
+    rest = f"{last.got} (and {len(faults) - CHECKED_ROWS} more rows of that file are wrong)"
+    return [*first, Fault(last.where, last.expected, rest, last.cure)]
 
 
 def check(spec: DataSpec, where: str) -> list[Fault]:
@@ -177,16 +235,19 @@ def check(spec: DataSpec, where: str) -> list[Fault]:
         if source.kind == "hub":
             columns = hub_columns(source.name)
             if columns:
-                text_column(source.name, columns, spec.column)
+                find_layout(source.name, columns, spec)
     except DataError as error:
         return [_at(where, fault) for fault in error.faults if isinstance(fault, Fault)]
     if source.kind == "files":
-        texts = 0
+        seen: Counter[str] = Counter()
         for path in source.files:
-            faults, some = _file_faults(path, spec.column)
+            faults, some = _file_faults(path, spec)
             found += faults
-            texts += some
-        if not texts and not found:
+            seen += some
+        if len(seen) > 1 and not found:
+            got = " and ".join(f"{count} {kind}" for kind, count in seen.items())
+            found.append(Fault(spec.source, "text or dialogues", got, "Name the files of one kind."))
+        if not seen and not found:
             found.append(Fault(spec.source, "at least one document with text", "blank or empty", GIVE_TEXT))
     if spec.split not in SPLITS:
         found.append(Fault("split", " or ".join(SPLITS), repr(spec.split), "Name one of them."))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from compresskit.data.columns import text_column
+from compresskit.data.columns import find_layout
 from compresskit.data.lines import bad
-from compresskit.data.readers import ROWS_AT_ONCE, Document
+from compresskit.data.readers import ROWS_AT_ONCE, Document, Row, contents_of
+from compresskit.data.spec import DataSpec
 
 
 def _builder(name: str) -> Any:
@@ -35,7 +36,10 @@ def hub_identity(name: str) -> str:
 
 def hub_columns(name: str) -> dict[str, bool]:
     """Name of each column and whether it holds text; empty where the hub does not say beforehand."""
-    features = _builder(name).info.features or {}
+    return _is_text(_builder(name).info.features or {})
+
+
+def _is_text(features: Mapping[str, Any]) -> dict[str, bool]:
     return {key: getattr(kind, "dtype", "") in ("string", "large_string") for key, kind in features.items()}
 
 
@@ -55,26 +59,29 @@ def _fetched(name: str) -> Any:
         raise bad(name, "a data set that can be fetched", lines[0], cure) from error
 
 
-def hub_documents(name: str, split: str, column: str | None) -> Iterator[Document]:
-    """The place and the text of each document of one of the data set's own splits.
+def hub_documents(spec: DataSpec, split: str) -> Iterator[Document]:
+    """The place and the content of each document of one of the data set's own splits.
 
     Raises:
-        DataError: offline, no such data set, split or column, or the column holds no text.
+        DataError: offline, no such data set, split or column, or a column holds something else.
     """
+    yield from contents_of(_rows(spec, split))
+
+
+def _rows(spec: DataSpec, split: str) -> Iterator[Row]:
+    name = spec.source
     table = _fetched(name)
     if split not in table:
         cure = "Name another configuration, or a local file."
         raise bad(name, f"a split called {split}", f"splits {', '.join(table)}", cure)
     rows = table[split]
-    columns = {
-        key: getattr(kind, "dtype", "") in ("string", "large_string") for key, kind in rows.features.items()
-    }
-    key = text_column(name, columns, column)
-    if not columns[key]:
+    columns = _is_text(rows.features)
+    layout = find_layout(name, columns, spec)
+    if layout.text and not columns[layout.text]:
         cure = "Set `column` to one that holds text."
-        raise bad(name, f"text in column {key!r}", str(rows.features[key]), cure)
+        raise bad(name, f"text in column {layout.text!r}", str(rows.features[layout.text]), cure)
     number = 0
-    for batch in rows.select_columns([key]).iter(batch_size=ROWS_AT_ONCE):
-        for value in batch[key]:
+    for batch in rows.select_columns(layout.wanted(columns)).iter(batch_size=ROWS_AT_ONCE):
+        for values in zip(*batch.values(), strict=True):
             number += 1
-            yield f"{name} row {number}", value or ""
+            yield f"{name} row {number}", dict(zip(batch, values, strict=True)), layout

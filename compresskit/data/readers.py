@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from compresskit.data.columns import row_text, text_column
+from compresskit.data.columns import Layout, find_layout
+from compresskit.data.dialogue import Content
 from compresskit.data.jsonfile import json_lines, json_rows
 from compresskit.data.lines import LINE_BYTES, bad, lines
+from compresskit.data.spec import DataSpec
+from compresskit.errors import DataError, Fault
 
-Document = tuple[str, str]  # its place, e.g. stories.jsonl:7, and its text
+Document = tuple[str, Content]  # its place, e.g. stories.jsonl:7, and its text or dialogue
+Row = tuple[str, object, Layout]  # place, value, and what its columns are read as
 
 SEPARATOR = "<|endoftext|>"
 DOCUMENT_CHARACTERS = 4000
 LONGEST_DOCUMENT_CHARACTERS = 1 << 20
 ROWS_AT_ONCE = 256
+PLAIN = Layout()
 
 
-def _read_text(path: Path, column: str | None) -> Iterator[Document]:
+def _read_text(path: Path, spec: DataSpec) -> Iterator[Row]:
     """Plain text: cut at lines that are ``<|endoftext|>``, or else into whole paragraphs.
 
     Without the separator neighbouring paragraphs stay together up to about 4,000 characters, so
     that a document is long enough for a model to make use of what came before; a file without
     blank lines is cut at the end of a line, at four times that.
     """
-    if column is not None:
-        cure = "Leave `column` out, or name a table."
-        raise bad(str(path), "a table for a column", "plain text, which has no columns", cure)
+    refuse_columns(str(path), spec)
     head = islice(lines(path, longest_bytes=LINE_BYTES), 2000)
     with_separators = any(text.strip() == SEPARATOR for _, text in head)
     parts: list[str] = []
@@ -40,34 +43,44 @@ def _read_text(path: Path, column: str | None) -> Iterator[Document]:
         enough = DOCUMENT_CHARACTERS * (4 if text.strip() else 1)
         long = not with_separators and size >= enough
         if separator or long or size >= LONGEST_DOCUMENT_CHARACTERS:
-            yield f"{path}:{first}", "".join(parts).strip("\n")
+            yield f"{path}:{first}", "".join(parts).strip("\n"), PLAIN
             parts, size = [], 0
         if not separator and (parts or text.strip()):
             first = first if parts else number
             parts.append(text)
             size += len(text)
     if parts:
-        yield f"{path}:{first}", "".join(parts).strip("\n")
+        yield f"{path}:{first}", "".join(parts).strip("\n"), PLAIN
 
 
-def _read_json_lines(path: Path, column: str | None) -> Iterator[Document]:
-    yield from _of_rows(path, json_lines(path), column)
+def refuse_columns(where: str, spec: DataSpec) -> None:
+    """DataError if ``spec`` asks for columns, or for dialogues, of what is plain text."""
+    asked = {"column": spec.column, "columns": spec.columns}
+    asked |= {"supervise": spec.supervise if spec.supervise == "responses" else None}
+    for name, value in asked.items():
+        if value:
+            cure = f"Leave `{name}` out, or name a table."
+            raise bad(where, f"a table for {name}", "plain text, which has no columns", cure)
 
 
-def _read_json(path: Path, column: str | None) -> Iterator[Document]:
-    yield from _of_rows(path, json_rows(path), column)
+def _read_json_lines(path: Path, spec: DataSpec) -> Iterator[Row]:
+    yield from _of_rows(path, json_lines(path), spec)
 
 
-def _of_rows(path: Path, rows: Iterator[tuple[int, object]], column: str | None) -> Iterator[Document]:
+def _read_json(path: Path, spec: DataSpec) -> Iterator[Row]:
+    yield from _of_rows(path, json_rows(path), spec)
+
+
+def _of_rows(path: Path, rows: Iterator[tuple[int, object]], spec: DataSpec) -> Iterator[Row]:
+    layout = None
     for number, row in rows:
-        if column is None and isinstance(row, dict):  # the first row decides for all that follow
-            column = text_column(
-                f"{path}:{number}", {name: isinstance(value, str) for name, value in row.items()}, None
-            )
-        yield f"{path}:{number}", row_text(f"{path}:{number}", row, column)
+        place = f"{path}:{number}"
+        if layout is None and isinstance(row, dict):  # the first row decides for all that follow
+            layout = find_layout(place, {name: isinstance(value, str) for name, value in row.items()}, spec)
+        yield place, row, layout or PLAIN
 
 
-def _read_table(path: Path, column: str | None) -> Iterator[Document]:
+def _read_table(path: Path, spec: DataSpec) -> Iterator[Row]:
     # Tab-separated files of the usual benchmarks hold lone quotation marks: there a quote is a letter.
     tabs = ".tsv" in path.suffixes[-2:]
     style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
@@ -82,10 +95,9 @@ def _read_table(path: Path, column: str | None) -> Iterator[Document]:
     if first is None:
         raise bad(str(path), "rows under the header", "a header alone", "Give a file with text.")
     columns = {name: not _is_number(value) for name, value in zip(header, first[1], strict=True)}
-    at = header.index(text_column(f"{path}:1", columns, column))
-    yield f"{path}:{first[0]}", first[1][at]
-    for number, row in rows:
-        yield f"{path}:{number}", row[at]
+    layout = find_layout(f"{path}:1", columns, spec)
+    for number, row in chain([first], rows):
+        yield f"{path}:{number}", dict(zip(header, row, strict=True)), layout
 
 
 def _table_rows(path: Path, table: Any) -> Iterator[tuple[int, list[str]]]:
@@ -113,7 +125,7 @@ def _is_number(value: str) -> bool:
     return True
 
 
-def _read_parquet(path: Path, column: str | None) -> Iterator[Document]:
+def _read_parquet(path: Path, spec: DataSpec) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -124,22 +136,23 @@ def _read_parquet(path: Path, column: str | None) -> Iterator[Document]:
     try:
         with pq.ParquetFile(path, memory_map=True) as file:
             columns = {field.name: is_text(field.type) for field in file.schema_arrow}
-            name = text_column(str(path), columns, column)
-            if not columns[name]:
-                got = str(file.schema_arrow.field(name).type)
+            layout = find_layout(str(path), columns, spec)
+            names = layout.wanted(columns)
+            if layout.text and not columns[layout.text]:
+                got = str(file.schema_arrow.field(layout.text).type)
                 cure = "Set `column` to one that holds text."
-                raise bad(str(path), f"text in column {name!r}", got, cure)
+                raise bad(str(path), f"text in column {layout.text!r}", got, cure)
             number = 0
-            for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[name]):
-                for value in batch.column(0).to_pylist():
+            for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=names):
+                for row in batch.to_pylist():
                     number += 1
-                    yield f"{path} row {number}", value or ""
+                    yield f"{path} row {number}", row, layout
     except (OSError, pa.ArrowException) as error:
         cure = "Copy or download the file again; it is truncated or no parquet file."
         raise bad(str(path), "a whole parquet file", str(error).splitlines()[0], cure) from error
 
 
-Reader = Callable[[Path, "str | None"], Iterator[Document]]
+Reader = Callable[[Path, DataSpec], Iterator[Row]]
 READERS: dict[str, Reader] = {
     ".txt": _read_text,
     ".raw": _read_text,
@@ -160,12 +173,13 @@ def kind_of(path: Path) -> str:
     return suffixes[-1] if suffixes and suffixes[-1] in READERS else ""
 
 
-def read_file(path: Path, column: str | None) -> Iterator[Document]:
-    """The place and the text of each document of one file, blank ones included.
+def read_file(path: Path, spec: DataSpec, faults: list[Fault] | None = None) -> Iterator[Document]:
+    """The place and the content of each document of one file, blank texts included.
 
     Args:
         path: a file of a known kind.
-        column: of the text, in a table; None finds it.
+        spec: which columns of a table hold the text or the dialogues; without a choice they are found.
+        faults: gets what is wrong with single rows, which are then left out; None raises it.
 
     Raises:
         DataError: unknown kind, unreadable, truncated, malformed, not UTF-8, or without such a column.
@@ -174,4 +188,18 @@ def read_file(path: Path, column: str | None) -> Iterator[Document]:
     if not kind:
         cure = "Convert the file, or rename it to what it is."
         raise bad(str(path), "a file of kind " + " ".join(READERS), repr(path.suffix or "no ending"), cure)
-    yield from READERS[kind](path, column)
+    yield from contents_of(READERS[kind](path, spec), faults)
+
+
+def contents_of(rows: Iterable[Row], faults: list[Fault] | None = None) -> Iterator[Document]:
+    """The documents in ``rows``; see :func:`read_file`."""
+    for place, row, layout in rows:
+        try:
+            contents = layout.contents(place, row)
+        except DataError as error:
+            if faults is None:
+                raise
+            faults += [fault for fault in error.faults if isinstance(fault, Fault)]
+            continue
+        for content in contents:
+            yield place, content

@@ -5,6 +5,10 @@ scored, natural logarithm, and one mean is taken over all tokens of all document
 tokenizer's BOS, else its EOS, else nothing, in which case a document's first token is not scored.
 Perplexities of different tokenizers do not compare; bits per byte do.
 
+Of a dialogue, worded as :mod:`compresskit.data.render` says, the tokens of the responses and what ends them
+are scored, and ``bytes`` are those of the responses. One longer than the context is cut as for training
+(:func:`compresskit.data.pack.cut`).
+
 Shapes: B = documents of a batch, T = tokens, V = vocabulary, C = tokens of one slice.
 """
 
@@ -19,6 +23,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from compresskit.data.dialogue import Content, Dialogue
+from compresskit.data.pack import cut
+from compresskit.data.render import Renderer
 from compresskit.errors import DataError, Fault, InputError, NumericError
 from compresskit.progress import Progress
 
@@ -41,7 +48,8 @@ class Quality:
         bytes: of UTF-8 text that the scored tokens cover.
         documents: scored.
         cut_documents: of those, longer than the context: truncated, or scored in windows.
-        start: what each document began with: ``bos``, ``eos`` or ``nothing``.
+        start: what each document began with: ``bos``, ``eos``, ``nothing``, or ``its wording`` for dialogues.
+        scored: ``all tokens`` or ``responses``.
     """
 
     tokens: int
@@ -52,21 +60,27 @@ class Quality:
     documents: int
     cut_documents: int
     start: str
+    scored: str = "all tokens"
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One forward pass's worth of a document: ``ids``, of which those from ``first`` on are scored."""
+    """One forward pass's worth of a document: ``ids``, of which those in ``runs`` are scored."""
 
     document: int
     ids: Sequence[int]
-    first: int
+    runs: Sequence[tuple[int, int]]
+
+    @property
+    def scored(self) -> int:
+        """How many tokens are scored."""
+        return sum(end - first for first, end in self.runs)
 
 
 def quality(
     model: Any,
     tokenizer: Any,
-    documents: Iterable[str],
+    documents: Iterable[Content],
     *,
     context_length: int,
     max_documents: int | None = None,
@@ -82,7 +96,7 @@ def quality(
     Args:
         model: a causal language model of transformers, in evaluation mode.
         tokenizer: its tokenizer.
-        documents: texts.
+        documents: texts, or dialogues; the first one says which.
         context_length: tokens the model sees at once, the start token among them.
         max_documents: score the first so many; None scores all.
         overflow: what becomes of a longer document: ``truncate`` drops the rest; ``window`` scores every
@@ -101,13 +115,21 @@ def quality(
         raise InputError(Fault("context_length", "at least 2", str(context_length), "Raise context_length."))
     start, start_name = _start(tokenizer)
     pieces: list[Piece] = []
-    texts_bytes = num_documents = cut = 0
-    for number, text in enumerate(islice(documents, max_documents)):
-        made, is_cut, covered = _pieces(tokenizer, text, number, start, context_length, overflow)
+    texts_bytes = num_documents = num_cut = 0
+    render: Renderer | None = None
+    for number, content in enumerate(islice(documents, max_documents)):
+        if isinstance(content, Dialogue):
+            if overflow == "window":
+                got = "dialogues"
+                raise InputError(Fault("overflow='window'", "texts", got, "Score them with 'truncate'."))
+            render = render or Renderer(tokenizer)
+            made, is_cut, covered = _dialogue_pieces(render, content, number, context_length)
+        else:
+            made, is_cut, covered = _pieces(tokenizer, content, number, start, context_length, overflow)
         pieces += made
         texts_bytes += covered
         num_documents += bool(made)
-        cut += is_cut
+        num_cut += is_cut
     if not pieces:
         raise DataError(
             Fault("evaluation data", "at least one token to score", "none", "Give documents with text.")
@@ -120,8 +142,9 @@ def quality(
         bits_per_byte=nats / math.log(2) / texts_bytes,
         bytes=texts_bytes,
         documents=num_documents,
-        cut_documents=cut,
-        start=start_name,
+        cut_documents=num_cut,
+        start="its wording" if render else start_name,
+        scored="responses" if render else "all tokens",
     )
 
 
@@ -148,7 +171,8 @@ def _pieces(
     if overflow == "window":
         pieces, last = list(_windows(ids, number, context_length)), len(ids)
     else:
-        pieces, last = [Piece(number, ids[:context_length], 1)], min(len(ids), context_length)
+        last = min(len(ids), context_length)
+        pieces = [Piece(number, ids[:last], [(1, last)])]
     if offsets is None and (last < len(ids) or not start):
         raise InputError(
             Fault(
@@ -163,15 +187,31 @@ def _pieces(
     return pieces, is_cut, len(text[begin:end].encode("utf-8", errors="surrogatepass"))
 
 
+def _dialogue_pieces(
+    render: Renderer, dialogue: Dialogue, number: int, context_length: int
+) -> tuple[list[Piece], bool, int]:
+    """As :func:`_pieces`, for a dialogue."""
+    (made,) = render([dialogue])
+    length, begin = len(made.ids), 0
+    if length > context_length and made.learnt:
+        begin = cut(length, made.learnt[-1][0], context_length)
+    end = min(begin + context_length, length)
+    # Nothing predicts a piece's first token.
+    runs = [(max(first, begin + 1) - begin, min(last, end) - begin) for first, last in made.learnt]
+    runs = [(first, last) for first, last in runs if first < last]
+    pieces = [Piece(number, made.ids[begin:end], runs)] if runs else []
+    return pieces, length > context_length, made.covered_bytes(begin + 1, end)
+
+
 def _windows(ids: Sequence[int], number: int, context_length: int) -> Iterator[Piece]:
     """Overlapping windows over ``ids``; each token but the first is scored exactly once."""
-    yield Piece(number, ids[:context_length], 1)
+    yield Piece(number, ids[:context_length], [(1, min(len(ids), context_length))])
     done = context_length
     stride = max(context_length // 2, 1)
     while done < len(ids):
         end = min(done + stride, len(ids))
         begin = end - context_length
-        yield Piece(number, ids[begin:end], done - begin)
+        yield Piece(number, ids[begin:end], [(done - begin, end - begin)])
         done = end
 
 
@@ -181,13 +221,13 @@ def _score_all(model: Any, pieces: list[Piece], max_logits_bytes: int) -> tuple[
     max_tokens = max(1, min(max_logits_bytes // (4 * vocabulary), MAX_BATCH_TOKENS))
     by_length = sorted(range(len(pieces)), key=lambda i: -len(pieces[i].ids))
     nats = [0.0] * len(pieces)
-    total = sum(len(p.ids) - p.first for p in pieces)
+    total = sum(p.scored for p in pieces)
     with Progress("quality", total, unit="tokens") as progress, torch.inference_mode():
         for batch in _batches(by_length, pieces, max_tokens):
             chosen = [pieces[i] for i in batch]
             for i, value in zip(batch, _score(model, chosen, max_tokens), strict=True):
                 nats[i] = value
-            progress.advance(sum(len(p.ids) - p.first for p in chosen))
+            progress.advance(sum(p.scored for p in chosen))
     for piece, value in zip(pieces, nats, strict=True):
         if not math.isfinite(value):
             raise NumericError(
@@ -221,7 +261,8 @@ def _score(model: Any, batch: Sequence[Piece], max_tokens: int) -> list[float]:
     scored_BT = torch.zeros(len(batch), length, dtype=torch.bool)
     for row, piece in enumerate(batch):
         ids_BT[row, : len(piece.ids)] = torch.tensor(piece.ids)
-        scored_BT[row, piece.first - 1 : len(piece.ids) - 1] = True
+        for first, end in piece.runs:
+            scored_BT[row, first - 1 : end - 1] = True
     ids_BT = ids_BT.to(model.device)
     scored_BT = scored_BT.to(model.device)
     nats_B = torch.zeros(len(batch), dtype=torch.float64, device=model.device)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from compresskit.data.dialogue import Content
 from compresskit.data.spec import DataSpec
 from compresskit.errors import Fault, InputError
 from compresskit.measure.fresh import default_threads, run_probe
@@ -202,8 +203,8 @@ def _measure_quality(subject: Subject) -> Record:
     config = AutoConfig.from_pretrained(subject.directory, **trust)
     context = subject.context_length or max_positions(config)
     model = load_model(subject.directory, device=subject.device, **trust)
-    texts, source = _texts(subject.data)
-    found = quality(model, tokenizer, texts, context_length=context, max_documents=subject.max_documents)
+    documents, source = _documents(subject.data)
+    found = quality(model, tokenizer, documents, context_length=context, max_documents=subject.max_documents)
     record = subject.record(
         "quality",
         asdict(found),
@@ -220,15 +221,14 @@ def _measure_quality(subject: Subject) -> Record:
     return Record(**{**record.to_json(), "notes": record.notes, "threads": torch.get_num_threads()})
 
 
-def _texts(data: DataSpec | Iterable[str]) -> tuple[Iterable[str], str]:
-    """The texts to score and where they are from."""
+def _documents(data: DataSpec | Iterable[str]) -> tuple[Iterable[Content], str]:
+    """The texts or dialogues to score and where they are from."""
     if not isinstance(data, DataSpec):
         return data, "texts given in the call"
-    from compresskit.data import documents
+    from compresskit.data import open_corpus
 
-    return documents(
-        data, data.split
-    ), data.source if data.split == "all" else f"{data.source}, {data.split} split"
+    name = data.source if data.split == "all" else f"{data.source}, {data.split} split"
+    return open_corpus(data).documents(data.split), name
 
 
 def _measure_latency(subject: Subject) -> Record:

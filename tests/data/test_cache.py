@@ -13,18 +13,19 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from compresskit.assets.teacher_model import train_tokenizer
-from compresskit.data.cache import STALE_S, build_entry, key_of
+from compresskit.data.cache import STALE_S, Piece, build_entry, key_of
 from compresskit.data.corpus import open_corpus
 from compresskit.data.pack import packed
 from compresskit.data.spec import DataSpec
 from compresskit.errors import DataError
 
-PIECES = [[1, 2, 3], [4], [5, 6]]
+PIECES = [Piece([1, 2, 3]), Piece([4]), Piece([5, 6])]
+DIALOGUES = [Piece([1, 2, 3], [(1, 3)]), Piece([4], []), Piece([5, 6, 7, 8], [(0, 1), (3, 4)])]
 
 
-def never() -> Iterator[list[int]]:
+def never() -> Iterator[Piece]:
     raise AssertionError("the entry was built again")
-    yield []
+    yield Piece([])
 
 
 def test_a_whole_entry_is_opened_and_not_built_again(tmp_path: Path) -> None:
@@ -64,8 +65,8 @@ def test_an_entry_of_another_version_is_rebuilt(tmp_path: Path) -> None:
 
 
 def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
-    def broken() -> Iterator[list[int]]:
-        yield [1]
+    def broken() -> Iterator[Piece]:
+        yield Piece([1])
         raise DataError("line 2 is bad")
 
     with pytest.raises(DataError):
@@ -92,10 +93,10 @@ def test_a_cache_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
 
 def test_two_processes_at_once_both_get_the_whole_entry(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from compresskit.data.cache import build_entry\n"
+        "import sys, time; from pathlib import Path; from compresskit.data.cache import Piece, build_entry\n"
         "def pieces():\n"
         "    for i in range(40):\n"
-        "        time.sleep(0.02); yield [i] * 500\n"
+        "        time.sleep(0.02); yield Piece([i] * 500)\n"
         "e = build_entry(Path(sys.argv[1]), 'k', pieces(), dtype='<u2')\n"
         "assert len(e.tokens) == 20000 and e.tokens[-1] == 39 and len(e.starts) == 40\n"
     )

@@ -17,17 +17,18 @@ from hypothesis import strategies as st
 
 from compresskit.data import jsonfile, lines
 from compresskit.data.readers import DOCUMENT_CHARACTERS, kind_of, read_file
+from compresskit.data.spec import DataSpec
 from compresskit.errors import DataError
 
 TEXTS = ["one", 'two, with "quotes"\nand a line end', "", "dr\u00e9i \u2028 \U0001f600", "  four "]
 
 
 def texts_of(path: Path, column: str | None = None) -> list[str]:
-    return [text for _, text in read_file(path, column)]
+    return [str(text) for _, text in read_file(path, DataSpec(column=column))]
 
 
 def places_of(path: Path) -> list[str]:
-    return [place.removeprefix(str(path)) for place, _ in read_file(path, None)]
+    return [place.removeprefix(str(path)) for place, _ in read_file(path, DataSpec())]
 
 
 def as_table(texts: list[str], **style: object) -> str:
@@ -185,7 +186,7 @@ BAD = {
     "header.csv": ("text\n", "", "header alone"),
     "fields.csv": ("id,text\n1,a\n2,b,c\n", ":3:", "3 fields"),
     "open-quote.csv": ('text\n"a\nb\n', ":2:", "unexpected end"),
-    "many.csv": ("question,answer\na,b\n", ":1:", "question, answer"),
+    "many.csv": ("title,summary\na,b\n", ":1:", "title, summary"),
     "none.csv": ("x,y\n1,2\n", ":1:", "no column of text"),
     "latin1.txt": (b"abc\ncaf\xe9 x\n", ":2:", "0xe9 at offset 7"),
     "latin1-bom.txt": (b"\xef\xbb\xbfcaf\xe9 x\n", ":1:", "offset 6"),
@@ -255,7 +256,7 @@ def test_a_file_is_never_held_in_memory(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name, bodies[Path(name).suffix]())
     assert path.stat().st_size > 22_000_000
     tracemalloc.start()
-    count = sum(1 for _ in read_file(path, None))
+    count = sum(1 for _ in read_file(path, DataSpec()))
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 1500
