@@ -3,7 +3,8 @@
 What a block is called with besides its hidden states (masks, rotary embeddings, positions) differs between
 families, and between the blocks of a model with sliding windows. It is never stored: the model itself is run
 with all blocks replaced by stand-ins that hand their input on, and stopped at the block in question. That
-costs an embedding and a mask, little beside a block, and no memory.
+costs a mask, little beside a block, and no memory. While the token embedding is not in memory, zeros of the
+shape of its results stand for them: masks and positions do not depend on what they hold.
 """
 
 from __future__ import annotations
@@ -44,6 +45,11 @@ class Relay:
     def __init__(self, streamed: StreamedModel) -> None:
         self._streamed = streamed
         self._blocks = [streamed.module.get_submodule(name) for name in streamed.blocks]
+        self._embeddings = [
+            part
+            for name, part in streamed.module.named_modules()
+            if isinstance(part, nn.Embedding) and not streamed.source.anatomy.block_of(name)
+        ]
         self._accepts = inspect.signature(streamed.module.forward).parameters
         self._num_extras: int | None = None
         config = streamed.source.config
@@ -53,22 +59,22 @@ class Relay:
             raise ModelError(Fault(type(streamed.module).__name__, "one stack of blocks", got, cure))
 
     def embed(self, row: Row) -> Tensor:
-        """The hidden states (1, T, D) that enter block 0."""
+        """The hidden states (B, T, D) that enter block 0; the token embedding must be in memory."""
         return _hidden(self._call_of(row, 0))
 
     def call(self, index: int, row: Row, hidden: Tensor) -> Call:
-        """The arguments that the model calls block ``index`` with, with ``hidden`` (1, T, D) among them."""
+        """The arguments that the model calls block ``index`` with, with ``hidden`` (B, T, D) among them."""
         return _with_hidden(self._call_of(row, index), hidden)
 
     @torch.no_grad()
     def through(self, index: int, row: Row, hidden: Tensor) -> Tensor:
-        """What block ``index``, which must be in memory, makes of ``hidden`` (1, T, D)."""
+        """What block ``index``, which must be in memory, makes of ``hidden`` (B, T, D)."""
         args, kwargs = self.call(index, row, hidden)
         output = self._blocks[index](*args, **kwargs)
         return output if isinstance(output, Tensor) else output[0]
 
     def finish(self, row: Row, hidden: Tensor) -> None:
-        """Run what follows the blocks on ``hidden`` (1, T, D), for the hooks to see."""
+        """Run what follows the blocks on ``hidden`` (B, T, D), for the hooks to see."""
         last = len(self._blocks) - 1
         with self._stand_ins(lambda index, call: hidden if index == last else _hidden(call)):
             self._run(row)
@@ -118,7 +124,25 @@ class Relay:
             cure = "Leave them out of the calibration rows."
             raise ModelError(Fault(cls, f"a model that takes {sorted(refused)}", "one that does not", cure))
         extra = {"use_cache": False} if "use_cache" in self._accepts else {}
-        self._streamed.module(**inputs, **extra)
+        with self._blank_embeddings():
+            self._streamed.module(**inputs, **extra)
+
+    @contextmanager
+    def _blank_embeddings(self) -> Iterator[None]:
+        """Within, embeddings that are not in memory give zeros."""
+
+        def zeros_like(module: nn.Embedding) -> Callable[[Tensor], Tensor]:
+            width, dtype = module.embedding_dim, self._streamed.dtype
+            return lambda input: torch.zeros(*input.shape, width, dtype=dtype, device=input.device)
+
+        replaced: list[nn.Embedding] = [e for e in self._embeddings if e.weight.is_meta]
+        try:
+            for module in replaced:
+                module.forward = zeros_like(module)  # type: ignore[method-assign,assignment]
+            yield
+        finally:
+            for module in replaced:
+                del module.forward
 
     @contextmanager
     def _stand_ins(self, hand_on: Callable[[int, Call], Tensor], skip: int = 0) -> Iterator[None]:

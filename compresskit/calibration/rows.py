@@ -1,4 +1,4 @@
-"""Calibration rows, and the documents packed into them. T = tokens."""
+"""Calibration rows, the documents packed into them, and batches of these. B = documents, T = tokens."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 Row = Mapping[str, Tensor]
 INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+BATCH_TOKENS = 2048
 
 
 class Documents(Sequence[Row]):
@@ -53,6 +54,37 @@ class Documents(Sequence[Row]):
         tokens = end - begin if mask is None else int(mask.reshape(-1)[begin:end].count_nonzero())
         self.num_tokens += tokens
         return tokens
+
+
+class Batches(Sequence[Row]):
+    """Documents of one length together, so that one run of a block serves them all; nothing is padded.
+
+    Args:
+        documents: in the order of their first members come the batches.
+        max_tokens: of a batch; a longer document is one of its own.
+    """
+
+    def __init__(self, documents: Documents, max_tokens: int = BATCH_TOKENS) -> None:
+        self._documents = documents
+        open_groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+        self._groups: list[list[int]] = []
+        for index in range(len(documents)):
+            row = documents[index]
+            length = row["input_ids"].shape[1]
+            kind = (length, tuple(row))
+            group = open_groups.get(kind)
+            if group is None or (len(group) + 1) * length > max_tokens:
+                group = open_groups[kind] = []
+                self._groups.append(group)
+            group.append(index)
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __getitem__(self, index: int) -> Row:  # type: ignore[override]
+        """Each input of batch ``index`` as (B, T)."""
+        rows = [self._documents[n] for n in self._groups[index]]
+        return {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
 
 
 def _is_counting(position_ids: Tensor) -> bool:

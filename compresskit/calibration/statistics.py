@@ -1,16 +1,17 @@
 """What calibration measures about the inputs of a linear layer.
 
-Shapes: T = tokens, I = in_features.
+Shapes: T = tokens, N = tokens of a sample, O = out_features, I = in_features.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from compresskit.calibration.gram import add_gram, mirror
 from compresskit.errors import Fault, StatisticError
 
 # What a method may name in its ``needs``, and the field of LayerStats that holds it.
@@ -21,6 +22,10 @@ STATISTICS: Mapping[str, str] = {
     "input_abs_max": "input_abs_max_I",
     "input_gram": "input_gram_II",
 }
+SAMPLE = 1024
+"""Inputs that are kept as they are: so many tokens at most."""
+ROWS = 1024
+"""Rows of a weight that are made float32 at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,8 @@ class LayerStats:
         input_abs_mean_I: mean of ``|x_j|``, (I,), in activation units.
         input_abs_max_I: maximum of ``|x_j|``, (I,), in activation units.
         input_gram_II: mean of x_i x_j, (I, I), in squared activation units.
+        sample_NI: inputs themselves, (N, I), in the dtype computed in: all of them if they are no more than
+            :data:`SAMPLE`, else so many drawn evenly, or None beside a Gram matrix, which tells of all.
         layer: its name, for errors.
     """
 
@@ -45,7 +52,56 @@ class LayerStats:
     input_abs_mean_I: Tensor | None = None
     input_abs_max_I: Tensor | None = None
     input_gram_II: Tensor | None = None
+    sample_NI: Tensor | None = None
     layer: str = ""
+
+    def divided_by(self, scale_I: Tensor) -> LayerStats:
+        """The statistics of the same inputs, each divided by its entry of ``scale_I`` (I,), all positive."""
+        scale = scale_I.float()
+        powers = {"input_sq_mean": scale.square(), "input_gram": scale[:, None] * scale}
+        fields = {
+            field: value / powers.get(need, scale)
+            for need, field in STATISTICS.items()
+            if (value := getattr(self, field)) is not None
+        }
+        sample = None if self.sample_NI is None else (self.sample_NI / scale).to(self.sample_NI.dtype)
+        return replace(self, sample_NI=sample, **fields)
+
+    def relative_error(self, former_OI: Tensor, new_OI: Tensor) -> float | None:
+        """How far the layer's output moves on the inputs that these statistics are of, its bias left out.
+
+        Args:
+            former_OI: the weight (O, I) before.
+            new_OI: and after.
+
+        Returns:
+            Squared norm of the change over that of the former output: over all inputs where they are no more
+            than :data:`SAMPLE` or their Gram matrix is at hand, else over the sample. None where there were
+            none, or the former output was zero.
+        """
+        change = former = 0.0
+        for start in range(0, len(former_OI), ROWS):
+            old_OI = former_OI[start : start + ROWS].float()
+            change += self._energy(new_OI[start : start + ROWS].float() - old_OI)
+            former += self._energy(old_OI)
+        return max(change, 0.0) / former if former > 0 else None
+
+    def _energy(self, weight_OI: Tensor) -> float:
+        """Squared norm of what ``weight_OI`` makes of the inputs, up to a factor that is theirs alone."""
+        if self.sample_NI is not None:
+            wide = self.sample_NI.dtype if self.sample_NI.dtype == torch.bfloat16 else torch.float32
+            output_NO = nn.functional.linear(self.sample_NI.to(wide), weight_OI.to(wide))
+            return float(output_NO.float().square().sum(dtype=torch.float64))
+        if self.input_gram_II is None:
+            return 0.0
+        total = 0.0
+        for start in range(0, weight_OI.shape[1], ROWS):  # the matrix is symmetric: half of it will do
+            stop = start + ROWS
+            part_OI = weight_OI[:, start:stop] @ self.input_gram_II[start:stop, :stop]
+            part_OI *= weight_OI[:, :stop]
+            total += float(2 * part_OI[:, :start].sum(dtype=torch.float64))
+            total += float(part_OI[:, start:].sum(dtype=torch.float64))
+        return total
 
     def require_input_sq_mean(self, in_features: int) -> Tensor:
         """Return ``input_sq_mean_I`` or raise StatisticError saying why it is unusable."""
@@ -96,34 +152,72 @@ class Accumulator:
         if unknown := needs - STATISTICS.keys():
             raise KeyError(f"no such statistics: {sorted(unknown)}; known are {sorted(STATISTICS)}")
         self.num_tokens = 0
-        self._sums = {
-            need: torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
-            if need == "input_gram"
-            else torch.zeros(in_features, dtype=torch.float64, device=device)
-            for need in needs
+        self._vectors = {
+            need: torch.zeros(in_features, dtype=torch.float64, device=device)
+            for need in sorted(needs - {"input_gram"})
         }
+        self._gram_II: Tensor | None = None
+        if "input_gram" in needs:
+            self._gram_II = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        # Inputs not yet in the Gram matrix, few of which are no work for a product; else the sample.
+        self._kept: list[Tensor] = []
+        self._keys_N = torch.zeros(0)
+        self._chance = torch.Generator().manual_seed(0)
 
     def add(self, input_TI: Tensor) -> None:
         """Count the rows of ``input_TI`` (T, I), of any float dtype, as tokens."""
-        x_TI = input_TI.detach().float()
-        self.num_tokens += x_TI.shape[0]
-        for need, sums in self._sums.items():
+        input_TI = input_TI.detach()
+        self.num_tokens += len(input_TI)
+        if not len(input_TI):
+            return
+        if self._vectors:
+            self._add_vectors(input_TI.float())
+        if self._gram_II is None:
+            self._draw(input_TI)
+        elif not self._kept and len(input_TI) > SAMPLE:
+            add_gram(self._gram_II, input_TI)
+        else:
+            self._kept.append(input_TI.clone())
+            if sum(map(len, self._kept)) > SAMPLE:
+                add_gram(self._gram_II, torch.cat(self._kept))
+                self._kept.clear()
+
+    def finish(self, layer: str = "") -> LayerStats:
+        """The statistics of the layer called ``layer``; call once, the sums are used up."""
+        tokens = max(self.num_tokens, 1)
+        for need, sums in self._vectors.items():
+            if need != "input_abs_max":
+                sums /= tokens
+        fields = {STATISTICS[need]: sums.float() for need, sums in self._vectors.items()}
+        kept_NI = torch.cat(self._kept) if self._kept else None
+        self._kept.clear()
+        if self._gram_II is not None:
+            if kept_NI is not None:
+                add_gram(self._gram_II, kept_NI)
+            kept_NI = kept_NI if self.num_tokens <= SAMPLE else None
+            mirror(self._gram_II)
+            fields["input_gram_II"] = self._gram_II.div_(tokens)
+        return LayerStats(num_tokens=self.num_tokens, sample_NI=kept_NI, layer=layer, **fields)
+
+    def _add_vectors(self, x_TI: Tensor) -> None:
+        for need, sums in self._vectors.items():
             if need == "input_mean":
                 sums += x_TI.sum(0, dtype=torch.float64)
             elif need == "input_sq_mean":
                 sums += x_TI.square().sum(0, dtype=torch.float64)
             elif need == "input_abs_mean":
                 sums += x_TI.abs().sum(0, dtype=torch.float64)
-            elif need == "input_abs_max" and len(x_TI):
+            elif need == "input_abs_max":
                 torch.maximum(sums, x_TI.abs().amax(0).double(), out=sums)
-            elif need == "input_gram":
-                sums.addmm_(x_TI.t(), x_TI)
 
-    def finish(self, layer: str = "") -> LayerStats:
-        """The statistics of the layer called ``layer``; call once, the sums are used up."""
-        tokens = max(self.num_tokens, 1)
-        for need, sums in self._sums.items():
-            if need != "input_abs_max":
-                sums /= tokens
-        fields = {STATISTICS[need]: sums.float() for need, sums in self._sums.items()}
-        return LayerStats(num_tokens=self.num_tokens, layer=layer, **fields)
+    def _draw(self, input_TI: Tensor) -> None:
+        """Keep the inputs with the least of random keys: each is as likely to stay as any other."""
+        keys_T = torch.rand(len(input_TI), generator=self._chance)
+        full = len(self._keys_N) == SAMPLE
+        chosen_T = keys_T < self._keys_N.max() if full else torch.ones_like(keys_T, dtype=torch.bool)
+        if not bool(chosen_T.any()):
+            return
+        keys_N = torch.cat([self._keys_N, keys_T[chosen_T]])
+        stay_N = keys_N.topk(min(SAMPLE, len(keys_N)), largest=False).indices.sort().values
+        kept_NI = torch.cat([*self._kept, input_TI[chosen_T.to(input_TI.device)]])
+        self._keys_N, self._kept = keys_N[stay_N], [kept_NI[stay_N.to(kept_NI.device)]]

@@ -1,27 +1,30 @@
 """One pass through a model, block by block: measure, change, and let the next block see the change.
 
-Each block is loaded once. Its rows run twice: through the block as it is, to collect what the method needs,
-and through the changed block, whose results are the next block's inputs. At any time one block, its changes
-and one set of hidden states are in memory.
+Each block is loaded once. The data runs twice: through the block as it is, as far as its last layer, to
+collect what the method needs, and through the changed block, whose results are the next block's inputs. At
+any time one block, the statistics of its layers and one set of hidden states are in memory.
 
 Shapes: T = tokens, D = hidden size, O = out_features, I = in_features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from compresskit.calibration.activations import Activations
-from compresskit.calibration.collect import Collector, Hooks, Shift
+from compresskit.calibration.collect import Collector, Enough
 from compresskit.calibration.relay import Relay
-from compresskit.calibration.rows import Documents, Row
+from compresskit.calibration.rows import Batches, Documents, Row
 from compresskit.calibration.statistics import LayerStats
 from compresskit.errors import DataError, Fault, InputError, StatisticError
+from compresskit.modeling.anatomy import Anatomy
 from compresskit.modeling.streaming import StreamedModel
 from compresskit.progress import Progress
 from compresskit.registry import nearest
@@ -33,6 +36,9 @@ Prepare = Callable[[int, StreamedModel, Mapping[str, LayerStats]], Mapping[str, 
 """``prepare(index, streamed, stats)`` may change block ``index`` without changing what it computes, through
 ``streamed``; it returns the statistics of the same layers as they are after that."""
 
+Run = Callable[[int, Row], Any]
+"""``run(batch, row)`` runs one batch as far as it goes and returns the hidden states."""
+
 
 @dataclass(frozen=True, slots=True)
 class Walked:
@@ -40,7 +46,8 @@ class Walked:
 
     Attributes:
         relative_error: for each layer visited the squared norm of the change of its output over that of its
-            former output, both on the inputs that reach it in the changed model; None without data.
+            former output, both on the inputs its statistics are of: those that reach it when all blocks
+            before are changed and its own is not. See ``LayerStats.relative_error``; None without data.
         num_tokens: calibration tokens, padding not counted.
     """
 
@@ -99,7 +106,7 @@ def walk(
     hidden = Activations(spill)
     try:
         return Walked(
-            _Walk(streamed, documents, visit, needs, ordered, hidden, prepare).run(title),
+            _Walk(streamed, Batches(documents), visit, needs, ordered, hidden, prepare).run(title),
             documents.num_tokens,
         )
     finally:
@@ -108,17 +115,21 @@ def walk(
 
 def _walk_without_data(streamed: StreamedModel, visit: Visit, layers: Sequence[str], title: str) -> Walked:
     anatomy = streamed.source.anatomy
-    stops = [None, *streamed.blocks]
     with Progress(title, len(layers), unit="layers") as progress:
-        for index, block in enumerate(stops):
-            here = [name for name in layers if anatomy.linears[name].block == block]
-            if not here:
-                continue
-            with _entered(streamed, index - 1):
-                for name in here:
-                    weight = streamed.weight_OI(name)
-                    streamed.set_weight(name, visit(name, weight, LayerStats(num_tokens=0, layer=name)))
-                    progress.advance(note=name)
+
+        def change(names: Iterable[str]) -> None:
+            for name in names:
+                weight = streamed.weight_OI(name)
+                streamed.set_weight(name, visit(name, weight, LayerStats(num_tokens=0, layer=name)))
+                progress.advance(note=name)
+
+        by_block = _by_block(anatomy, layers)
+        with _table(streamed, anatomy.head, by_block[None]):
+            change(by_block[None])
+        for index, block in enumerate(streamed.blocks):
+            if by_block[block]:
+                with streamed.block(index):
+                    change(by_block[block])
     return Walked(dict.fromkeys(layers), 0)
 
 
@@ -128,14 +139,14 @@ class _Walk:
     def __init__(
         self,
         streamed: StreamedModel,
-        rows: Sequence[Row],
+        batches: Sequence[Row],
         visit: Visit,
         needs: frozenset[str],
         layers: Sequence[str],
         hidden: Activations,
         prepare: Prepare | None,
     ) -> None:
-        self.streamed, self.rows, self.visit, self.needs = streamed, rows, visit, needs
+        self.streamed, self.batches, self.visit, self.needs = streamed, batches, visit, needs
         self.prepare = prepare
         self.linears = {name: streamed.source.anatomy.linears[name] for name in layers}
         self.relay = Relay(streamed)
@@ -144,58 +155,49 @@ class _Walk:
 
     def run(self, title: str) -> dict[str, float | None]:
         """Walk; the errors in the order the layers have in the model."""
-        blocks = self.streamed.blocks
-        here = [[n for n, linear in self.linears.items() if linear.block == block] for block in blocks]
-        outside = [n for n, linear in self.linears.items() if linear.block is None]
-        last = len(blocks) if outside else max((i + 1 for i, names in enumerate(here) if names), default=0)
-        total = len(self.rows) * (last + sum(1 for names in here[:last] if names and self.needs))
-        with Progress(title, total, unit="rows") as self.progress:
-            front = self._front(outside)
-            self._change(front, lambda i: self._embed(i), lambda i: self._embed(i))
-            for index in range(last):
+        blocks, anatomy = self.streamed.blocks, self.streamed.source.anatomy
+        by_block = _by_block(anatomy, self.linears)
+        front = self._front(by_block[None])
+        back = [name for name in by_block[None] if name not in front]
+        end = len(blocks) if back else max((i + 1 for i, b in enumerate(blocks) if by_block[b]), default=0)
+        # What leaves the last block matters to the layers behind the blocks alone.
+        onward = end if back else end - 1
+        passes = [bool(names) for names in (front, back, *(by_block[b] for b in blocks[:end]))]
+        num_rows = sum(len(row["input_ids"]) for row in self.batches)
+        with Progress(title, (1 + sum(passes) + max(onward, 0)) * num_rows, unit="rows") as self.progress:
+            with _table(self.streamed, anatomy.embeddings):
+                self._change(front, self._embed)
+                self._proceed(self._embed)
+            for index in range(end):
                 with self.streamed.block(index):
                     if index == 0:
-                        self.relay.learn(self.rows[0])
-                    self._block(index, here[index])
-            back = [name for name in outside if name not in front]
-            if back:
-                self._change(back, self._finish, self._finish)
+                        self.relay.learn(self.batches[0])
+                    through = partial(self._through, index)
+                    self._change(by_block[blocks[index]], through, index)
+                    if index < onward:
+                        self._proceed(through)
+            with _table(self.streamed, anatomy.head, back):
+                self._change(back, self._finish)
         return {name: self.errors[name] for name in self.linears}
 
-    def _block(self, index: int, names: list[str]) -> None:
-        def through(row: int) -> Tensor:
-            self.progress.advance(note=self.streamed.blocks[index])
-            entering = self.hidden[row].to(self.streamed.device)
-            return self.relay.through(index, self.rows[row], entering)
-
-        def onward(row: int) -> None:
-            self.hidden[row] = through(row)
-
-        self._change(names, lambda row: _drop(through(row)), onward, index)
-
-    def _change(
-        self,
-        names: list[str],
-        watch: Callable[[int], None],
-        proceed: Callable[[int], None],
-        block: int | None = None,
-    ) -> None:
-        """Collect for ``names`` while ``watch`` runs the rows, visit them, then ``proceed`` with the rows."""
-        module, device = self.streamed.module, self.streamed.device
-        stats: dict[str, LayerStats] = {name: LayerStats(num_tokens=0, layer=name) for name in names}
-        if names and self.needs:
-            with Collector(module, [self.linears[n] for n in names], self.needs, device) as collector:
-                self._each_row(watch, collector)
+    def _change(self, names: list[str], run: Run, block: int | None = None) -> None:
+        """Collect for ``names`` while ``run`` runs the batches, then visit them."""
+        stats: dict[str, LayerStats] = {}
+        if names:
+            layers = [self.linears[name] for name in names]
+            with Collector(self.streamed.module, layers, self.needs, self.streamed.device) as collector:
+                for batch, row in enumerate(self.batches):
+                    collector.begin(row.get("attention_mask"))
+                    with suppress(Enough):
+                        run(batch, row)
+                    self.progress.advance(len(row["input_ids"]))
             stats = collector.finish(names)
         if self.prepare is not None and block is not None:
             stats = dict(self.prepare(block, self.streamed, stats))
-        deltas = {name: self._visit(name, stats.pop(name)) for name in names}
-        with Shift(module, deltas) as shift:
-            self._each_row(proceed, shift)
-        self.errors.update(shift.relative_error())
+        for name in names:
+            self._visit(name, stats.pop(name))
 
-    def _visit(self, name: str, stats: LayerStats) -> Tensor:
-        """Change one layer; new minus former weight (O, I) in the dtype computed in."""
+    def _visit(self, name: str, stats: LayerStats) -> None:
         linear = self.linears[name]
         if self.needs and stats.num_tokens == 0 and linear.block is None:
             got = "a layer that the model never ran"
@@ -203,34 +205,48 @@ class _Walk:
         former = self.streamed.weight_OI(name)
         new = self.visit(name, former, stats)
         self.streamed.set_weight(name, new)
-        return (new.to(former) - former).to(self.streamed.dtype)
+        self.errors[name] = stats.relative_error(former, new)
+        self.progress.advance(0, note=name)
 
-    def _each_row(self, run: Callable[[int], None], hooks: Hooks) -> None:
-        for row in range(len(self.rows)):
-            mask = self.rows[row].get("attention_mask")
-            padded = mask is not None and not bool(mask.all())
-            hooks.keep_T = mask.reshape(-1).bool().to(self.streamed.device) if padded else None  # type: ignore[union-attr]
-            run(row)
+    def _proceed(self, run: Run) -> None:
+        """Run the batches on; what comes out enters the next block."""
+        for batch, row in enumerate(self.batches):
+            self.hidden[batch] = run(batch, row)
+            self.progress.advance(len(row["input_ids"]))
 
     def _front(self, outside: list[str]) -> list[str]:
-        """Of the layers outside the blocks, those that run before them (projections of embeddings)."""
-        device = self.streamed.device
+        """Of the layers ``outside`` the blocks, those that run before them (projections of embeddings)."""
+        if not outside:
+            return []
+        streamed = self.streamed
         watched = [self.linears[name] for name in outside]
-        with Collector(self.streamed.module, watched, frozenset(), device) as collector:
-            self.relay.embed(self.rows[0])
+        with (
+            _table(streamed, streamed.source.anatomy.embeddings),
+            Collector(streamed.module, watched, frozenset(), streamed.device) as collector,
+        ):
+            self.relay.embed(self.batches[0])
         return [name for name in outside if name in collector.seen]
 
-    def _embed(self, row: int) -> None:
-        self.hidden[row] = self.relay.embed(self.rows[row])
+    def _embed(self, batch: int, row: Row) -> Tensor:
+        return self.relay.embed(row)
 
-    def _finish(self, row: int) -> None:
-        self.relay.finish(self.rows[row], self.hidden[row].to(self.streamed.device))
+    def _through(self, index: int, batch: int, row: Row) -> Tensor:
+        return self.relay.through(index, row, self.hidden[batch].to(self.streamed.device))
+
+    def _finish(self, batch: int, row: Row) -> None:
+        self.relay.finish(row, self.hidden[batch].to(self.streamed.device))
 
 
-def _drop(value: Tensor) -> None:
-    """Run for the hooks alone."""
+def _by_block(anatomy: Anatomy, layers: Iterable[str]) -> dict[str | None, list[str]]:
+    """``layers`` by the block they are in; those outside the blocks under None."""
+    found: dict[str | None, list[str]] = {block: [] for block in (None, *anatomy.blocks)}
+    for name in layers:
+        found[anatomy.linears[name].block].append(name)
+    return found
 
 
-def _entered(streamed: StreamedModel, index: int) -> AbstractContextManager[object]:
-    """Block ``index`` in memory; nothing for -1, which is what is outside the blocks."""
-    return streamed.block(index) if index >= 0 else nullcontext()
+def _table(
+    streamed: StreamedModel, name: str | None, wanted: Sequence[str] = ("",)
+) -> AbstractContextManager[object]:
+    """Table ``name`` in memory, if there is such a table and anything is ``wanted`` of it."""
+    return streamed.table(name) if name in streamed.tables and wanted else nullcontext()

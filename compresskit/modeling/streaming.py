@@ -1,8 +1,9 @@
 """A model with one block in memory: the rest on the meta device, changes written shard by shard.
 
-What is not in a block (embeddings, last norm, head) is resident from the start. A block's weights are read
-when it is entered, written to its own output shard when it is left, and dropped. Tensors that nobody changed
-are written with the bytes they had, whatever dtype was computed in.
+A block's weights are read when it is entered, written to its own output shard when it is left, and dropped.
+Of what is outside the blocks the two tables, token embedding and head, are in memory only within
+:meth:`StreamedModel.table`; the rest (norms, positions) is small and stays. Tensors that nobody changed are
+written with the bytes they had, whatever dtype was computed in.
 
 Shapes: O = out_features, I = in_features.
 """
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from compresskit.errors import Fault, ModelError, OutputError, RunError
+from compresskit.modeling.anatomy import Anatomy
 from compresskit.modeling.checkpoint import INDEX, SINGLE
 from compresskit.modeling.fetch import copy_sidecars
 from compresskit.modeling.shards import Pending, Stored, write_shard
@@ -42,8 +44,9 @@ class StreamedModel:
             compute in. Weights are written in the dtype they are stored in.
 
     Attributes:
-        module: the whole model in evaluation mode; weights of blocks that are not entered are on meta.
+        module: the whole model in evaluation mode; weights that are not in memory are on meta.
         device: of everything that is not on meta.
+        tables: names of the modules :meth:`table` takes: token embedding and head.
 
     Raises:
         ModelError: ``source`` is packed or has weights that cannot be read.
@@ -66,8 +69,11 @@ class StreamedModel:
         self._written: dict[str, Stored] = {}
         # Set only where the stored dtype differs from the one computed in, which would round it.
         self._exact: dict[str, Tensor] = {}
+        self._changed: set[str] = set()
+        self.tables = _tables(self.module, source.anatomy)
+        large = {self._stored_name(f"{table}.weight") for table in self.tables}
         _fill_buffers(self.module, self.device)
-        self._load(self._names[None])
+        self._load([name for name in self._names[None] if name not in large])
         self.module.requires_grad_(False)
 
     def __enter__(self) -> StreamedModel:
@@ -101,11 +107,33 @@ class StreamedModel:
             self._entered = None
             _return_memory()
 
+    @contextmanager
+    def table(self, name: str) -> Iterator[nn.Module]:
+        """Module ``name`` of :attr:`tables` with its weight in memory, that of modules tied to it included.
+
+        Change it with :meth:`set_weight` only; one that was changed stays in memory until it is written.
+
+        Yields:
+            The module.
+        """
+        weight = self._stored_name(f"{name}.weight")
+        here = not self.module.get_parameter(weight).is_meta
+        try:
+            if not here:
+                self._load([weight])
+            yield self.module.get_submodule(name)
+        finally:
+            if not here and weight not in self._changed:
+                self._drop([weight])
+
     def weight_OI(self, layer: str) -> Tensor:
         """The weight (O, I) of ``layer`` as it will be written, in its stored dtype, on the model's device.
 
+        It may be the very tensor that is computed with: do not change it. It stays as it is when
+        :meth:`set_weight` replaces it.
+
         Raises:
-            RuntimeError: the layer's block is not entered.
+            RuntimeError: the layer's block or table is not entered.
         """
         name = f"{layer}.weight"
         self._require_resident(name)
@@ -117,11 +145,12 @@ class StreamedModel:
 
         Args:
             layer: outside the blocks, or in the block that is entered.
-            weight_OI: (O, I), finite, in the layer's stored dtype or one that converts to it.
+            weight_OI: (O, I), finite, in the layer's stored dtype or one that converts to it. The model may
+                keep it without a copy: do not change it afterwards.
 
         Raises:
             ModelError: another shape, values that are not finite, or a weight tied to another module's.
-            RuntimeError: the layer's block is not entered.
+            RuntimeError: the layer's block or table is not entered.
         """
         linear = self.source.anatomy.linears[layer]
         self._require_resident(f"{layer}.weight")
@@ -185,15 +214,19 @@ class StreamedModel:
         return SINGLE if total == 1 else f"model-{number + 1:05d}-of-{total:05d}.safetensors"
 
     def _set(self, name: str, value: Tensor) -> None:
-        exact = value.to(self.source.dtype(name))
-        with torch.no_grad():
-            self.module.get_parameter(name).copy_(exact)
+        exact = value.to(self.device, self.source.dtype(name)).contiguous()
+        _assign(self.module, name, exact.to(self.dtype))
+        self._changed.add(name)
         if exact.dtype != self.dtype:
-            self._exact[name] = exact.to("cpu", copy=True).contiguous()
+            self._exact[name] = exact.to("cpu", copy=True)
+
+    def _stored_name(self, name: str) -> str:
+        """``name``, or the name that the parameter it is tied to is stored under."""
+        return next((group[0] for group in self.source.anatomy.tied if name in group), name)
 
     def _require_resident(self, name: str) -> None:
         if self.module.get_parameter(name).is_meta:
-            raise RuntimeError(f"{name} is not in memory; enter its block first")
+            raise RuntimeError(f"{name} is not in memory; enter its block or table first")
 
     def _load(self, names: list[str]) -> None:
         for name in names:
@@ -209,6 +242,10 @@ class StreamedModel:
     def _current(self, name: str) -> Tensor:
         """The tensor to write for ``name``, in its stored dtype; as read where nobody changed it."""
         now = _tensor(self.module, name).detach()
+        if now.is_meta:
+            return self.source.tensor(name)
+        if now.dtype == self.source.dtype(name):
+            return now
         exact = self._exact.get(name)
         if exact is not None and _same_bits(exact.to(self.device, now.dtype), now):
             return exact
@@ -233,6 +270,12 @@ class StreamedModel:
         total = sum(self.source.place(name).num_bytes for name in files)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
         _publish(self.out / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+
+
+def _tables(module: nn.Module, anatomy: Anatomy) -> tuple[str, ...]:
+    embeddings = anatomy.embeddings
+    is_plain = embeddings is not None and isinstance(module.get_submodule(embeddings), nn.Embedding)
+    return tuple(name for name in (embeddings if is_plain else None, anatomy.head) if name)
 
 
 def _fill_buffers(module: nn.Module, device: torch.device) -> None:

@@ -13,6 +13,7 @@ import transformers as hf
 
 from compresskit.errors import ModelError, OutputError
 from compresskit.modeling import StreamedModel, load_model, open_model
+from compresskit.modeling.shards import Stored
 from tests.modeling.conftest import Model
 from tests.modeling.families import FAMILIES, make, tokens
 
@@ -54,23 +55,34 @@ def test_the_module_computes_what_the_whole_model_does(
     for name, buffer in whole.named_buffers():
         assert torch.equal(streamed.module.get_buffer(name), buffer), name
         assert streamed.module.get_buffer(name).dtype == buffer.dtype
-    for block in streamed.blocks:
+    for block in (None, *streamed.blocks):
         streamed._load(streamed._names[block])
     ids = tokens(20, 2)[None]
     assert torch.equal(streamed.module(ids).logits, whole(ids).logits)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_only_one_block_is_in_memory(family: str, model: Model, tmp_path: Path) -> None:
+def test_only_one_block_or_table_is_in_memory(family: str, model: Model, tmp_path: Path) -> None:
     with stream(model(family), tmp_path / "out") as streamed:
         source = streamed.source
         sizes: dict[str | None, int] = {}
         for name in source.names():
             block = source.anatomy.block_of(name)
             sizes[block] = sizes.get(block, 0) + source.place(name).num_bytes
+        tables = {name: source.place(f"{name}.weight").num_bytes for name in streamed.tables}
+        assert source.anatomy.embeddings in tables
         buffers = sum(b.nbytes for b in streamed.module.buffers())
-        outside = sizes[None] + buffers
+        tied = len({source.place(f"{name}.weight") for name in tables}) == 1
+        outside = sizes[None] + buffers - (max(tables.values()) if tied else sum(tables.values()))
         assert streamed.resident_bytes == outside
+        for name, num_bytes in tables.items():
+            with streamed.table(name) as module:
+                assert streamed.resident_bytes == outside + num_bytes
+                assert torch.equal(module.weight, source.tensor(f"{name}.weight"))
+                with streamed.table(name):
+                    pass
+                assert streamed.resident_bytes == outside + num_bytes
+            assert streamed.resident_bytes == outside
         for index, block in enumerate(streamed.blocks):
             with streamed.block(index):
                 assert streamed.resident_bytes == outside + sizes[block]
@@ -101,6 +113,31 @@ def test_changes_of_every_kind_are_written(family: str, model: Model, tmp_path: 
     assert not after.tensor(norm).any()
     for other in set(source.names()) - {norm, f"{name}.weight"}:
         assert torch.equal(after.tensor(other), source.tensor(other))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_changed_table_is_written(dtype: str, model: Model, tmp_path: Path) -> None:
+    with stream(model("llama"), tmp_path / "out", dtype=dtype) as streamed:
+        with streamed.table("lm_head"):
+            weight_OI = streamed.weight_OI("lm_head")
+            streamed.set_weight("lm_head", weight_OI * 1.01)
+            assert torch.equal(weight_OI, streamed.source.weight_OI("lm_head")), "the former one stays"
+        assert torch.equal(streamed.weight_OI("lm_head"), weight_OI * 1.01)
+    before, after = streamed.source, open_model(tmp_path / "out")
+    assert torch.equal(after.weight_OI("lm_head"), before.weight_OI("lm_head") * 1.01)
+    embedding = f"{before.anatomy.embeddings}.weight"
+    assert torch.equal(after.tensor(embedding), before.tensor(embedding))
+
+
+def test_a_block_is_read_once(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    whole = Stored.read
+    monkeypatch.setattr(Stored, "read", lambda self: read.append(self.key) or whole(self))
+    with stream(model("llama"), tmp_path / "out") as streamed:
+        for index in range(len(streamed.blocks)):
+            with streamed.block(index):
+                streamed.set_weight(UP, streamed.weight_OI(UP) * 2) if index == 1 else None
+    assert sorted(read) == sorted(streamed.source.place(n).key for n in streamed.source.names())
 
 
 def test_computing_in_less_than_is_stored_loses_nothing(model: Model, tmp_path: Path) -> None:
@@ -160,7 +197,9 @@ def test_wrong_weights_are_refused(model: Model, tmp_path: Path) -> None:
     weight_OI = streamed.source.weight_OI(UP)
     with pytest.raises(RuntimeError, match="enter its block"):
         streamed.set_weight(UP, weight_OI)
-    with pytest.raises(ModelError, match="Add lm_head to ignore"):
+    with pytest.raises(RuntimeError, match="or table"):
+        streamed.weight_OI("lm_head")
+    with streamed.table("lm_head"), pytest.raises(ModelError, match="Add lm_head to ignore"):
         streamed.set_weight("lm_head", streamed.weight_OI("lm_head"))
     with streamed.block(1):
         with pytest.raises(ModelError, match=r"shape \(24, 16\), got \(16, 24\)"):
@@ -174,7 +213,7 @@ def test_wrong_weights_are_refused(model: Model, tmp_path: Path) -> None:
             streamed.set_parameter(norm, torch.full((16,), torch.inf))
     with pytest.raises(RuntimeError, match="enter its block"):
         streamed.set_parameter(norm, torch.ones(16))
-    with pytest.raises(ModelError, match="a parameter of its own"):
+    with streamed.table("lm_head"), pytest.raises(ModelError, match="a parameter of its own"):
         streamed.set_parameter("lm_head.weight", streamed.parameter("lm_head.weight"))
     with pytest.raises(OutputError, match="the model's own"):
         StreamedModel(streamed.source, streamed.source.directory)

@@ -1,0 +1,58 @@
+"""The Gram matrix of a layer's inputs, at half the products and, where nothing is lost by it, in bfloat16.
+
+A product of two bfloat16 numbers has 16 significant bits and is exact in float32, so that rounding the
+factors to bfloat16, which they are already, and summing up in float32 gives what float32 alone does.
+
+Shapes: T = tokens, I = in_features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+MAX_TOKENS = 2048
+
+
+def add_gram(sum_II: Tensor, input_TI: Tensor) -> None:
+    """Add x x^T of every token of ``input_TI`` to ``sum_II``, on and below the diagonal only.
+
+    Args:
+        sum_II: float32, (I, I), changed in place. What stands above the diagonal is not to be used before
+            :func:`mirror`.
+        input_TI: any float dtype; products of float16 and float32 are taken in float32.
+    """
+    inputs = input_TI.shape[1]
+    side = 256 if inputs <= 2048 else 512
+    with _bfloat16_factors(input_TI.dtype == torch.bfloat16):
+        for first in range(0, len(input_TI), MAX_TOKENS):
+            x_TI = input_TI[first : first + MAX_TOKENS].float()
+            for start in range(0, inputs, side):
+                stop = min(start + side, inputs)
+                sum_II[start:stop, :stop].addmm_(x_TI[:, start:stop].t(), x_TI[:, :stop])
+
+
+def mirror(sum_II: Tensor) -> None:
+    """Copy what is below the diagonal to above it, in place."""
+    inputs = len(sum_II)
+    for start in range(0, inputs, MAX_TOKENS):
+        stop = min(start + MAX_TOKENS, inputs)
+        corner = sum_II[start:stop, start:stop]
+        corner.copy_(corner.tril() + corner.tril(-1).t())
+        sum_II[start:stop, stop:] = sum_II[stop:, start:stop].t()
+
+
+@contextmanager
+def _bfloat16_factors(wanted: bool) -> Iterator[None]:
+    """Within, the CPU's float32 matrix products round their factors (not their sums) to bfloat16."""
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    try:
+        if wanted:
+            settings.fp32_precision = "bf16"
+        yield
+    finally:
+        settings.fp32_precision = before
