@@ -21,8 +21,11 @@ class ParamAccess(Protocol):
         """This rank's own part of ``parameter``; all of it where nothing is sharded."""
         ...
 
-    def gather(self, model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-        """The whole state dict on the CPU, one tensor after another; empty where ``keep`` is False."""
+    def gather(self, model: nn.Module, *, keep: bool, frozen: bool = True) -> dict[str, Tensor]:
+        """The whole state dict on the CPU, one tensor after another; empty where ``keep`` is False.
+
+        Without ``frozen`` it lacks the parameters that take no gradient, and what belongs to them.
+        """
         ...
 
     def mask_gradient(self, parameter: nn.Parameter) -> Callable[[], None]:
@@ -37,9 +40,9 @@ class Whole:
         """The parameter."""
         return parameter.detach()
 
-    def gather(self, model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    def gather(self, model: nn.Module, *, keep: bool, frozen: bool = True) -> dict[str, Tensor]:
         """See :meth:`ParamAccess.gather`."""
-        return {name: _copy(t) for name, t in model.state_dict().items()} if keep else {}
+        return {name: _copy(t) for name, t in _wanted(model, frozen=frozen).items()} if keep else {}
 
     def mask_gradient(self, parameter: nn.Parameter) -> Callable[[], None]:
         """See :meth:`ParamAccess.mask_gradient`; runs before any engine reduces the gradient."""
@@ -61,13 +64,13 @@ class Partitioned(Whole):
         part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
         return part.detach()
 
-    def gather(self, model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    def gather(self, model: nn.Module, *, keep: bool, frozen: bool = True) -> dict[str, Tensor]:
         """See :meth:`ParamAccess.gather`."""
         import deepspeed
 
         parameters = dict(model.named_parameters(remove_duplicate=False))
         tensors = {}
-        for name, tensor in model.state_dict(keep_vars=True).items():
+        for name, tensor in _wanted(model, frozen=frozen).items():
             parameter = parameters.get(name)
             if parameter is None:
                 if keep:
@@ -87,10 +90,10 @@ class Sharded:
         shard: Tensor = parameter.to_local()  # type: ignore[attr-defined]
         return shard.detach()
 
-    def gather(self, model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    def gather(self, model: nn.Module, *, keep: bool, frozen: bool = True) -> dict[str, Tensor]:
         """See :meth:`ParamAccess.gather`."""
         tensors = {}
-        for name, tensor in model.state_dict().items():
+        for name, tensor in _wanted(model, frozen=frozen).items():
             full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
             if keep:
                 tensors[name] = _copy(full)
@@ -129,6 +132,17 @@ def local_bytes(access: ParamAccess, model: nn.Module) -> int:
 def _parts(access: ParamAccess, parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
     for parameter in parameters:
         yield access.local(parameter)
+
+
+def _wanted(model: nn.Module, *, frozen: bool) -> dict[str, Tensor]:
+    """The state dict, its parameters as such; without ``frozen`` only what training changes."""
+    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    if frozen:
+        return state
+    still = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    # A quantised weight brings its scales along, under names that begin with its own.
+    parts = tuple(f"{name}." for name in still)
+    return {name: t for name, t in state.items() if name not in still and not name.startswith(parts)}
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -24,9 +24,11 @@ class Adaptation(Protocol):
         masks_gradients: whether the weights of layers are trained under their own names, so that the
             gradients of held zeros are masked; else zeros are the adaptation's own affair. Either way they
             are checked in what it saves.
+        saves_frozen: whether :meth:`save` is given parameters that take no gradient.
     """
 
     masks_gradients: ClassVar[bool]
+    saves_frozen: ClassVar[bool]
 
     def load(self, source: ModelSource) -> nn.Module:
         """The module to train, on the CPU: a causal language model of transformers or a wrapper of one.
@@ -41,7 +43,8 @@ class Adaptation(Protocol):
         Args:
             source: the checkpoint training started from.
             out: an existing empty directory.
-            tensors: the whole state dict of the module from :meth:`load`, each in the dtype it had there.
+            tensors: the whole state dict of the module from :meth:`load`, each in the dtype it had there;
+                without ``saves_frozen`` only what training may have changed.
         """
         ...
 
@@ -51,6 +54,7 @@ class Plain:
     """The model as it is."""
 
     masks_gradients: ClassVar[bool] = True
+    saves_frozen: ClassVar[bool] = True
 
     def load(self, source: ModelSource) -> nn.Module:
         """See :meth:`Adaptation.load`."""

@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 MARK = "complete.json"
+TRAINED = "trained.safetensors"
 PREFIX = "checkpoint-"
 
 

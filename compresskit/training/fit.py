@@ -92,6 +92,7 @@ class Run:
         validation: rows for the evaluations.
         held: layers whose zero weights stay zero.
         adaptation: what was done to the model before, in words; another one is another run.
+        saves_frozen: whether parameters that take no gradient are gathered for ``save``.
         seed: of data order and dropout.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:0``.
         save: called on every rank at the end with the whole state dict in the model's own dtypes; it is
@@ -109,6 +110,7 @@ class Run:
     validation: Rows | None
     held: tuple[str, ...]
     adaptation: str
+    saves_frozen: bool
     seed: int
     device: str
     save: Callable[[Mapping[str, Tensor]], None] | None
@@ -157,7 +159,8 @@ class Run:
             precision = self.fields.precision
             with redirected(self.model, self.objective, precision=precision, teacher=self.teacher):
                 validated = _run(trainer, start)
-            tensors = trainer.access.gather(self.model, keep=trainer.is_world_process_zero())
+            keep = trainer.is_world_process_zero()
+            tensors = trainer.access.gather(self.model, keep=keep, frozen=self.saves_frozen)
             require_finite_weights(tensors, self.steps)
             if self.save is not None:
                 self.save(cast_like(tensors, dtypes))
@@ -224,6 +227,7 @@ def fit(
     validation: Rows | None = None,
     held: tuple[str, ...] = (),
     adaptation: str = "",
+    saves_frozen: bool = True,
     seed: int = 0,
     device: str = "auto",
     save: Callable[[Mapping[str, Tensor]], None] | None = None,
@@ -256,6 +260,7 @@ def fit(
         validation=validation,
         held=held,
         adaptation=adaptation,
+        saves_frozen=saves_frozen,
         seed=seed,
         device=device,
         save=save,

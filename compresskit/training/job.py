@@ -152,6 +152,7 @@ def carry_out(job: TrainJob) -> TrainOutcome:
         validation=validation,
         held=job.held if adaptation.masks_gradients else (),
         adaptation=repr(adaptation),
+        saves_frozen=adaptation.saves_frozen,
         seed=job.seed,
         device=job.device,
         save=save,

@@ -10,10 +10,12 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from compresskit.errors import EngineError, Fault
 from compresskit.progress import Progress
 from compresskit.training import checkpoint
 from compresskit.training.access import ParamAccess
@@ -208,10 +210,32 @@ class StageTrainer(Trainer):
         return self.evaluate().get("eval_loss")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Whole weights in a checkpoint only where the engine does not write its own shards."""
-        Path(output_dir or str(self.args.output_dir)).mkdir(parents=True, exist_ok=True)
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+        """Whole weights in a checkpoint only where the engine does not write its own shards.
+
+        Of a model that is frozen in part, what training may change: the rest is loaded anew at every start.
+        """
+        place = Path(output_dir or str(self.args.output_dir))
+        place.mkdir(parents=True, exist_ok=True)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return
+        model = cast(nn.Module, self.model)
+        if all(p.requires_grad for p in model.parameters()):
             super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            save_file(self.access.gather(model, keep=True, frozen=False), place / checkpoint.TRAINED)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Also what :meth:`save_model` wrote of a model that is frozen in part."""
+        trained = Path(resume_from_checkpoint) / checkpoint.TRAINED
+        if not trained.is_file():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        unknown = (
+            cast(nn.Module, self.model).load_state_dict(load_file(trained), strict=False).unexpected_keys
+        )
+        if unknown:
+            cure = "Remove the directory, or train with the versions it was begun with."
+            raise EngineError(Fault(str(trained), "parameters of the model", unknown[0], cure))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write, wait for all ranks, then declare it complete and remove the others."""

@@ -42,7 +42,7 @@ class BottleneckConfig(PeftConfig):  # type: ignore[misc]
     bias: str = field(default="none")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = NAME
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
@@ -103,19 +103,30 @@ class BottleneckModel(BaseTuner):  # type: ignore[misc]
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (peft's own form)
 
     def _create_and_replace(
-        self, config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, *_: Any, **__: Any
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, BottleneckLayer):
-            target.update_layer(adapter_name, config)
+            target.update_layer(adapter_name, peft_config)
         else:
-            setattr(parent, target_name, BottleneckLayer(target, adapter_name, config))
+            setattr(parent, target_name, BottleneckLayer(target, adapter_name, peft_config))
 
 
 def register() -> None:
     """Make the kind known to peft, whose tables are keyed by its name."""
-    PEFT_TYPE_TO_CONFIG_MAPPING[NAME] = BottleneckConfig
-    PEFT_TYPE_TO_TUNER_MAPPING[NAME] = BottleneckModel
-    PEFT_TYPE_TO_PREFIX_MAPPING[NAME] = FIRST
+    tables: tuple[tuple[Any, Any], ...] = (
+        (PEFT_TYPE_TO_CONFIG_MAPPING, BottleneckConfig),
+        (PEFT_TYPE_TO_TUNER_MAPPING, BottleneckModel),
+        (PEFT_TYPE_TO_PREFIX_MAPPING, FIRST),
+    )
+    for table, entry in tables:
+        table[NAME] = entry
 
 
 register()

@@ -1,7 +1,8 @@
 """Weights that no longer move, kept in few bits while adapters are trained on top of them.
 
-NF4 with double quantisation and int8 are bitsandbytes' own, so that a model which its user loads in 4 or 8 bit
-is the one the adapter was trained on. A weight that an earlier stage put on a grid is kept as its own integers.
+NF4 with double quantisation and int8 are bitsandbytes' own, so that a model which its user loads in 4 or 8
+bits is the one the adapter was trained on. A weight that an earlier stage put on a grid is kept as its own
+integers.
 
 Paper: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, https://arxiv.org/abs/2305.14314.
 Shapes: O = out_features, I = in_features.
@@ -10,7 +11,7 @@ Shapes: O = out_features, I = in_features.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -51,7 +52,13 @@ def freeze(weight_OI: Tensor, bias_O: Tensor | None, base: str, *, dtype: torch.
     if base == "nf4":
         nn4 = bitsandbytes().nn
         layer = nn4.Linear4bit(
-            inputs, rows, has_bias, compute_dtype=dtype, compress_statistics=True, quant_type="nf4", device="meta"
+            inputs,
+            rows,
+            has_bias,
+            compute_dtype=dtype,
+            compress_statistics=True,
+            quant_type="nf4",
+            device="meta",
         )
         layer.weight = nn4.Params4bit(
             weight_OI.float(), requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
@@ -61,7 +68,9 @@ def freeze(weight_OI: Tensor, bias_O: Tensor | None, base: str, *, dtype: torch.
     elif base == "int8":
         nn8 = bitsandbytes().nn
         layer = nn8.Linear8bitLt(inputs, rows, has_bias, has_fp16_weights=False, device="meta")
-        layer.weight = nn8.Int8Params(weight_OI.float(), requires_grad=False, has_fp16_weights=False).to("cpu")
+        layer.weight = nn8.Int8Params(weight_OI.float(), requires_grad=False, has_fp16_weights=False).to(
+            "cpu"
+        )
     else:
         layer = nn.Linear(inputs, rows, has_bias, device="meta")
         layer.weight = nn.Parameter(weight_OI.detach().clone(), requires_grad=False)
@@ -72,29 +81,22 @@ def freeze(weight_OI: Tensor, bias_O: Tensor | None, base: str, *, dtype: torch.
 
 def rounded(weight_OI: Tensor, base: str) -> Tensor:
     """``weight_OI`` as a layer from :func:`freeze` has it, (O, I) in float32; zeros stay exactly zero."""
-    layer = freeze(weight_OI, None, base, dtype=torch.float32)
-    prefix = "layer."
-    return stored_weight({prefix + k: v for k, v in layer.state_dict().items()}, "layer")
+    return frozen_weight(freeze(weight_OI, None, base, dtype=torch.float32))
 
 
-def stored_weight(tensors: Mapping[str, Tensor], layer: str) -> Tensor:
-    """The weight (O, I), in float32, that the state dict of a frozen layer stands for.
-
-    Args:
-        tensors: a state dict, on the CPU; keys of this layer begin with its name.
-        layer: name of the frozen layer itself.
-    """
-    name = f"{layer}.weight"
-    weight = tensors[name]
-    if weight.dtype == torch.uint8:
-        functional = bitsandbytes().functional
-        parts = {k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")}
-        state = functional.QuantState.from_dict(parts, device=torch.device("cpu"))
-        found: Tensor = functional.dequantize_4bit(weight, state)
+def frozen_weight(layer: nn.Module) -> Tensor:
+    """The weight (O, I) that a layer from :func:`freeze` multiplies with, in float32, on its device."""
+    weight: Any = layer.weight
+    kind = type(weight).__name__
+    if kind == "Params4bit":
+        found: Tensor = bitsandbytes().functional.dequantize_4bit(weight.data, weight.quant_state)
         return found.float()
-    if weight.dtype == torch.int8:
-        return weight.float() * (tensors[f"{layer}.SCB"].float() / INT8_STEPS)[:, None]
-    return weight.float()
+    if kind == "Int8Params":
+        state: Any = layer.state
+        scale_O: Tensor = state.SCB if weight.SCB is None else weight.SCB
+        whole_OI: Tensor = weight.data.float() * (scale_O.to(weight.device) / INT8_STEPS)[:, None]
+        return whole_OI
+    return cast(Tensor, weight).detach().float()
 
 
 class GridLinear(nn.Linear):
@@ -114,7 +116,8 @@ class GridLinear(nn.Linear):
         levels_OI = grid.quantize(weight_OI)
         self._levels = levels_OI.dtype
         self.register_buffer("levels_OI", levels_OI.view(torch.uint8), persistent=False)
-        self.bias = None if bias_O is None else nn.Parameter(bias_O.detach().clone(), requires_grad=False)
+        bias = None if bias_O is None else nn.Parameter(bias_O.detach().clone(), requires_grad=False)
+        self.register_parameter("bias", bias)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""LoRA layers of peft that see in training what the merge will make of them: zeros that stay, grids that stay.
+"""LoRA layers of peft that see in training what a merge will make of them: zeros stay, grids stay.
 
 The class of a layer is swapped in place, so parameters keep their names and every engine wraps it as before.
 Where zeros are held the update is masked, and where a grid is held the whole weight is rounded onto it; the
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from compresskit.formats.grid import Grid
+from compresskit.quant.adapters.frozen import frozen_weight
 from compresskit.quant.adapters.merge import merged, update
 
 ADAPTER = "default"
@@ -50,7 +51,7 @@ class Held:
         """The update (O, I), masked; what peft's own merge adds."""
         layer: Any = self
         a_RI, b_OR = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        return update(a_RI, b_OR, layer.scaling[adapter], self._keep_OI(a_RI, b_OR))
+        return update(a_RI, b_OR, float(layer.scaling[adapter]), self._keep_OI(a_RI, b_OR))
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output (B, T, O) for an input (B, T, I)."""
@@ -61,7 +62,8 @@ class Held:
         if ADAPTER in layer.lora_magnitude_vector:
             magnitude_O = layer.lora_magnitude_vector[ADAPTER].weight
         if self.held_grid is None and magnitude_O is None:
-            return layer.base_layer(x) + _recomputed(self._add, x, *factors)
+            output: Tensor = layer.base_layer(x)
+            return output + _recomputed(self._add, x, *factors)
         return _recomputed(self._whole, x, *factors, magnitude_O)
 
     def _add(self, x: Tensor, a_RI: Tensor, b_OR: Tensor) -> Tensor:
@@ -71,7 +73,7 @@ class Held:
     def _whole(self, x: Tensor, a_RI: Tensor, b_OR: Tensor, magnitude_O: Tensor | None) -> Tensor:
         layer: Any = self
         base = layer.base_layer
-        weight_OI = base_weight(base).to(a_RI.dtype)
+        weight_OI = frozen_weight(base).to(a_RI.dtype)
         keep_OI = self._keep_OI(a_RI, b_OR)
         scaling = layer.scaling[ADAPTER]
         new_OI = merged(weight_OI, a_RI, b_OR, scaling, keep_OI=keep_OI, magnitude_O=magnitude_O)
@@ -90,15 +92,6 @@ def _recomputed(function: Any, *inputs: Tensor | None) -> Tensor:
     """``function(*inputs)``, of which only the inputs are kept for the backward pass."""
     made: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
     return made
-
-
-def base_weight(base: nn.Module) -> Tensor:
-    """The frozen weight (O, I) of a live layer, dequantised on its device."""
-    from peft.utils.integrations import dequantize_module_weight
-
-    with torch.no_grad():
-        weight: Tensor = dequantize_module_weight(base)
-    return weight.detach()
 
 
 def packed(keep: Tensor) -> Tensor:

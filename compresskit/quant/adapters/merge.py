@@ -42,4 +42,5 @@ def merged(
     merged_OI = weight_OI + update(a_RI, b_OR, scaling, keep_OI)
     if magnitude_O is None:
         return merged_OI
-    return merged_OI * (magnitude_O / torch.linalg.norm(merged_OI, dim=1))[:, None]
+    norm_O: Tensor = torch.linalg.norm(merged_OI, dim=1)
+    return merged_OI * (magnitude_O / norm_O)[:, None]

@@ -1,7 +1,7 @@
 """Prefix tuning on packed rows: trained keys and values that stand before every document of a row.
 
-peft's own forward hands them to the model as a cache, with which transformers no longer tells the documents of
-a packed row apart; so the mask that does is built here. Positions begin after the prefix, as in peft.
+peft's own forward hands them to the model as a cache, with which transformers no longer tells the documents
+of a packed row apart; so the mask that does is built here. Positions begin after the prefix, as in peft.
 
 Paper: Li and Liang, "Prefix-Tuning", 2021, https://arxiv.org/abs/2101.00190.
 Shapes: B = rows, T = tokens of a row, P = virtual tokens of the prefix.
@@ -46,8 +46,9 @@ class Prefixed:
         tuned = body.tuned
         kind = input_ids.device.type
         narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        tuned.base_model_torch_dtype = narrow
         cache = tuned.get_prompt(input_ids.shape[0])
+        for layer in cache.layers if narrow else ():
+            layer.keys, layer.values = layer.keys.to(narrow), layer.values.to(narrow)
         virtual = tuned.active_peft_config.num_virtual_tokens
         keep = visible(position_ids, virtual)
         if body.config._attn_implementation != "sdpa":

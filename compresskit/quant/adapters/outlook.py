@@ -1,0 +1,215 @@
+"""What can be told of a QLoRA stage before it runs: its faults, what it trains, the memory it takes.
+
+Shapes: O = out_features, I = in_features, R = rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from compresskit.calibration.oneshot import fit_faults, largest_layer, tied_faults
+from compresskit.errors import Fault, InputError
+from compresskit.registry import nearest
+from compresskit.stage import Forecast
+from compresskit.targets import select
+from compresskit.training.outlook import LONGEST_ROW, forecast_training, student_faults
+
+if TYPE_CHECKING:
+    from compresskit.modeling.anatomy import Anatomy, Linear
+    from compresskit.quant.qlora import Qlora
+    from compresskit.stage import Outlook
+
+CHOICES = {
+    "adapter": ("lora", "dora", "prefix", "bottleneck"),
+    "base": ("nf4", "int8", "none"),
+    "finish": ("adapter", "merge", "grid"),
+    "merge_into": ("trained", "original"),
+}
+LOW_RANK = ("lora", "dora")
+BASE_BYTES = {"nf4": 0.5 + 1 / 64, "int8": 1.0, "none": 4.0}
+"""Of one frozen weight; an NF4 block of 64 has one scale of 8 bits."""
+INSTALL = "Install it with `pip install 'compresskit[qlora]'`."
+
+
+def qlora_faults(stage: Qlora, model: Outlook, where: str) -> list[Fault]:
+    """Everything wrong with ``stage`` for such a ``model``.
+
+    Args:
+        stage: of the recipe.
+        model: what the stage will be given.
+        where: prefix of each fault.
+    """
+    faults = student_faults(stage, model, where)
+    faults += [
+        Fault(
+            f"{where}.{name}",
+            f"one of {', '.join(known)}",
+            repr(getattr(stage, name)),
+            f"Did you mean: {nearest(str(getattr(stage, name)), known)}?",
+        )
+        for name, known in CHOICES.items()
+        if getattr(stage, name) not in known
+    ]
+    faults += _number_faults(stage, where) + _package_faults(stage, where)
+    try:
+        layers = select(model.anatomy, stage.targets, stage.ignore, where=where)
+    except InputError as error:
+        return faults + [f for f in error.faults if isinstance(f, Fault)]
+    faults += tied_faults(model.anatomy, layers, where)
+    if stage.adapter in LOW_RANK:
+        cure = "Lower rank, or add these layers to ignore."
+        faults += fit_faults(
+            model.anatomy.linears,
+            layers,
+            lambda ln: _rank_misfit(stage, ln),
+            where=f"{where}.rank",
+            cure=cure,
+        )
+    faults += _prefix_faults(stage, model, where) if stage.adapter == "prefix" else []
+    return faults + _loftq_faults(stage, where) + _finish_faults(stage, model, layers, where)
+
+
+def _rank_misfit(stage: Qlora, linear: Linear) -> str:
+    least = min(linear.in_features, linear.out_features)
+    return "" if stage.rank <= least else f"in_features and out_features of at least the rank, {stage.rank}"
+
+
+def _number_faults(stage: Qlora, where: str) -> list[Fault]:
+    wrong = {
+        "rank": (stage.rank >= 1, "at least 1", "Raise rank."),
+        "alpha": (stage.alpha > 0, "a number above 0", "Raise alpha."),
+        "dropout": (0 <= stage.dropout < 1, "at least 0 and less than 1", "Give a share, such as 0.05."),
+        "loftq_rounds": (stage.loftq_rounds >= 0, "at least 0", "Raise loftq_rounds."),
+    }
+    return [
+        Fault(f"{where}.{name}", expected, str(getattr(stage, name)), cure)
+        for name, (right, expected, cure) in wrong.items()
+        if not right
+    ]
+
+
+def _package_faults(stage: Qlora, where: str) -> list[Fault]:
+    needed = {"adapter": "peft"} | ({} if stage.base == "none" else {"base": "bitsandbytes"})
+    return [
+        Fault(f"{where}.{field}", f"the package {package}", "an environment without it", INSTALL)
+        for field, package in needed.items()
+        if find_spec(package) is None
+    ]
+
+
+def _prefix_faults(stage: Qlora, model: Outlook, where: str) -> list[Fault]:
+    """A prefix takes positions, and is seen by tokens however far away."""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or LONGEST_ROW
+    row = stage.context_length or min(limit, LONGEST_ROW)
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    faults = []
+    if row + stage.rank > limit:
+        got = f"{stage.rank} tokens of prefix and rows of {row}"
+        cure = f"Set context_length to {limit - stage.rank} or less."
+        faults.append(Fault(f"{where}.context_length", f"together at most {limit} positions", got, cure))
+    if window and row + stage.rank > window:
+        cure = f"Set context_length to {window - stage.rank} or less, or use another adapter."
+        got = f"{stage.rank} tokens of prefix and rows of {row}"
+        faults.append(Fault(f"{where}.context_length", f"together at most the window of {window}", got, cure))
+    return faults
+
+
+def _loftq_faults(stage: Qlora, where: str) -> list[Fault]:
+    if not stage.loftq_rounds:
+        return []
+    wrong = {
+        f"adapter {stage.adapter}": (stage.adapter in LOW_RANK, "Use lora or dora"),
+        "base none, which rounds nothing": (stage.base != "none", "Use base nf4 or int8"),
+        "finish adapter, whose model stays as it was": (stage.finish != "adapter", "Use finish merge"),
+        "merge_into original": (stage.merge_into != "original", "Use merge_into trained"),
+    }
+    expected = "an adapter that is merged into the rounded weights it started with"
+    return [
+        Fault(f"{where}.loftq_rounds", expected, got, f"{cure}, or set loftq_rounds to 0.")
+        for got, (right, cure) in wrong.items()
+        if not right
+    ]
+
+
+def _finish_faults(stage: Qlora, model: Outlook, layers: Sequence[str], where: str) -> list[Fault]:
+    gridded = tuple(layer for layer in layers if layer in model.layer_bits)
+    if stage.adapter not in LOW_RANK and stage.finish != "adapter":
+        got = f"finish {stage.finish} of adapter {stage.adapter}, which no weight can take in"
+        return [Fault(f"{where}.finish", "adapter", got, "Set finish to adapter, or use lora or dora.")]
+    if stage.finish != "grid" and stage.scheme is not None:
+        cure = "Set finish to grid, or drop scheme."
+        return [Fault(f"{where}.scheme", "none", f"{stage.scheme} with finish {stage.finish}", cure)]
+    if gridded and stage.finish != "grid":
+        got = f"finish {stage.finish} of {len(gridded)} quantised layers, such as {gridded[0]}"
+        cure = "Set finish to grid, or put this stage before the quantisation."
+        return [Fault(f"{where}.finish", "grid, which keeps weights on theirs", got, cure)]
+    if stage.finish != "grid":
+        return []
+    if gridded and stage.adapter == "dora":
+        cure = "Use adapter lora."
+        return [Fault(f"{where}.adapter", "lora on weights that lie on a grid", "dora", cure)]
+    if stage.scheme is None:
+        if gridded:
+            return []
+        cure = "Give a scheme, such as w4a16-g64, or set finish to merge."
+        return [Fault(f"{where}.finish", "a grid in force, or a scheme for a new one", "neither", cure)]
+    if len(gridded) == len(layers):
+        got = f"{stage.scheme}, where every target is on a grid already"
+        return [Fault(f"{where}.scheme", "none", got, "Drop scheme: the grid in force is kept.")]
+    return stage.requantise(gridded).faults(model, where)
+
+
+def trained_parameters(stage: Qlora, anatomy: Anatomy, config: Any, layers: Iterable[str]) -> int:
+    """How many parameters the adapter has."""
+    text = config.get_text_config()
+    width = int(text.hidden_size)
+    if stage.adapter == "prefix":
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        head_width = getattr(text, "head_dim", None) or width // text.num_attention_heads
+        return int(stage.rank * 2 * text.num_hidden_layers * heads * head_width)
+    if stage.adapter == "bottleneck":
+        from compresskit.quant.adapters.attach import parts_of
+
+        return len(parts_of(anatomy)) * (2 * width * stage.rank + stage.rank + width)
+    linears = [anatomy.linears[name] for name in layers]
+    low = sum(stage.rank * (ln.in_features + ln.out_features) for ln in linears)
+    return low + (sum(ln.out_features for ln in linears) if stage.adapter == "dora" else 0)
+
+
+def forecast_qlora(stage: Qlora, model: Outlook) -> Forecast:
+    """Memory of one process: the frozen model, 16 bytes per trained parameter, and activations.
+
+    Args:
+        stage: has no faults for ``model``.
+        model: what the stage will be given.
+    """
+    anatomy = model.anatomy
+    layers = select(anatomy, stage.targets, stage.ignore)
+    weights = {n: anatomy.linears[n].out_features * anatomy.linears[n].in_features for n in layers}
+    frozen = 4.0 * (anatomy.num_parameters - sum(weights.values()))
+    for name, count in weights.items():
+        frozen += count * (1.0 if name in model.layer_bits else BASE_BYTES[stage.base])
+    # The layer that is frozen last, in float32, before and after it is rounded.
+    frozen += 2 * 4 * largest_layer(anatomy, layers)
+    trained = trained_parameters(stage, anatomy, model.config, layers)
+    found = forecast_training(stage, model, trained=trained, other_bytes=round(frozen))
+    after, memory = model, found.memory_bytes
+    if stage.finish == "grid" and stage.scheme is not None:
+        gridded = tuple(name for name in layers if name in model.layer_bits)
+        rounding = stage.requantise(gridded).forecast(model)
+        after, memory = rounding.after, max(memory, rounding.memory_bytes)
+    return Forecast(after=after, layers=len(layers), memory_bytes=memory, notes=found.notes + _notes(stage))
+
+
+def _notes(stage: Qlora) -> tuple[str, ...]:
+    if stage.finish == "adapter":
+        return (f"The model stays as it is; the {stage.adapter} adapter stands beside it, in adapter/.",)
+    if stage.base != "none" and stage.finish == "merge" and stage.merge_into == "trained":
+        return (
+            f"The merged weights are {stage.base}-rounded ones plus the update, as they were trained, stored "
+            "in the model's own type.",
+        )
+    return ()

@@ -1,0 +1,71 @@
+"""A QLoRA stage at work: train, finish, and where a new grid is asked for, quantise what came out."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
+
+from compresskit.modeling import ModelSource
+from compresskit.quant.adapters.outlook import trained_parameters
+from compresskit.targets import select
+from compresskit.training.job import Part
+from compresskit.training.rules import this_rank
+from compresskit.training.stage import run_training
+
+if TYPE_CHECKING:
+    from compresskit.quant.qlora import Qlora
+    from compresskit.stage import StageContext, StageResult
+
+ADAPTED = "compresskit.quant.adapters.adaptation:Adapted"
+FIELDS = ("adapter", "rank", "alpha", "dropout", "base", "loftq_rounds", "finish", "merge_into", "precision")
+MERGED = "merged"
+
+
+def run_qlora(stage: Qlora, model: ModelSource, context: StageContext) -> StageResult:
+    """Train adapters on ``model`` as ``stage`` says, and finish them into ``context.out``.
+
+    Raises:
+        RunError: training had to stop.
+        SchemeError: the new grid does not fit a layer.
+    """
+    targets = select(model.anatomy, stage.targets, stage.ignore)
+    held = dict.fromkeys(p.layer for p in context.promises if p.kind == "zeros" and p.layer in targets)
+    options = {name: value for name, value in asdict(stage).items() if name in FIELDS}
+    options |= {"targets": targets, "held": tuple(held), "seed": context.seed}
+    gridded = tuple(layer for layer in targets if model.grid(layer) is not None)
+    regrids = stage.finish == "grid" and stage.scheme is not None and len(gridded) < len(targets)
+    training = context
+    if regrids:
+        training = replace(context, out=context.scratch / MERGED)
+        if not this_rank():
+            shutil.rmtree(training.out, ignore_errors=True)
+            training.out.mkdir()
+    result = run_training(
+        stage, model, training, title="Training adapters", adaptation=Part(ADAPTED, options)
+    )
+    if this_rank():
+        return result
+    trained = trained_parameters(stage, model.anatomy, model.config, targets)
+    said = _warnings(stage, bool(held))
+    metrics = {**result.metrics, "trained_parameters": trained}
+    result = replace(result, metrics=metrics, warnings=(*result.warnings, *said))
+    if not regrids:
+        return result
+    merged = ModelSource(training.out, trust_remote_code=context.trust_remote_code)
+    data = stage.data or context.data
+    done = stage.requantise(gridded).run(merged, replace(context, data=data))
+    shutil.rmtree(training.out)
+    return replace(
+        done, metrics={**result.metrics, **done.metrics}, warnings=(*result.warnings, *done.warnings)
+    )
+
+
+def _warnings(stage: Qlora, holds: bool) -> tuple[str, ...]:
+    """What a reader of the result should know, in full sentences."""
+    if stage.finish == "adapter" and holds:
+        return (
+            "The adapter beside the model is dense: the model keeps its zeros, but with the adapter on it no "
+            "weight that a LoRA adapter touches is zero as it runs. finish: merge keeps them.",
+        )
+    return ()
