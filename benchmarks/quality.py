@@ -1,0 +1,245 @@
+"""Bits per byte of every method and scheme, with llm-compressor's figure for the same one beside ours.
+
+    python -m benchmarks.run quality --model DIR --model DIR --train FILE --evaluate FILE \\
+        --peer-python PEER/bin/python --work DIR
+
+Both sides calibrate on the same token ids and leave the same layers alone; both checkpoints, as saved, are
+loaded by plain transformers (in float32 for a float32 model) and scored by the same evaluator. One process
+for all of llm-compressor's jobs of a model, one for all of ours. In ``--work`` the peer's figures are kept:
+a second run with the same options measures ours alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers.call import (
+    PEER_JOBS,
+    add_peer_options,
+    config_groups,
+    peer_python,
+    run_jobs,
+    save_ids,
+)
+from benchmarks.run import RESULTS, append_record
+from compresskit.measure.fresh import default_threads
+from compresskit.quant.scheme import Scheme, parse
+
+SCHEMES = ("w8a8", "w8a16", "w4a16-g32", "w4a16-g64", "w4a16-g32-asym", "w4a8-g32", "fp8", "nf4")
+METHODS = ("rtn", "gptq", "awq", "hqq", "smoothquant")
+PEERS_METHODS = ("rtn", "gptq", "awq", "smoothquant")
+LIMIT_PERCENT = 0.2  # how much worse ours may be
+INT8_LIMIT_PERCENT = 0.5  # how much INT8 may lose against the dense model
+
+Figures = dict[str, float | str]  # cell -> bits per byte, or why there is none
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The options of this benchmark."""
+    parser = argparse.ArgumentParser(description="Bits per byte of every method and scheme.")
+    add_peer_options(parser)
+    parser.add_argument("--model", type=Path, action="append", required=True)
+    parser.add_argument("--train", required=True, help="text to calibrate on")
+    parser.add_argument("--evaluate", required=True, help="text to score")
+    parser.add_argument("--schemes", nargs="+", default=SCHEMES)
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--context-length", type=int, default=512)
+    parser.add_argument("--documents", type=int, default=None, help="score the first so many; default: all")
+    parser.add_argument("--work", type=Path, default=None, help="keep the peer's figures here")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    return parser
+
+
+def cells(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """(method, scheme) pairs: smoothing moves what activations lose into weights, so it is for w8a8 alone."""
+    pairs = [(m, s) for s in options.schemes for m in options.methods]
+    return [(m, s) for m, s in pairs if m != "smoothquant" or parse(s).activation_bits]
+
+
+def left_alone(model: Path, scheme: Scheme) -> list[str]:
+    """The layers that neither side quantises: the head, and those whose width the groups do not divide."""
+    from compresskit.modeling import open_model
+
+    linears = open_model(model).anatomy.linears
+    wide = (name for name, linear in linears.items() if scheme.misfit(linear.in_features))
+    misfits = {name.rpartition(".")[2] for name in wide}
+    return ["lm_head", *sorted(misfits - {"lm_head"})]
+
+
+def score(checkpoint: Path, options: argparse.Namespace) -> float:
+    """Bits per byte of a checkpoint as plain transformers loads it."""
+    from compresskit.data import documents
+    from compresskit.data.spec import DataSpec
+    from compresskit.measure.load import load_model
+    from compresskit.measure.quality import quality
+    from compresskit.modeling import load_tokenizer, open_model
+
+    found = quality(
+        load_model(checkpoint),
+        load_tokenizer(open_model(options.tokenizer)),
+        documents(DataSpec(source=options.evaluate), "all"),
+        context_length=options.context_length,
+        max_documents=options.documents,
+    )
+    return found.bits_per_byte
+
+
+def measured(
+    command: list[str],
+    task: Mapping[str, Any],
+    jobs: Iterable[dict[str, Any]],
+    options: argparse.Namespace,
+    place: Path,
+) -> tuple[Figures, dict[str, str]]:
+    """Run ``jobs`` in one process, score what they saved, and return the figures and the versions."""
+    chosen = [{**job, "out": str(place / f"{number}")} for number, job in enumerate(jobs)]
+    done = run_jobs(command, {**task, "threads": default_threads(), "jobs": chosen}, place)
+    figures: Figures = dict(done.answer["errors"])
+    for job in chosen:
+        if job["name"] not in figures:
+            figures[job["name"]] = score(Path(job["out"]), options)
+            shutil.rmtree(job["out"])
+    return figures, done.answer["versions"]
+
+
+def of_model(model: Path, options: argparse.Namespace, python: str | None, place: Path) -> dict[str, Any]:
+    """The figures of one model: dense, ours, the peer's."""
+    options.tokenizer = model
+    pairs = cells(options)
+    alone = {scheme: left_alone(model, parse(scheme)) for _, scheme in pairs}
+    rows = {"rows": options.rows, "context_length": options.context_length}
+    jobs = [{"name": f"{m} {s}", "method": m, "scheme": s} for m, s in pairs]
+    ours = [
+        {**job, "ignore": [name if name == "lm_head" else f"*.{name}" for name in alone[job["scheme"]]]}
+        for job in jobs
+    ]
+    task = {"model": str(model), "data": options.train, **rows}
+    found: dict[str, Any] = {"cells": pairs, "dense": score(model, options), "left alone": alone, "peer": {}}
+    command = [sys.executable, "-m", "benchmarks.peers.compresskit_jobs"]
+    found["ours"], found["versions"] = measured(command, task, ours, options, place)
+    if python:
+        ids = save_ids(model, options.train, **rows, place=place)
+        theirs = [
+            {
+                **job,
+                "groups": config_groups(parse(job["scheme"])),
+                "ignore": [f"re:.*{name}$" for name in alone[job["scheme"]]],
+            }
+            for job in jobs
+            if job["method"] in PEERS_METHODS and job["scheme"] != "nf4"
+        ]
+        found["peer"], versions = peers_figures(python, model, ids, theirs, options, place)
+        found["versions"] |= {f"peer {name}": version for name, version in versions.items()}
+    return found
+
+
+def peers_figures(
+    python: str,
+    model: Path,
+    ids: Path,
+    jobs: list[dict[str, Any]],
+    options: argparse.Namespace,
+    place: Path,
+) -> tuple[Figures, dict[str, str]]:
+    """The peer's figures, from ``--work`` where a run with the same jobs left them."""
+    facts = [model.name, hashlib.sha256(ids.read_bytes()).hexdigest(), options.evaluate, options.documents]
+    kept: dict[str, Any] = {"figures": {}, "versions": {}}
+    path = (options.work or place) / f"peer-{model.name}.json"
+    if path.is_file() and (old := json.loads(path.read_text()))["facts"] == facts:
+        kept = old
+    wanted = [job for job in jobs if job["name"] not in kept["figures"]]
+    if wanted:
+        task = {"model": str(model), "ids": str(ids)}
+        figures, versions = measured([python, str(PEER_JOBS)], task, wanted, options, place)
+        kept = {"facts": facts, "figures": {**kept["figures"], **figures}, "versions": versions}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(kept, indent=1))
+    names = {job["name"] for job in jobs}
+    return {name: value for name, value in kept["figures"].items() if name in names}, kept["versions"]
+
+
+def rows_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for each cell: both figures, what each loses against dense, and how much worse ours is."""
+    rows = []
+    for method, scheme in found["cells"]:
+        ours, peer = (found[side].get(f"{method} {scheme}") for side in ("ours", "peer"))
+        row: dict[str, Any] = {"method": method, "scheme": scheme}
+        row |= {"ours": ours, "peer": peer, "worse_percent": None, "lost_percent": None}
+        if not isinstance(ours, str):
+            row["lost_percent"] = 100 * (ours / found["dense"] - 1)
+            if isinstance(peer, float):
+                row["worse_percent"] = 100 * (ours / peer - 1)
+        rows.append(row)
+    return rows
+
+
+def verdicts(rows: list[dict[str, Any]]) -> list[str]:
+    """What falls short, as sentences."""
+    said = []
+    by_name = {(row["method"], row["scheme"]): row["ours"] for row in rows}
+    for row in rows:
+        name = f"{row['method']} {row['scheme']}"
+        if isinstance(row["ours"], str):
+            said.append(f"{name}: {row['ours']}")
+            continue
+        if row["worse_percent"] is not None and row["worse_percent"] > LIMIT_PERCENT:
+            said.append(f"{name} is {row['worse_percent']:.2f}% worse than llm-compressor's.")
+        if row["scheme"] in ("w8a8", "w8a16") and row["lost_percent"] >= INT8_LIMIT_PERCENT:
+            said.append(f"{name} loses {row['lost_percent']:.2f}% against the dense model.")
+        rtn = by_name.get(("rtn", row["scheme"]))
+        four = row["method"] == "gptq" and row["scheme"].startswith("w4")
+        if four and isinstance(rtn, float) and row["ours"] >= rtn:
+            said.append(f"{name} is no better than rtn: {row['ours']:.4f} against {rtn:.4f}.")
+    return said
+
+
+def table(name: str, dense: float, rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+
+    def cell(value: Any, form: str) -> str:
+        return "-" if value is None else "failed" if isinstance(value, str) else format(value, form)
+
+    lines = [f"{name}, dense {dense:.4f}", "", "| scheme | method | ours | lost % | theirs | ours worse % |"]
+    lines.append("|---|---|---|---|---|---|")
+    for row in rows:
+        figures = [cell(row["ours"], ".4f"), cell(row["lost_percent"], ".2f")]
+        figures += [cell(row["peer"], ".4f"), cell(row["worse_percent"], "+.2f")]
+        lines.append(f"| {row['scheme']} | {row['method']} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Make the table of each model, say what falls short, and append a record for each."""
+    options = arguments().parse_args()
+    python = peer_python(options)
+    for model in options.model:
+        with tempfile.TemporaryDirectory() as place:
+            found = of_model(model.absolute(), options, python, Path(place))
+        rows = rows_of(found)
+        said = verdicts(rows)
+        print(table(model.name, found["dense"], rows), *said, sep="\n", flush=True)
+        settings = {name: getattr(options, name) for name in ("rows", "context_length", "documents")}
+        settings |= {"left_alone": found["left alone"], "train": Path(options.train).name}
+        path = append_record(
+            "quality",
+            {"dense": found["dense"], "rows": rows},
+            subject=model.name,
+            results=options.results,
+            settings={**settings, "evaluate": Path(options.evaluate).name},
+            versions=found["versions"],
+            notes=tuple(said),
+        )
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
