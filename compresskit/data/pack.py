@@ -36,7 +36,7 @@ from compresskit.progress import Progress
 
 BATCH_CHARACTERS = 1 << 20
 UNSUPERVISED = -100
-PROMPT_SHARE = 8
+LEAST_PROMPT = 8
 
 
 class PackedRows(Dataset[dict[str, Tensor]]):
@@ -113,16 +113,17 @@ def cut(length: int, last_run: int, context_length: int) -> int:
     """Where the ``context_length`` tokens begin that are kept of a longer dialogue.
 
     It is cut on the left, through its earliest turns and the beginning of the last prompt, so that the whole
-    last response is kept. Where this would leave less than an eighth of the context to the prompt,
-    the end of the response is cut too.
+    last response is kept. Where this would leave less than an eighth of the context to the prompt, up to
+    half of the context is prompt, and the response loses its end.
 
     Args:
         length: tokens of the dialogue, more than ``context_length``.
         last_run: where its last response begins.
         context_length: T, at least 2.
     """
-    prompt = max(1, context_length // PROMPT_SHARE)
-    return min(length - context_length, max(0, last_run - prompt))
+    if length - last_run + max(1, context_length // LEAST_PROMPT) <= context_length:
+        return length - context_length
+    return max(0, last_run - context_length // 2)
 
 
 def _dialogue_rows(entry: Entry, context_length: int) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:

@@ -38,10 +38,10 @@ def test_a_whole_entry_is_opened_and_not_built_again(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["k"]
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "starts.npy", "entry.json"])
+@pytest.mark.parametrize("name", ["tokens.bin", "starts.npy", "learnt.npy", "entry.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "empty"])
 def test_a_damaged_entry_is_rebuilt_with_a_warning(tmp_path: Path, name: str, damage: str) -> None:
-    folder = build_entry(tmp_path, "k", PIECES, dtype="<u2").folder
+    folder = build_entry(tmp_path, "k", DIALOGUES, dtype="<u2").folder
     body = (folder / name).read_bytes()
     if damage == "remove":
         (folder / name).unlink()
@@ -51,8 +51,10 @@ def test_a_damaged_entry_is_rebuilt_with_a_warning(tmp_path: Path, name: str, da
         if (name, damage) == ("entry.json", "cut"):  # that was only the line end: cut deeper
             (folder / name).write_bytes(body[:-9])
     with pytest.warns(UserWarning, match="damaged"):
-        entry = build_entry(tmp_path, "k", PIECES, dtype="<u2")
-    assert entry.tokens.tolist() == [1, 2, 3, 4, 5, 6]
+        entry = build_entry(tmp_path, "k", DIALOGUES, dtype="<u2")
+    assert entry.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert entry.learnt is not None
+    assert entry.learnt.tolist() == [[1, 3], [4, 5], [7, 8]]
     assert [p.name for p in tmp_path.iterdir()] == ["k"]
 
 

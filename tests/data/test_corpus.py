@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -165,28 +165,15 @@ def test_check_finds_the_faults_of_all_files(tmp_path: Path) -> None:
     assert "no column" in str(check(DataSpec(column="text"), "data")[0])
 
 
-def fake_hub(monkeypatch: pytest.MonkeyPatch, splits: tuple[str, ...]) -> None:
-    tables = {
-        name: datasets.Dataset.from_dict({"id": [1, 2, 3], "text": [f"{name} {i}" for i in range(3)]})
-        for name in splits
-    }
-
-    def builder(path: str, configuration: str | None) -> SimpleNamespace:
-        assert (path, configuration) == ("owner/set", "small")
-        return SimpleNamespace(
-            dataset_name="set",
-            hash="abc",
-            config=SimpleNamespace(name=configuration),
-            info=SimpleNamespace(version="1.0.0", features=tables["train"].features),
-            download_and_prepare=lambda: None,
-            as_dataset=lambda: datasets.DatasetDict(tables),
-        )
-
-    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+def tables(splits: tuple[str, ...]) -> dict[str, datasets.Dataset]:
+    columns = {name: {"id": [1, 2, 3], "text": [f"{name} {i}" for i in range(3)]} for name in splits}
+    return {name: datasets.Dataset.from_dict(table) for name, table in columns.items()}
 
 
-def test_a_hub_data_set_with_its_own_validation_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_hub(monkeypatch, ("train", "validation", "test"))
+def test_a_hub_data_set_with_its_own_validation_split(
+    fake_hub: Callable[[dict[str, datasets.Dataset]], None],
+) -> None:
+    fake_hub(tables(("train", "validation", "test")))
     spec = DataSpec(source="owner/set:small")
     assert split(spec, "train") == [f"train {i}" for i in range(3)]
     assert split(spec, "validation") == [f"validation {i}" for i in range(3)]
@@ -196,8 +183,8 @@ def test_a_hub_data_set_with_its_own_validation_split(monkeypatch: pytest.Monkey
     assert "columns id, text" in str(faults[0])
 
 
-def test_a_hub_data_set_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_hub(monkeypatch, ("train",))
+def test_a_hub_data_set_without_one(fake_hub: Callable[[dict[str, datasets.Dataset]], None]) -> None:
+    fake_hub(tables(("train",)))
     spec = DataSpec(source="owner/set:small")
     assert sorted(split(spec, "train") + split(spec, "validation")) == [f"train {i}" for i in range(3)]
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from compresskit.data.dialogue import Dialogue
 from compresskit.errors import DataError, InputError, NumericError
 from compresskit.measure.load import load_model
 from compresskit.measure.quality import Quality, quality
@@ -118,3 +119,41 @@ def test_published_figures(shared_data: Path, name: str, tokens: int, nats: floa
     assert got.tokens == tokens
     assert got.nats_per_token == pytest.approx(nats, abs=1e-3)
     assert got.bits_per_byte == pytest.approx(bits, abs=1e-3)
+
+
+TALKS = [
+    Dialogue((("hi", "Yo!"), ("ok?", "zw\u00f6lf"))),
+    Dialogue((("a long prompt " * 10, "fits"),)),
+    Dialogue((("x", "a response longer than the context " * 3),)),
+]
+
+
+@torch.no_grad()
+def test_of_dialogues_the_responses_and_what_ends_them_are_scored(llama_dir: Path) -> None:
+    model, tokenizer = load_model(llama_dir), AutoTokenizer.from_pretrained(llama_dir)
+    end = tokenizer.eos_token_id
+    nats, tokens, num_bytes, context = 0.0, 0, 0, 60
+    for talk in TALKS:
+        ids: list[int] = []
+        scored: set[int] = set()
+        for i, (prompt, response) in enumerate(talk.turns):
+            before = "\n\n" * (i > 0) + f"User:\n{prompt}\n\nAssistant:\n"
+            ids += tokenizer(before, add_special_tokens=False)["input_ids"]
+            said = [*tokenizer(response, add_special_tokens=False)["input_ids"], end]
+            scored |= set(range(len(ids), len(ids) + len(said)))
+            ids += said
+        # Of the second talk the left of the prompt goes, of the third the end of the response.
+        begin = max(0, len(ids) - context) if talk is TALKS[1] else 0
+        for t in sorted(scored):
+            if t < begin + context:
+                logits_V = model(torch.tensor([ids[begin:t]])).logits[0, -1]
+                nats -= float(logits_V.double().log_softmax(0)[ids[t]])
+                tokens += 1
+                num_bytes += ids[t] != end
+    got = quality(model, tokenizer, TALKS, context_length=context, max_logits_bytes=4 * 258 * 30)
+    assert (got.tokens, got.bytes, got.documents, got.cut_documents) == (tokens, num_bytes, 3, 2)
+    assert got.nats_per_token == pytest.approx(nats / tokens, abs=1e-5)
+    assert got.bits_per_byte == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
+    assert (got.scored, got.start) == ("responses", "its wording")
+    with pytest.raises(InputError, match="truncate"):
+        quality(model, tokenizer, TALKS, context_length=60, overflow="window")
