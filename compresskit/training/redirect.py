@@ -49,10 +49,11 @@ def redirected(
             signal = Signal(teacher_hidden, teacher.head())
 
         def project(hidden: Tensor) -> Mapping[str, Tensor]:
-            bias = getattr(head, "bias", None)
-            return objective(
-                _narrow(hidden, precision), Head(cast(Tensor, head.weight), bias, softcap), labels, signal
-            )
+            bias, weight = getattr(head, "bias", None), cast(Tensor, head.weight)
+            operands = getattr(head, "operands", None)
+            if callable(operands):  # a layer that multiplies something else than it holds
+                hidden, weight = operands(hidden)
+            return objective(_narrow(hidden, precision), Head(weight, bias, softcap), labels, signal)
 
         kind = input_ids.device.type
         with torch.autocast(kind, dtype=AUTOCAST.get(precision), enabled=precision in AUTOCAST):

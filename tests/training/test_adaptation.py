@@ -30,6 +30,7 @@ class Scaled:
     """Trains one layer's weights times ``factor``, under the output of the same model, and undoes it."""
 
     masks_gradients: ClassVar[bool] = True
+    saves_frozen: ClassVar[bool] = True
     factor: float
     spoil: bool = False
 
