@@ -47,6 +47,8 @@ def fit(value: Any, hint: Any) -> tuple[bool, Any]:
             return False, None
         fitted = [fit(item, get_args(hint)[0]) for item in items]
         return all(ok for ok, _ in fitted), tuple(item for _, item in fitted)
+    if origin is Mapping:
+        return isinstance(value, Mapping), value
     if hint is Any or hint is type(None):
         return hint is Any or value is None, value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -71,6 +73,8 @@ def describe(hint: Any) -> str:
         return " or ".join(describe(option) for option in get_args(hint))
     if is_sequence(hint):
         return f"a list of {describe(get_args(hint)[0])}"
+    if origin is Mapping:
+        return "a mapping"
     if is_dataclass(hint):
         return "a path or a mapping of " + ", ".join(f.name for f in fields(hint))
     return NAMES.get(hint, str(hint))

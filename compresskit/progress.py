@@ -81,6 +81,12 @@ class Progress:
         self._stream.flush()
 
 
+def say(text: str) -> None:
+    """One line of what a user waits to know, where progress is shown."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
 def with_progress(items: Sequence[T], title: str, *, unit: str = "") -> Iterator[T]:
     """Each of ``items``, counted as done once the next is asked for."""
     with Progress(title, len(items), unit=unit) as bar:

@@ -35,6 +35,8 @@ STAGES: Registry[Stage] = Registry(
         "distill": "compresskit.distill.stage:Distill",
         "finetune": "compresskit.distill.finetune:Finetune",
         "quantize": "compresskit.quant.stage:Quantize",
+        "qat": "compresskit.quant.qat:Qat",
+        "qlora": "compresskit.quant.qlora:Qlora",
     },
 )
 
@@ -130,6 +132,8 @@ def stage_to_json(stage: Stage) -> dict[str, Json]:
     """The fields of ``stage`` as plain data, the method's own fields among them."""
     plain = {f.name: _plain(getattr(stage, f.name)) for f in fields(stage)}  # type: ignore[arg-type]
     options = dict(plain.pop("options", ()))
+    if "overrides" in plain:
+        plain["overrides"] = dict(plain["overrides"])
     return {**plain, **options}
 
 

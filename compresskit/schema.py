@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -64,6 +65,8 @@ def _type(hint: Any) -> Json:
     if is_sequence(hint):
         item = _type(get_args(hint)[0])
         return {"anyOf": [{"type": "array", "items": item}, item]}
+    if get_origin(hint) is Mapping:
+        return {"type": "object"}
     if is_dataclass(hint):
         return {"anyOf": [{"type": "string"}, _object(hint)]}
     return {"type": SCALARS[hint]}

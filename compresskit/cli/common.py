@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
 import click
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from compresskit.artifact import Artifact
 
 F = TypeVar("F", bound=Callable[..., Any])
-RENAMED = {"processes": "--nproc"}
+RENAMED = {"processes": "--nproc", "overrides": "--override"}
 HIDDEN = ("options", "data")
 
 
@@ -57,13 +57,14 @@ def _option(field: Field[Any], hint: Any, text: str) -> Callable[[F], F]:
         text += f" [{shown}]"
     if hint is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=text)
-    return click.option(
-        flag, field.name, default=None, multiple=is_sequence(hint), metavar=_metavar(hint), help=text
-    )
+    many = is_sequence(hint) or any(map(is_sequence, get_args(hint)))
+    return click.option(flag, field.name, default=None, multiple=many, metavar=_metavar(hint), help=text)
 
 
 def _metavar(hint: Any) -> str:
     words = describe(hint)
+    if "mapping" in words and "list" in words:
+        return "PATTERN=VALUE"
     if "text" in words:
         return "TEXT"
     return "N" if "whole number" in words else "X"
@@ -78,7 +79,7 @@ def run_options(function: F) -> F:
             click.option("--dtype", help="auto, float32, bfloat16 or float16. [auto]"),
             click.option("--device", help="auto, cpu, cuda or cuda:N. [auto]"),
             click.option("--trust-remote-code", is_flag=True, help="Let code in model directories run."),
-            click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any other field."),
+            click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other field."),
             click.option("--measure", metavar="LIST", help="size,quality,latency,memory, all or none."),
             click.option("--eval-documents", type=int, default=200, show_default=True, help="For quality."),
             click.option("--keep-stages", is_flag=True, help="Keep each stage's checkpoint."),
@@ -135,7 +136,7 @@ def one_stage_recipe(
             stage[name] = _typed(text, hints[name])
             origins[f"{where}.{name}"] = RENAMED.get(name, "--" + name.replace("_", "-"))
     data: dict[str, Any] = {"model": model, "stages": [*first, {kind: stage}]}
-    for name, text in parse_set(given.get("overrides", ())).items():
+    for name, text in parse_set(given.get("settings", ())).items():
         value = parse_yaml(text, f"--set {name}")[0]
         if name.startswith("data."):
             data.setdefault("data", {})[name.removeprefix("data.")] = value

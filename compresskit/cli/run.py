@@ -13,7 +13,7 @@ from compresskit.recipe import Recipe, load_recipe
 
 def recipe_with(path: str, given: dict[str, Any]) -> Recipe:
     """The recipe in ``path`` with what was typed beside it."""
-    overrides = parse_set(given["overrides"])
+    overrides = parse_set(given["settings"])
     overrides.update({k: given[k] for k in ("seed", "dtype", "device") if given[k] is not None})
     recipe = load_recipe(path, overrides)
     return replace(recipe, trust_remote_code=True) if given["trust_remote_code"] else recipe

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,10 +13,12 @@ from torch import Tensor
 from compresskit.formats import FORMATS
 from compresskit.formats.base import Checkpoint
 from compresskit.formats.files import save_tensors
-from compresskit.formats.grid import GRIDS_FILE
+from compresskit.formats.grid import GRIDS_FILE, Grid
 from compresskit.progress import Progress
 
 CONFIG = "config.json"
+ADAPTER = "adapter"
+"""Directory of a trained adapter, beside the model that it is for."""
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 1 << 30
@@ -26,8 +28,8 @@ WEIGHTS = (".safetensors", INDEX, ".bin", ".pt", ".pth", ".h5", ".gguf", ".msgpa
 def export_checkpoint(model: Checkpoint, out: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
     """Write ``model`` into ``out`` in a form that plain ``from_pretrained`` loads.
 
-    Layers with a grid are packed as compressed-tensors; a model without any is copied. At most one shard is
-    in memory; the bytes depend on the model alone.
+    Layers with a grid are packed (see :func:`format_for`); a model without any is copied. At most one shard
+    is in memory; the bytes depend on the model alone.
 
     Args:
         model: a dense checkpoint, its quantised weights on their grids.
@@ -42,9 +44,11 @@ def export_checkpoint(model: Checkpoint, out: Path, *, shard_bytes: int = SHARD_
     for path in sorted(model.directory.iterdir()):
         if path.is_file() and _belongs(path.name, is_packed=bool(grids)):
             shutil.copyfile(path, out / path.name)
+    if (model.directory / ADAPTER).is_dir():
+        shutil.copytree(model.directory / ADAPTER, out / ADAPTER)
     if not grids:
         return
-    packer = FORMATS["compressed-tensors"]()
+    packer = FORMATS[format_for(grids)]()
     names = model.names()
     with Progress("packing", len(names), unit="tensors") as progress:
         encoded = packer.encode(_read(model, names, progress), grids)
@@ -53,6 +57,12 @@ def export_checkpoint(model: Checkpoint, out: Path, *, shard_bytes: int = SHARD_
     ignore = [layer for layer in linears if layer not in grids]
     config["quantization_config"] = packer.config(grids, ignore)
     (out / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def format_for(grids: Mapping[str, Grid]) -> str:
+    """The format that holds such grids: ``bitsandbytes`` for nf4, else ``compressed-tensors``."""
+    is_nf4 = any(grid.number == "nf4" for grid in grids.values())
+    return "bitsandbytes" if is_nf4 else "compressed-tensors"
 
 
 def write_shards(out: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_bytes: int = SHARD_BYTES) -> None:

@@ -1,9 +1,9 @@
 """compressed-tensors checkpoints, which transformers and vLLM load.
 
-Format: https://github.com/vllm-project/compressed-tensors. ``int-quantized`` (w8a8, w4a8) stores int8 weights,
-``float-quantized`` (fp8) e4m3; ``pack-quantized`` (w8a16, w4a16) stores several integers in an int32, the first
-in its lowest bits, shifted to be unsigned. All store ``weight_scale`` (O, G) beside, some ``weight_zero_point``
-(packed along O) and ``input_scale``.
+Format: https://github.com/vllm-project/compressed-tensors. ``int-quantized`` (w8a8, w4a8) stores int8
+weights, ``float-quantized`` (fp8) e4m3; ``pack-quantized`` (w8a16, w4a16) stores several integers in an
+int32, the first in its lowest bits, shifted to be unsigned. All store ``weight_scale`` (O, G) beside, some
+``weight_zero_point`` (packed along O) and ``input_scale``.
 
 Shapes: O = out_features, I = in_features, G = groups along I, W = int32 words along I.
 """

@@ -36,7 +36,7 @@ def read_back(model: Checkpoint, out: Path) -> int:
     left = set(model.names())
     wrong = []
     with Progress("reading back", len(left), unit="tensors") as progress:
-        for name, tensor, grid in FORMATS["compressed-tensors"]().decode(_stored(out), config):
+        for name, tensor, grid in FORMATS[config["quant_method"]]().decode(_stored(out), config):
             left.discard(name)
             expected = model.tensor(name)
             same = tensor.dtype == expected.dtype and tensor.equal(expected)

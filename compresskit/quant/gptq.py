@@ -97,7 +97,8 @@ def _inverse_factor(gram_II: Tensor, order_I: Tensor, damping: float, layer: str
     info = torch.empty((), dtype=torch.int32, device=gram_II.device)
     work_II = torch.empty_like(gram_II).mT  # columns first, as LAPACK has it, which then works in place
     while damping <= LARGEST_DAMPING:
-        for rows in torch.arange(len(order_I), device=order_I.device).split(CHUNK):
+        for start in range(0, len(order_I), CHUNK):
+            rows = slice(start, start + CHUNK)
             work_II[:, rows] = gram_II[order_I[rows]].index_select(1, order_I).mT
         work_II.diagonal().add_(dead_I * mean + damping * mean)
         torch.linalg.cholesky_ex(work_II, out=(work_II, info))
@@ -116,7 +117,7 @@ def _round_in_order(
     weight_OI: Tensor, grid: Grid, order_I: Tensor, factor_II: Tensor, block_size: int
 ) -> Tensor:
     """The rounded weight (O, I): each input in turn, its error spread over those that follow."""
-    rows, inputs = weight_OI.shape
+    inputs = weight_OI.shape[1]
     left_OI = weight_OI[:, order_I].float()
     keep_OI = left_OI != 0
     new_OI = torch.empty_like(weight_OI)

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
 from compresskit.calibration.oneshot import calibration_rows, length_faults
+from compresskit.calibration.rows import Row
 from compresskit.calibration.statistics import LayerStats
 from compresskit.calibration.walk import walk
 from compresskit.errors import SchemeError
 from compresskit.formats.grid import Grid, write_grids
+from compresskit.modeling import load_model
 from compresskit.modeling.streaming import StreamedModel
+from compresskit.progress import say
 from compresskit.quant import QUANTIZERS
+from compresskit.quant.affine import activation_scale
+from compresskit.quant.assignment import AUTO, freeze_overrides
+from compresskit.quant.auto import Chosen, choose, fitting, measure_costs
+from compresskit.quant.base import Quantized
 from compresskit.quant.promise import OnGrid
-from compresskit.quant.scheme import parse
 from compresskit.stage import LayerRecord, StageResult
-from compresskit.targets import select
+from compresskit.targets import matches
 
 if TYPE_CHECKING:
+    from compresskit.data.pack import PackedRows
     from compresskit.modeling.source import ModelSource
     from compresskit.quant.stage import Quantize
     from compresskit.stage import StageContext
+
+CHUNK = 1024
+"""Rows of a weight that are compared with their former values at a time."""
 
 
 def run_oneshot(stage: Quantize, model: ModelSource, context: StageContext) -> StageResult:
@@ -43,51 +55,106 @@ def run_oneshot(stage: Quantize, model: ModelSource, context: StageContext) -> S
     """
     cls: Any = QUANTIZERS[stage.method]
     faults = stage.scheme_faults(model, "quantize")
-    if cls.needs:
+    if not faults and stage.reads_data:
         faults += length_faults(stage, model.config, "quantize")
     if faults:
         raise SchemeError(*faults)
-    scheme = parse(stage.scheme)
     method = cls(**dict(stage.options))
-    layers = select(model.anatomy, stage.targets, stage.ignore)
-    grids: dict[str, Grid] = {n: g for n in model.anatomy.linears if (g := model.grid(n)) is not None}
-    records: dict[str, LayerRecord] = {}
-    sums = [0.0, 0.0]
+    rows, spill, warnings = _rows(stage, model, context)
+    chosen = _choose(stage, model, context, cast(Any, rows)) if stage.scheme.lower() == AUTO else None
+    schemes = stage.schemes(model.anatomy) if chosen is None else chosen.schemes
+    layers = [name for name in model.anatomy.linears if name in schemes]
+    log = _Log({n: g for n in model.anatomy.linears if (g := model.grid(n)) is not None})
 
     def visit(layer: str, weight_OI: Tensor, stats: LayerStats) -> Tensor:
-        done = method.quantize(weight_OI, scheme, stats)
-        grids[layer] = done.grid
-        sums[0] += float((done.weight_OI.float() - weight_OI.float()).square().sum())
-        sums[1] += float(weight_OI.float().square().sum())
-        records[layer] = LayerRecord(
-            name=layer,
-            zero_fraction=float((done.weight_OI == 0).float().mean()),
-            bits=done.grid.bits_per_weight(weight_OI.shape[1]),
-        )
-        new_OI: Tensor = done.weight_OI
-        return new_OI
+        done = method.quantize(weight_OI, schemes[layer], stats)
+        if schemes[layer].static:
+            largest_I = stats.require("input_abs_max", weight_OI.shape[1])
+            scale = activation_scale(largest_I, weight_OI.dtype)
+            done = replace(done, grid=replace(done.grid, activation_scale=scale))
+        log.add(layer, weight_OI, done)
+        return cast(Tensor, done.weight_OI)
 
-    rows, spill = None, None
-    warnings: list[str] = []
-    if method.needs:
-        rows, spill, said = calibration_rows(
-            stage, model, context.data, cache=context.cache, scratch=context.scratch
-        )
-        warnings += said
-    elif stage.data is not None:
-        warnings.append(f"{stage.method} reads no data; the data given to it was left unread.")
+    needs = method.needs | ({"input_abs_max"} if any(s.static for s in schemes.values()) else set())
     with StreamedModel(model, context.out, device=context.device, dtype=context.dtype) as streamed:
-        walked = walk(
-            streamed, cast(Any, rows), visit, method.needs, layers=layers, title="quantising", spill=spill
-        )
+        walked = walk(streamed, cast(Any, rows), visit, needs, layers=layers, title="quantising", spill=spill)
         # Before the model is closed, which would carry the source's grids over.
-        write_grids(context.out, grids)
+        write_grids(context.out, log.grids)
+    metrics: dict[str, Any] = {
+        "weight_relative_error": log.relative_error,
+        "calibration_tokens": walked.num_tokens,
+    }
+    if chosen is not None:
+        metrics |= {"chosen": str(chosen), "bits": chosen.bits}
     return StageResult(
-        promises=tuple(OnGrid(layer=layer, scheme=stage.scheme) for layer in layers),
-        layers=tuple(replace(records[n], relative_error=walked.relative_error[n]) for n in layers),
-        metrics={
-            "weight_relative_error": sums[0] / sums[1] if sums[1] else 0.0,
-            "calibration_tokens": walked.num_tokens,
-        },
-        warnings=tuple(warnings),
+        promises=tuple(OnGrid(layer=layer, scheme=str(schemes[layer])) for layer in layers),
+        layers=tuple(replace(log.records[n], relative_error=walked.relative_error[n]) for n in layers),
+        metrics=metrics,
+        warnings=warnings,
     )
+
+
+class _Log:
+    """What was done to each layer; ``grids`` begins with those of earlier stages."""
+
+    def __init__(self, grids: dict[str, Grid]) -> None:
+        self.grids = grids
+        self.records: dict[str, LayerRecord] = {}
+        self._changed = self._total = 0.0
+
+    def add(self, layer: str, weight_OI: Tensor, done: Quantized) -> None:
+        self.grids[layer] = done.grid
+        for start in range(0, len(weight_OI), CHUNK):
+            former_OI = weight_OI[start : start + CHUNK].float()
+            self._changed += float((done.weight_OI[start : start + CHUNK].float() - former_OI).square().sum())
+            self._total += float(former_OI.square().sum())
+        self.records[layer] = LayerRecord(
+            name=layer,
+            zero_fraction=1 - int(done.weight_OI.count_nonzero()) / weight_OI.numel(),
+            bits=done.grid.bits_per_weight(weight_OI.shape[1]),
+            note=done.note,
+        )
+
+    @property
+    def relative_error(self) -> float:
+        return self._changed / self._total if self._total else 0.0
+
+
+def _rows(
+    stage: Quantize, model: ModelSource, context: StageContext
+) -> tuple[PackedRows | None, Path | None, tuple[str, ...]]:
+    """Calibration rows, a file for hidden states where they are many, and warnings."""
+    if stage.reads_data:
+        return calibration_rows(stage, model, context.data, cache=context.cache, scratch=context.scratch)
+    if stage.data is not None:
+        return None, None, (f"{stage.method} reads no data; the data given to it was left unread.",)
+    return None, None, ()
+
+
+def _choose(stage: Quantize, model: ModelSource, context: StageContext, rows: Sequence[Row]) -> Chosen:
+    """The schemes of ``scheme: auto``; told as they are chosen."""
+    anatomy, fixed = model.anatomy, {}
+    layers = stage.schemes(anatomy)
+    for layer, scheme in layers.items():
+        if any(matches(pattern, layer) for pattern, _ in freeze_overrides(stage.overrides)):
+            fixed[layer] = scheme
+    candidates = fitting(anatomy, [n for n in layers if n not in fixed], stage.candidates, "quantize")
+    dtypes = {n: model.dtype(f"{n}.weight") for n in layers}
+    loaded = load_model(
+        model, dtype=context.dtype, device=context.device, trust_remote_code=context.trust_remote_code
+    )
+    costs = measure_costs(loaded, anatomy, candidates, rows, dtypes)
+    del loaded
+    sizes = {n: (anatomy.linears[n].out_features, anatomy.linears[n].in_features) for n in layers}
+    chosen = choose(
+        {**costs, **{n: {scheme: 0.0} for n, scheme in fixed.items()}},
+        sizes,
+        cast(float, stage.target_bits),
+        8 * next(iter(dtypes.values())).itemsize,
+        where="quantize",
+    )
+    say(f"chosen {chosen}")
+    for layer, scheme in chosen.schemes.items():
+        tried = ", ".join(f"{s} {cost:.5f}" for s, cost in chosen.costs[layer].items())
+        say(f"  {layer}: {scheme} (nats per token: {tried})")
+    return chosen

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from compresskit.calibration.oneshot import calibration_bytes, largest_layer, walk_bytes
 from compresskit.quant import QUANTIZERS
-from compresskit.quant.scheme import parse
+from compresskit.quant.assignment import AUTO
 from compresskit.stage import Forecast, Outlook
-from compresskit.targets import select
 
 if TYPE_CHECKING:
     from compresskit.quant.stage import Quantize
 
+PROBED_BYTES = 1 << 29
+"""Of the log-probabilities, and what is made of them, while sensitivity is measured."""
+MEASURED = (
+    "Each layer's scheme is chosen when the stage runs, with the whole model in memory; sizes here assume "
+    "that target_bits is just reached."
+)
 ROUNDED_INPUTS = (
     "Each layer's input is rounded to 8 bits per token while the model runs, besides its weights."
 )
@@ -27,17 +32,31 @@ def forecast_rounding(stage: Quantize, model: Outlook) -> Forecast:
         stage: has no faults for ``model``.
         model: what the stage will be given.
     """
-    anatomy, scheme = model.anatomy, parse(stage.scheme)
-    layers = select(anatomy, stage.targets, stage.ignore)
+    anatomy, is_auto = model.anatomy, stage.scheme.lower() == AUTO
+    schemes = stage.schemes(anatomy)
     scale_bits = round(8 * model.weight_bytes)
-    bits = {n: scheme.bits_per_weight(anatomy.linears[n].in_features, scale_bits) for n in layers}
+    bits = {n: s.bits_per_weight(anatomy.linears[n].in_features, scale_bits) for n, s in schemes.items()}
+    named = {n: str(s) for n, s in schemes.items()}
+    notes = (ROUNDED_INPUTS,) if any(s.activation_bits for s in schemes.values()) else ()
     # Spread scales and quotient in float32, and the integers, of one layer.
-    memory = walk_bytes(anatomy, model.weight_bytes) + largest_layer(anatomy, layers) * (4 + 4 + 1 + 4)
-    if QUANTIZERS[stage.method].needs:
+    layer_bytes = largest_layer(anatomy, list(schemes)) * (4 + 4 + 1 + 4)
+    if "input_gram" in QUANTIZERS[stage.method].needs:
+        # The Gram matrix and its factor, of the widest layer.
+        layer_bytes += 8 * max(anatomy.linears[n].in_features for n in schemes) ** 2
+    memory = walk_bytes(anatomy, model.weight_bytes) + layer_bytes
+    if stage.reads_data:
         memory += calibration_bytes(stage, model.config, anatomy)
+    if is_auto:
+        bits, named = dict.fromkeys(schemes, cast(float, stage.target_bits)), {}
+        memory = max(memory, anatomy.num_parameters * model.weight_bytes + PROBED_BYTES)
+        notes = (*notes, MEASURED)
     return Forecast(
-        after=replace(model, layer_bits={**model.layer_bits, **bits}),
-        layers=len(layers),
+        after=replace(
+            model,
+            layer_bits={**model.layer_bits, **bits},
+            layer_schemes={**model.layer_schemes, **named},
+        ),
+        layers=len(schemes),
         memory_bytes=round(memory),
-        notes=(ROUNDED_INPUTS,) if scheme.activation_bits else (),
+        notes=notes,
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from compresskit.calibration.oneshot import as_names, fit_faults, length_faults, number_faults, tied_faults
@@ -11,9 +12,19 @@ from compresskit.data.spec import DataSpec
 from compresskit.errors import Fault, InputError
 from compresskit.options import Options, freeze_options, option_faults
 from compresskit.quant import QUANTIZERS
+from compresskit.quant.assignment import (
+    AUTO,
+    NONE,
+    Overrides,
+    assign,
+    freeze_overrides,
+    mixture_faults,
+)
+from compresskit.quant.scheme import Scheme, parse
 from compresskit.registry import nearest
 
 if TYPE_CHECKING:
+    from compresskit.modeling.anatomy import Anatomy
     from compresskit.modeling.source import ModelSource
     from compresskit.stage import Forecast, Outlook, StageContext, StageResult
 
@@ -24,7 +35,11 @@ class Quantize:
 
     Attributes:
         method: a name of ``compresskit.quant.QUANTIZERS``.
-        scheme: ``w8a8``, ``w8a16``, ``w4a16`` (groups of 128), ``w4a16-g32``, ``w4a16-channel``, in any case.
+        scheme: ``w8a8``, ``w8a8-static``, ``w8a16``, ``w4a16`` (groups of 128), ``w4a16-g32``,
+            ``w4a16-g32-asym``, ``w4a16-channel``, ``w4a8``, ``fp8``, ``nf4``, in any case; or ``auto``.
+        overrides: pattern -> another scheme, or none; of those that match a layer the first counts.
+        target_bits: for ``auto``: bits of a stored weight on average over the layers, scales included.
+        candidates: for ``auto``: the schemes to choose from, layer by layer, by what each costs in quality.
         targets: which layers: module names, fnmatch patterns, ``re:`` patterns or ``Linear``.
         ignore: which of those to leave alone.
         data: calibration text, for a method that reads any; None takes the recipe's.
@@ -39,6 +54,9 @@ class Quantize:
     method: str = "rtn"
     _: KW_ONLY
     scheme: str = "w8a8"
+    overrides: Mapping[str, Any] | tuple[str, ...] = ()
+    target_bits: float | None = None
+    candidates: tuple[str, ...] = ("w4a16", "w8a16")
     targets: tuple[str, ...] = ("Linear",)
     ignore: tuple[str, ...] = ("lm_head",)
     data: DataSpec | None = None
@@ -49,6 +67,8 @@ class Quantize:
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", as_names(self.targets))
         object.__setattr__(self, "ignore", as_names(self.ignore))
+        object.__setattr__(self, "candidates", as_names(self.candidates))
+        object.__setattr__(self, "overrides", freeze_overrides(self.overrides))
         if isinstance(self.data, str):
             object.__setattr__(self, "data", DataSpec(source=self.data))
         object.__setattr__(self, "options", freeze_options(self.options))
@@ -74,9 +94,10 @@ class Quantize:
         method = QUANTIZERS[self.method]
         faults = option_faults(method, self._options, where=where, stage=Quantize)
         faults += number_faults(self, where)
-        if method.needs:
+        faults += (wrong := self.scheme_faults(model, where))
+        if not wrong and self.reads_data:
             faults += length_faults(self, model.config, where)
-        return faults + self.scheme_faults(model, where)
+        return faults
 
     def forecast(self, model: Outlook) -> Forecast:
         """What this stage will do to such a ``model``; called only when it has no faults."""
@@ -99,35 +120,98 @@ class Quantize:
     def _options(self) -> Options:
         return cast(Options, self.options)
 
-    def scheme_faults(self, model: Outlook | ModelSource, where: str) -> list[Fault]:
-        """What is wrong with the scheme and the targets alone."""
-        from compresskit.quant.scheme import parse
-        from compresskit.targets import select
+    @property
+    def reads_data(self) -> bool:
+        """Whether this stage runs calibration text through the model."""
+        if self.scheme.lower() == AUTO or QUANTIZERS[self.method].needs:
+            return True
+        texts = [self.scheme, *(text for _, text in self._overrides)]
+        return any(parse(text).static for text in texts if text.lower() != NONE)
 
+    @property
+    def _first_scheme(self) -> str:
+        return self.candidates[0] if self.scheme.lower() == AUTO and self.candidates else self.scheme
+
+    @property
+    def _overrides(self) -> Overrides:
+        return cast(Overrides, self.overrides)
+
+    def schemes(self, anatomy: Anatomy, where: str = "quantize") -> dict[str, Scheme]:
+        """The scheme of each layer this stage quantises; for ``auto`` the first candidate of each.
+
+        Raises:
+            InputError: a scheme or a pattern is wrong.
+        """
+        scheme = parse(self._first_scheme, where=f"{where}.scheme")
+        return assign(anatomy, scheme, self.targets, self.ignore, self._overrides, where=where)
+
+    def scheme_faults(self, model: Outlook | ModelSource, where: str) -> list[Fault]:
+        """What is wrong with the schemes and the targets alone."""
         linears = model.anatomy.linears
-        faults: list[Fault] = []
+        faults = self._auto_faults(where)
+        stage = self
         try:
-            scheme = parse(self.scheme, where=f"{where}.scheme")
+            parse(self._first_scheme, where=f"{where}.scheme")
         except InputError as error:
             faults += [f for f in error.faults if isinstance(f, Fault)]
+            stage = replace(self, scheme="w8a8")  # so that what else is wrong is told with it
         try:
-            layers = select(model.anatomy, self.targets, self.ignore, where=where)
+            schemes = stage.schemes(model.anatomy, where)
         except InputError as error:
-            return faults + [f for f in error.faults if isinstance(f, Fault)]
+            faults += [f for f in error.faults if isinstance(f, Fault)]
+        if faults:
+            return faults
+        layers = list(schemes)
         faults += tied_faults(model.anatomy, layers, where)
         if conv := [name for name in layers if linears[name].transposed]:
             faults.append(_transposed_fault(conv, where))
         if again := [name for name in layers if _has_grid(model, name)]:
             faults.append(_again_fault(again, where))
-        if not faults:
-            cure = (
-                "Choose a group size that divides it, use one scale per row (w4a16-channel), or add these "
-                "layers to ignore."
-            )
-            faults += fit_faults(
-                linears, layers, lambda ln: scheme.misfit(ln.in_features), where=f"{where}.scheme", cure=cure
-            )
-        return faults
+        if faults:
+            return faults
+        if self.scheme.lower() == AUTO:
+            return self._fitting_faults(model, layers, where)
+        if any(scheme.number == "nf4" for scheme in schemes.values()) and find_spec("bitsandbytes") is None:
+            cure = "Install it: pip install 'compresskit[qlora]'."
+            faults.append(Fault(f"{where}.scheme", "the package bitsandbytes", "not installed", cure))
+        before = getattr(model, "layer_schemes", {})
+        faults += mixture_faults({**{n: parse(text) for n, text in before.items()}, **schemes}, where)
+        cure = (
+            "Choose a group size that divides it, use one scale per row (w4a16-channel), or name another "
+            "scheme for these layers in overrides."
+        )
+        return faults + fit_faults(
+            linears,
+            layers,
+            lambda ln: schemes[ln.name].misfit(ln.in_features),
+            where=f"{where}.scheme",
+            cure=cure,
+        )
+
+    def _fitting_faults(self, model: Outlook | ModelSource, layers: Sequence[str], where: str) -> list[Fault]:
+        """What is wrong with the candidates for these layers, and with a target they cannot meet."""
+        from compresskit.quant.auto import budget_faults, fitting, least_bits
+
+        try:
+            fits = fitting(model.anatomy, layers, self.candidates, where)
+        except InputError as error:
+            return [f for f in error.faults if isinstance(f, Fault)]
+        scale_bits = round(8 * getattr(model, "weight_bytes", 2))
+        least = least_bits(model.anatomy, fits, scale_bits)
+        return [] if self.overrides else budget_faults(least, cast(float, self.target_bits), where)
+
+    def _auto_faults(self, where: str) -> list[Fault]:
+        """What is wrong with the fields of ``auto``, whatever the model."""
+        is_auto, bits = self.scheme.lower() == AUTO, self.target_bits
+        if is_auto == (bits is None):
+            expected = "a number of bits, such as 4.5" if is_auto else "nothing, unless scheme is auto"
+            cure = "Set target_bits." if is_auto else "Leave target_bits out, or set scheme: auto."
+            return [Fault(f"{where}.target_bits", expected, str(bits), cure)]
+        if not is_auto:
+            return []
+        from compresskit.quant.auto import candidate_faults
+
+        return candidate_faults(self.candidates, cast(float, bits), where)
 
 
 def _has_grid(model: Outlook | ModelSource, layer: str) -> bool:

@@ -12,9 +12,10 @@ from tiny import tiny_llama
 from torch import Tensor
 
 from compresskit.calibration.statistics import LayerStats
+from compresskit.data.pack import packed
 from compresskit.data.spec import DataSpec
 from compresskit.errors import SchemeError
-from compresskit.modeling import ModelSource, open_model
+from compresskit.modeling import ModelSource, load_model, load_tokenizer, open_model
 from compresskit.quant import QUANTIZERS
 from compresskit.quant.base import Quantized
 from compresskit.quant.rtn import RoundToNearest
@@ -175,3 +176,101 @@ def test_same_bytes_twice(model: ModelSource, tmp_path: Path) -> None:
     assert result.warnings == ("rtn reads no data; the data given to it was left unread.",)
     for path in (tmp_path / "1" / "out").iterdir():
         assert path.read_bytes() == (tmp_path / "2" / "out" / path.name).read_bytes(), path.name
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> DataSpec:
+    words = [f"The {i}th cat sat on the mat and looked at {i * 7} birds. " * 3 for i in range(60)]
+    (tmp_path / "text.txt").write_text("\n\n".join(words))
+    return DataSpec(source=str(tmp_path / "text.txt"))
+
+
+def test_overrides_give_layers_their_own_schemes(model: ModelSource, tmp_path: Path) -> None:
+    stage = Quantize(scheme="w4a16-g32", overrides={"*.down_proj": "w8a16", "*.layers.1.self_attn.*": "none"})
+    look = outlook(model)
+    assert faults(stage, look) == ""
+    after = stage.forecast(look).after
+    assert after.layer_schemes["model.layers.0.mlp.down_proj"] == "w8a16"
+    result, made = run(stage, model, tmp_path)
+    grids = {n: g for n in made.anatomy.linears if (g := made.grid(n))}
+    assert {n: str(p.scheme) for n, p in zip(grids, result.promises, strict=True)} == after.layer_schemes  # type: ignore[attr-defined]
+    assert grids["model.layers.1.mlp.down_proj"].bits == 8
+    assert not any("layers.1.self_attn" in n for n in grids)
+    assert {r.name: r.bits for r in result.layers} == pytest.approx(dict(after.layer_bits))
+
+
+def test_what_no_checkpoint_holds_is_told_before_and_after_an_earlier_stage(model: ModelSource) -> None:
+    look = outlook(model)
+    assert "bitsandbytes holds no others" in faults(
+        Quantize(scheme="w8a8", overrides={"*.q_proj": "nf4"}), look
+    )
+    later = replace(look, layer_bits={"lm_head": 8.0}, layer_schemes={"lm_head": "w8a16"})
+    assert "with zero points holds no others" in faults(
+        Quantize(scheme="w4a16-g4-asym", targets=("*.q_proj",)), later
+    )
+
+
+def test_a_static_scale_is_the_largest_input_of_calibration(
+    model: ModelSource, tmp_path: Path, text: DataSpec
+) -> None:
+    stage = Quantize(scheme="w8a8-static", data=text, samples=4, context_length=64)
+    assert stage.reads_data
+    assert not Quantize(scheme="w8a8").reads_data
+    _, made = run(stage, model, tmp_path)
+    layer = "model.layers.0.self_attn.q_proj"
+    grid = made.grid(layer)
+    assert grid is not None
+    assert grid.activation_scale is not None
+    seen = []
+    whole = load_model(model)
+    hook = whole.get_submodule(layer).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].abs().max())
+    )
+    for row in range(4):
+        inputs = calibration_row(model, text, row, tmp_path)
+        with torch.no_grad():
+            whole(**inputs)
+    hook.remove()
+    assert grid.activation_scale.item() == pytest.approx(max(seen).item() * 2 / 255, rel=1e-5)
+
+
+def calibration_row(model: ModelSource, text: DataSpec, row: int, place: Path) -> dict[str, Tensor]:
+    rows = packed(text, load_tokenizer(model), context_length=64, cache=place / "cache", rows=4)
+    return {key: rows[row][key][None] for key in ("input_ids", "position_ids")}
+
+
+def test_auto_meets_its_target_and_tells_what_it_chose(
+    model: ModelSource, tmp_path: Path, text: DataSpec, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = Quantize(
+        scheme="auto",
+        target_bits=7.5,
+        candidates=("w4a16-channel", "w8a16"),
+        data=text,
+        samples=2,
+        context_length=64,
+    )
+    look = outlook(model)
+    assert faults(stage, look) == ""
+    assert "whole model in memory" in stage.forecast(look).notes[0]
+    result, made = run(stage, model, tmp_path)
+    grids = {n: g for n in made.anatomy.linears if (g := made.grid(n))}
+    assert {g.bits for g in grids.values()} == {4, 8}
+    assert result.metrics["bits"] <= 7.5
+    said = capsys.readouterr().err
+    assert f"chosen {result.metrics['chosen']}" in said
+    assert said.count("nats per token: ") == len(grids)
+
+
+def test_auto_says_what_it_lacks(model: ModelSource) -> None:
+    look = outlook(model)
+    assert "target_bits: expected a number of bits, such as 4.5, got None" in faults(
+        Quantize(scheme="auto"), look
+    )
+    assert "expected nothing, unless scheme is auto" in faults(Quantize(scheme="w8a8", target_bits=4.0), look)
+    said = faults(Quantize(scheme="auto", target_bits=4.5, candidates=("w4a16-g32", "w4a16-g16")), look)
+    assert (
+        "expected a candidate that fits each layer, got in_features of model.layers.0.mlp.down_proj" in said
+    )
+    said = faults(Quantize(scheme="auto", target_bits=4.0, candidates=("w4a16-channel", "w8a16")), look)
+    assert "target_bits: expected at most 4 bits, got 4.95 with the smallest candidates" in said

@@ -1,0 +1,264 @@
+"""Which scheme each layer gets when a number of bits is all that was asked for.
+
+Each layer alone is rounded to each candidate, and what the model then says is compared with what it said:
+the Kullback-Leibler divergence, in nats per token, is the loss increase on text that the model predicts as
+well as it can be predicted. From the least bits on, those bytes are bought first that save the most of it.
+
+Paper: Dong et al., "HAWQ: Hessian AWare Quantization of Neural Networks with Mixed-Precision", ICCV 2019,
+https://arxiv.org/abs/1905.03696, orders layers by sensitivity; here it is measured instead of approximated.
+
+Shapes: T = tokens, V = vocabulary, O = out_features, I = in_features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from compresskit.calibration.rows import Documents, Row
+from compresskit.errors import Fault, ModelError, SchemeError
+from compresskit.progress import Progress
+from compresskit.quant.affine import grid_for
+from compresskit.quant.scheme import Scheme, parse
+
+if TYPE_CHECKING:
+    from compresskit.modeling.anatomy import Anatomy
+
+LOG_PROBABILITIES = 1 << 26
+"""How many of the original model's are kept in memory, 4 bytes each."""
+MAX_TOKENS = 4096
+
+Costs = Mapping[str, Mapping[Scheme, float]]
+"""Layer -> candidate -> nats per token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What was chosen, and what it was chosen by.
+
+    Attributes:
+        schemes: layer -> scheme.
+        costs: what rounding each layer alone costs.
+        bits: of a stored weight on average, scales included.
+    """
+
+    schemes: Mapping[str, Scheme]
+    costs: Costs
+    bits: float
+
+    def __str__(self) -> str:
+        """How many layers got each scheme: ``9 x w4a16-g128, 5 x w8a16: 5.31 bits``."""
+        counts: dict[str, int] = {}
+        for scheme in self.schemes.values():
+            counts[str(scheme)] = counts.get(str(scheme), 0) + 1
+        text = ", ".join(f"{count} x {scheme}" for scheme, count in sorted(counts.items()))
+        return f"{text}: {self.bits:.2f} bits"
+
+
+def candidate_faults(candidates: Sequence[str], target_bits: float, where: str) -> list[Fault]:
+    """What is wrong with candidates and target, whatever the model."""
+    faults: list[Fault] = []
+    for text in candidates:
+        try:
+            scheme = parse(text, where=f"{where}.candidates")
+        except SchemeError as error:
+            faults += [fault for fault in error.faults if isinstance(fault, Fault)]
+            continue
+        if scheme.number == "nf4" or not scheme.symmetric or scheme.static:
+            cure = "Choose among symmetric schemes, such as w4a16-g128 and w8a16."
+            faults.append(Fault(f"{where}.candidates", "schemes that go together", text, cure))
+    if len(candidates) < 2:
+        cure = "Give two or more, or name the one as scheme."
+        faults.append(Fault(f"{where}.candidates", "at least two schemes", str(len(candidates)), cure))
+    if not 0 < target_bits <= 16:
+        cure = "Give a number such as 4.5."
+        faults.append(Fault(f"{where}.target_bits", "more than 0 and at most 16", str(target_bits), cure))
+    return faults
+
+
+def fitting(
+    anatomy: Anatomy, layers: Sequence[str], candidates: Sequence[str], where: str
+) -> dict[str, tuple[Scheme, ...]]:
+    """The candidates that fit each layer, those of the least bits first.
+
+    Raises:
+        SchemeError: none fits some layer; all such layers are named.
+    """
+    schemes = sorted((parse(text) for text in candidates), key=lambda s: s.bits_per_weight(1 << 20, 16))
+    found = {n: tuple(s for s in schemes if not s.misfit(anatomy.linears[n].in_features)) for n in layers}
+    if lost := [f"{n} ({anatomy.linears[n].in_features})" for n, fits in found.items() if not fits]:
+        got = f"in_features of {', '.join(lost)}"
+        cure = "Add a candidate with a smaller group or none, such as w8a16, or add the layers to ignore."
+        raise SchemeError(Fault(f"{where}.candidates", "a candidate that fits each layer", got, cure))
+    return found
+
+
+def budget_faults(least_bits: float, target_bits: float, where: str) -> list[Fault]:
+    """What is wrong with a target where the smallest candidates already take ``least_bits`` on average."""
+    if least_bits <= target_bits:
+        return []
+    cure = f"Raise target_bits to at least {least_bits:.2f}, or add a candidate of fewer bits."
+    got = f"{least_bits:.2f} with the smallest candidates"
+    return [Fault(f"{where}.target_bits", f"at most {target_bits:g} bits", got, cure)]
+
+
+def least_bits(anatomy: Anatomy, fits: Mapping[str, Sequence[Scheme]], scale_bits: int) -> float:
+    """Bits of a stored weight on average where each layer gets the smallest scheme that fits it."""
+    total = weights = 0.0
+    for layer, schemes in fits.items():
+        linear = anatomy.linears[layer]
+        size = linear.out_features * linear.in_features
+        total += size * min(s.bits_per_weight(linear.in_features, scale_bits) for s in schemes)
+        weights += size
+    return total / weights
+
+
+def choose(
+    costs: Costs, sizes: Mapping[str, tuple[int, int]], target_bits: float, scale_bits: int, *, where: str
+) -> Chosen:
+    """The schemes whose costs add up to the least that the greedy order finds within ``target_bits``.
+
+    Args:
+        costs: of every layer, for every candidate that fits it.
+        sizes: layer -> (out_features, in_features).
+        target_bits: at most so many on average over all weights of the layers.
+        scale_bits: of the model's dtype: 16 or 32.
+        where: the stage, to name in an error.
+
+    Raises:
+        SchemeError: the least bits are more than the target.
+    """
+
+    def bits_of(layer: str, scheme: Scheme) -> float:
+        rows, inputs = sizes[layer]
+        return rows * inputs * scheme.bits_per_weight(inputs, scale_bits)
+
+    chosen = {n: min(of, key=lambda s, n=n: (bits_of(n, s), of[s])) for n, of in costs.items()}  # type: ignore[misc]
+    spent = sum(bits_of(n, scheme) for n, scheme in chosen.items())
+    weights = sum(rows * inputs for rows, inputs in sizes.values())
+    if faults := budget_faults(spent / weights, target_bits, where):
+        raise SchemeError(*faults)
+    while True:
+        steps = []
+        for layer, scheme in chosen.items():
+            for better, cost in costs[layer].items():
+                saved, added = costs[layer][scheme] - cost, bits_of(layer, better) - bits_of(layer, scheme)
+                if saved > 0 and added > 0 and spent + added <= target_bits * weights:
+                    steps.append((saved / added, layer, better, added))
+        if not steps:
+            return Chosen(chosen, costs, spent / weights)
+        _, layer, better, added = max(steps, key=lambda step: step[0])
+        chosen[layer] = better
+        spent += added
+
+
+def measure_costs(
+    model: nn.Module,
+    anatomy: Anatomy,
+    candidates: Mapping[str, Sequence[Scheme]],
+    rows: Sequence[Row],
+    dtypes: Mapping[str, torch.dtype],
+) -> dict[str, dict[Scheme, float]]:
+    """What rounding each layer alone to each candidate costs, in nats per token.
+
+    Args:
+        model: whole, in evaluation mode; its weights are as before when this returns.
+        anatomy: of the model.
+        candidates: layer -> schemes.
+        rows: calibration rows; as many are read as :data:`MAX_TOKENS` and :data:`LOG_PROBABILITIES` allow.
+        dtypes: layer -> the type its weight is stored in, which rounds its scales.
+
+    Raises:
+        ModelError: the model has no logits.
+    """
+    probe = _Probe(model, anatomy.blocks, rows)
+    costs: dict[str, dict[Scheme, float]] = {layer: {} for layer in candidates}
+    places = [*anatomy.blocks, None]
+    with Progress("measuring sensitivity", sum(map(len, candidates.values())), unit="roundings") as bar:
+        for index, block in enumerate(places):
+            for layer in (n for n in candidates if anatomy.linears[n].block == block):
+                weight = model.get_parameter(f"{layer}.weight")
+                former = weight.detach().clone()
+                exact_OI = former.to(dtypes[layer])
+                for scheme in candidates[layer]:
+                    with torch.no_grad():
+                        weight.copy_(grid_for(exact_OI, scheme).snap(exact_OI))
+                    costs[layer][scheme] = probe.divergence(index if block is not None else 0)
+                    bar.advance(note=layer)
+                with torch.no_grad():
+                    weight.copy_(former)
+            if block is not None:
+                probe.pass_block(index)
+    return costs
+
+
+class _Probe:
+    """The original model's log-probabilities, and how far a changed one's are from them.
+
+    Blocks before the one that changed are not run again: the last of them gives back what it gave before.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[str], rows: Sequence[Row]) -> None:
+        self.model = model
+        self.blocks = [model.get_submodule(name) for name in blocks]
+        self.given: list[Any] = []
+        self.documents: list[Row] = []
+        self.expected: list[Tensor] = []
+        tokens = 0
+        for document in Documents(rows):
+            logits_TV = self._logits(document, 0, None)
+            tokens += len(logits_TV)
+            if self.documents and (tokens > MAX_TOKENS or tokens * logits_TV.shape[1] > LOG_PROBABILITIES):
+                break
+            self.documents.append(document)
+            self.expected.append(logits_TV.log_softmax(-1))
+
+    def divergence(self, index: int) -> float:
+        """Nats per token between the original model and the one at hand, whose blocks before ``index`` are
+        as they were."""
+        total, tokens = 0.0, 0
+        start = index if self.given else 0
+        for at, document in enumerate(self.documents):
+            got_TV = self._logits(document, start, at).log_softmax(-1)
+            want_TV = self.expected[at]
+            total += float((want_TV.exp() * (want_TV - got_TV)).sum(dtype=torch.float64))
+            tokens += len(got_TV)
+        return total / tokens
+
+    def pass_block(self, index: int) -> None:
+        """Remember what block ``index`` gives; it is as it was."""
+        given: list[Any] = []
+        handle = self.blocks[index].register_forward_hook(lambda _m, _a, output: given.append(output))
+        for at, document in enumerate(self.documents):
+            self._logits(document, index, at)
+        handle.remove()
+        self.given = given
+
+    @torch.no_grad()
+    def _logits(self, document: Row, start: int, at: int | None) -> Tensor:
+        device = next(self.model.parameters()).device
+        inputs = {key: value.to(device) for key, value in document.items()}
+        with self._standing_in(start, at):
+            logits = getattr(self.model(**inputs), "logits", None)
+        if logits is None:
+            cls, cure = type(self.model).__name__, "Name a scheme instead of auto."
+            raise ModelError(Fault("scheme: auto", "a model with logits", cls, cure))
+        return logits.float().reshape(-1, logits.shape[-1])  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _standing_in(self, start: int, at: int | None) -> Iterator[None]:
+        """Within, the blocks before ``start`` do no work; all return what the last of them gave before."""
+        stand_ins = self.blocks[:start] if at is not None and self.given else []
+        output = self.given[at] if at is not None and self.given else None
+        try:
+            for block in stand_ins:
+                block.forward = lambda *args, **kwargs: output
+            yield
+        finally:
+            for block in stand_ins:
+                del block.forward
