@@ -14,5 +14,8 @@ QUANTIZERS: Registry[Quantizer] = Registry(
     {
         "rtn": "compresskit.quant.rtn:RoundToNearest",
         "gptq": "compresskit.quant.gptq:GPTQ",
+        "awq": "compresskit.quant.awq:ActivationAware",
+        "smoothquant": "compresskit.quant.smoothquant:SmoothQuant",
+        "hqq": "compresskit.quant.hqq:HalfQuadratic",
     },
 )
