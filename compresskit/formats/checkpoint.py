@@ -65,19 +65,26 @@ def format_for(grids: Mapping[str, Grid]) -> str:
     return "bitsandbytes" if is_nf4 else "compressed-tensors"
 
 
-def write_shards(out: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_bytes: int = SHARD_BYTES) -> None:
+def write_shards(
+    out: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write ``tensors`` into one safetensors file, or several and an index.
 
     Args:
         out: an existing directory.
         tensors: (key, tensor); read one at a time.
         shard_bytes: start another file before this is exceeded.
+        metadata: what the header of every file says besides.
     """
     parts: list[tuple[Path, list[str]]] = []
     total = 0
     for index, shard in enumerate(_shards(tensors, shard_bytes)):
         path = out / f".{index}.safetensors.partial"
-        save_tensors(path, shard, {"format": "pt"})
+        save_tensors(path, shard, {"format": "pt", **(metadata or {})})
         parts.append((path, list(shard)))
         total += sum(_bytes(t) for t in shard.values())
     if len(parts) == 1:
