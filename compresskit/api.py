@@ -15,6 +15,7 @@ from compresskit.errors import DataError, Fault, InputError
 from compresskit.modeling import load_model, load_tokenizer, open_model
 from compresskit.pipeline import run as run_plan
 from compresskit.planner import Plan, plan
+from compresskit.quant.adapters.attach import with_adapter
 from compresskit.recipe import Recipe
 from compresskit.registry import nearest
 from compresskit.stage import Json, Stage
@@ -175,8 +176,11 @@ def export(
 
 
 def load(directory: str | Path, *, dtype: str = "auto", device: str = "cpu") -> nn.Module:
-    """The model in ``directory``, whole, ready to run; any Hugging Face directory will do."""
-    return load_model(directory, dtype=dtype, device=device)
+    """The model in ``directory``, whole, ready to run; any Hugging Face directory will do.
+
+    With a trained adapter beside it, it comes as peft's model of the two.
+    """
+    return with_adapter(load_model(directory, dtype=dtype, device=device), Path(directory))
 
 
 def compress(

@@ -34,6 +34,7 @@ from compresskit.artifact import (
 )
 from compresskit.errors import Fault, OutputError, PromiseError, WorkerError
 from compresskit.formats import export
+from compresskit.formats.checkpoint import ADAPTER
 from compresskit.formats.readback import read_back
 from compresskit.modeling import ModelSource, open_model
 from compresskit.modeling.promise import standing_promises
@@ -100,7 +101,7 @@ def run(
             models, states = _run_stages(plan, work)
             if measure is not None:
                 _measure(models, work, measure)
-            _assemble(plan, models[-1], states, work, out, keep_stages)
+            assemble(plan, models[-1], states, work, out, keep_stages)
         except BaseException:
             (work / FAILED).touch()
             raise
@@ -263,8 +264,10 @@ def check_promises(
 
 
 def _require_effect(stage: PlannedStage, before: ModelSource, after: ModelSource) -> None:
-    """Raise PromiseError if ``stage`` changed neither a tensor, a shape nor a grid."""
+    """Raise PromiseError if ``stage`` changed neither a tensor, a shape nor a grid, nor left an adapter."""
     names = before.names()
+    if (after.directory / ADAPTER).is_dir():
+        return
     if names != after.names() or any(before.shape(n) != after.shape(n) for n in names):
         return
     layers = before.anatomy.linears
@@ -296,56 +299,6 @@ def _measure(models: list[ModelSource], work: Path, measure: Measure) -> None:
     (work / RECORDS).mkdir(exist_ok=True)
     for name, records in found.items():
         write_json(work / RECORDS / f"{name}.json", records)
-
-
-def _assemble(
-    plan: Plan, model: ModelSource, states: list[dict[str, Json]], work: Path, out: Path, keep_stages: bool
-) -> None:
-    """Encode the last checkpoint, check it once more as a reader will see it, and publish."""
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    export(model, partial)
-    packed = read_back(model, partial) if model.is_quantised else 0
-    (partial / STATE).unlink(missing_ok=True)
-    (partial / RECIPE).write_text(plan.recipe.to_yaml(), encoding="utf-8")
-    seal(partial, {**manifest_of(plan, states), "parameters_read_back": packed})
-    (work / RECORDS).mkdir(exist_ok=True)
-    shutil.copytree(work / RECORDS, partial / RECORDS)
-    shutil.copyfile(work / KEY, partial / RECORDS / KEY)
-    _keep_timings(plan, work, partial / RECORDS)
-    if keep_stages:
-        for stage in plan.stages:
-            shutil.copytree(work / stage.name, partial / STAGES / stage.name)
-    publish(partial, out)
-
-
-def _keep_timings(plan: Plan, work: Path, records: Path) -> None:
-    for stage in plan.stages:
-        scratch = work / f"{stage.name}.scratch"
-        for name in ("seconds.json", "record.json", "losses.jsonl"):
-            if (scratch / name).is_file():
-                target = records / f"{stage.name}.{name}"
-                shutil.copyfile(scratch / name, target)
-
-
-def manifest_of(plan: Plan, states: list[dict[str, Json]]) -> dict[str, Json]:
-    """Everything about a run that is the same whenever it is repeated."""
-    return {
-        "format": 1,
-        "plan": plan.digest,
-        "recipe": plan.recipe.to_json(),
-        "source": {p.name: sha256_of(p) for p in sorted(plan.source.directory.glob("*.safetensors"))},
-        "data": plan.data_fingerprints,
-        "teachers": {
-            name: {p.name: sha256_of(p) for p in sorted(path.glob("*.safetensors"))}
-            for name, path in plan.teachers.items()
-        },
-        "versions": plan.versions,
-        "inherited": [promise_to_json(p) for p in inherited_promises(plan.source.directory)],
-        "stages": states,
-        "warnings": [w for state in states for w in state["result"]["warnings"]],
-    }
 
 
 def _read_state(stage: Path) -> dict[str, Json]:

@@ -20,6 +20,7 @@ from compresskit.artifact import inherited_promises
 from compresskit.data import check, open_corpus
 from compresskit.data.spec import DataSpec
 from compresskit.errors import Fault, InputError, OutputError, PlanError
+from compresskit.formats.checkpoint import ADAPTER
 from compresskit.modeling import ModelSource, open_model, resolve_device
 from compresskit.modeling.skeleton import resolve_dtype
 from compresskit.recipe import Recipe, resolved
@@ -252,6 +253,10 @@ def _opened(recipe: Recipe, build_dir: Path) -> tuple[ModelSource, Outlook]:
 
 def _source_faults(source: ModelSource, recipe: Recipe) -> list[Fault]:
     """What forbids any stage on this model."""
+    if recipe.stages and (source.directory / ADAPTER).is_dir():
+        cure = "Train it again with finish merge, or merge it with peft."
+        got = f"{source.directory}, which has an adapter beside it that no stage would see"
+        return [Fault("model", "a model whose weights are all of it", got, cure)]
     if not (source.is_compressed and recipe.stages):
         return []
     return [
@@ -267,6 +272,11 @@ def _source_faults(source: ModelSource, recipe: Recipe) -> list[Fault]:
 def _chain_faults(stage: Stage, before: list[PlannedStage], source: ModelSource, where: str) -> list[Fault]:
     """What this place in the chain forbids, whatever the stage."""
     faults = []
+    last = next((s for s in before if getattr(s.stage, "ends_chain", False)), None)
+    if last is not None:
+        cure = f"Put {last.name} last, or set its finish to merge."
+        got = f"{stage.kind} after {last.name}, whose adapter stands beside the model"
+        faults.append(Fault(where, "a stage before the adapter's", got, cure))
     quantised = next((s for s in before if s.forecast.after.layer_bits), None)
     if stage.trains and quantised is not None and not getattr(stage, "keeps_grids", False):
         cure = "Put this stage before the quantisation."

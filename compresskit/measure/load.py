@@ -13,6 +13,7 @@ from transformers.models.auto import modeling_auto
 
 from compresskit.errors import Fault, ModelError
 from compresskit.modeling.quiet import hush, without_bars
+from compresskit.quant.adapters.attach import with_adapter
 
 # Tried in order; the first whose table lists the architecture is what users load it with.
 AUTO_CLASSES = (
@@ -56,7 +57,7 @@ def is_causal(directory: Path) -> bool:
 
 
 def load_model(directory: Path, *, device: str = "cpu", trust_remote_code: bool = False) -> Any:
-    """The model in ``directory`` in evaluation mode, as plain ``from_pretrained`` gives it.
+    """The model in ``directory`` in evaluation mode, as ``from_pretrained`` gives it: peft's, for an adapter.
 
     Args:
         directory: a Hugging Face checkpoint, compressed or not.
@@ -83,7 +84,7 @@ def load_model(directory: Path, *, device: str = "cpu", trust_remote_code: bool 
             )
         ) from error
     hush(model)
-    return model.to(device).eval()
+    return with_adapter(model.to(device).eval(), directory)
 
 
 def empty_model(directory: Path, *, trust_remote_code: bool = False) -> Any:

@@ -30,7 +30,7 @@ from compresskit.training.finite import require_finite_weights
 from compresskit.training.objective import CrossEntropy, Objective, TeacherProvider
 from compresskit.training.order import Ordered, Rows
 from compresskit.training.redirect import redirected
-from compresskit.training.rules import Setting, launched_processes, training_faults
+from compresskit.training.rules import Setting, eight_bit_faults, launched_processes, training_faults
 from compresskit.training.trainer import StageTrainer
 from compresskit.training.watch import LOSSES, LossLog, Watch
 
@@ -122,6 +122,7 @@ class Run:
         """The fields, and where they will run; everything wrong with them is raised here."""
         kind = resolve_device(self.device).type
         faults = training_faults(self.fields, "training", device=kind)
+        faults += eight_bit_faults(self.fields, "training") if self.held else []
         if faults:
             raise PlanError(*faults)
         if not len(self.rows):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from compresskit.errors import Fault
 from compresskit.stage import Forecast
 from compresskit.training.fields import TrainingFields
-from compresskit.training.rules import Setting, launched_processes, training_faults
+from compresskit.training.rules import Setting, eight_bit_faults, launched_processes, training_faults
 
 if TYPE_CHECKING:
     from compresskit.stage import Outlook
@@ -24,6 +24,8 @@ UNSUPPORTED_SCALES = ("logit_scale", "logits_scaling")
 def student_faults(fields: TrainingFields, model: Outlook, where: str) -> list[Fault]:
     """What is wrong with training such a ``model`` with these ``fields``."""
     faults = training_faults(fields, where, device=model.device, devices=model.devices)
+    if not hasattr(fields, "adapter"):
+        faults += eight_bit_faults(fields, where)
     if not model.anatomy.is_causal or model.anatomy.head is None:
         faults.append(
             Fault(

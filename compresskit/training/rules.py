@@ -15,8 +15,10 @@ from compresskit.training.fields import TrainingFields
 STRATEGIES = ("auto", "ddp", "fsdp", "deepspeed")
 PRECISIONS = ("fp32", "bf16", "fp16")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
-OPTIMIZERS = ("adamw_torch", "adafactor", "sgd", "rmsprop", "adagrad")
-"""Each leaves a weight at zero whose gradient has always been zero, so held zeros stay exact."""
+EIGHT_BIT = ("adamw_8bit", "paged_adamw_8bit")
+"""For adapters alone: a weight whose gradient has always been zero does not stay at zero with these."""
+OPTIMIZERS = ("adamw_torch", "adafactor", "sgd", "rmsprop", "adagrad", *EIGHT_BIT)
+"""All but the 8-bit ones leave a weight at zero whose gradient has always been zero, so held zeros stay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,7 @@ RULES: tuple[Rule, ...] = (
         "optimizer-name",
         "optimizer",
         lambda s: s.fields.optimizer not in OPTIMIZERS,
-        f"one of {', '.join(OPTIMIZERS)} (they keep pruned weights at zero on every engine)",
+        f"one of {', '.join(OPTIMIZERS)}",
         "{optimizer!r}",
         "Choose one of these.",
     ),
@@ -222,6 +224,49 @@ RULES: tuple[Rule, ...] = (
         "Take it out of the file and set precision in the recipe: weights are kept in fp32 on every engine.",
     ),
     Rule(
+        "optimizer-8bit-missing",
+        "optimizer",
+        lambda s: s.fields.optimizer in EIGHT_BIT and find_spec("bitsandbytes") is None,
+        "the package bitsandbytes",
+        "an environment without it",
+        "Install it with `pip install 'compresskit[qlora]'`, or use optimizer adamw_torch.",
+    ),
+    Rule(
+        "optimizer-8bit-sharded",
+        "optimizer",
+        lambda s: s.fields.optimizer in EIGHT_BIT and s.strategy in ("fsdp", "deepspeed"),
+        "adamw_torch with strategy {strategy}, which shards the optimiser's states itself",
+        "{optimizer}",
+        "Use optimizer adamw_torch, or strategy ddp.",
+    ),
+    Rule(
+        "optimizer-paged-cpu",
+        "optimizer",
+        lambda s: s.fields.optimizer == "paged_adamw_8bit" and s.device == "cpu",
+        "a GPU, whose memory is paged",
+        "{optimizer} on a CPU",
+        "Use optimizer adamw_8bit.",
+    ),
+    Rule(
+        "prefix-checkpointing",
+        "activation_checkpointing",
+        lambda s: getattr(s.fields, "adapter", "") == "prefix" and s.fields.activation_checkpointing,
+        "a prefix, which is a cache, without recomputed activations",
+        "both",
+        "Set activation_checkpointing to false, or use adapter lora.",
+    ),
+    Rule(
+        "frozen-bits-sharded",
+        "strategy",
+        lambda s: (
+            getattr(s.fields, "base", "none") in ("nf4", "int8")
+            and (s.strategy == "fsdp" or (s.strategy == "deepspeed" and s.fields.zero_stage == 3))
+        ),
+        "strategy ddp, or deepspeed with zero_stage 1 or 2, for weights frozen in few bits",
+        "strategy {strategy}, which shards weights of one floating type",
+        "Use strategy ddp, or base none.",
+    ),
+    Rule(
         "fp16-sharded",
         "precision",
         lambda s: s.fields.precision == "fp16" and s.strategy in ("fsdp", "deepspeed"),
@@ -242,6 +287,15 @@ def launched_processes() -> int | None:
 def this_rank() -> int:
     """The rank of this process in its launch; outside of one 0, the rank that writes and tells."""
     return int(os.environ.get("RANK", "0")) if launched_processes() is not None else 0
+
+
+def eight_bit_faults(fields: TrainingFields, where: str) -> list[Fault]:
+    """What is wrong with the optimiser's states for training the weights of layers themselves."""
+    if fields.optimizer not in EIGHT_BIT:
+        return []
+    expected = "an optimiser that keeps pruned weights at zero"
+    cure = "Use optimizer adamw_torch; 8-bit states are for stages that train adapters."
+    return [Fault(f"{where}.optimizer", expected, fields.optimizer, cure)]
 
 
 def number_faults(fields: TrainingFields, where: str) -> list[Fault]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,21 @@ BREAKS: dict[str, dict[str, Any]] = {
         "deepspeed_config": {"optimizer": {"type": "Adam"}},
     },
     "deepspeed-config-precision": DS | {"deepspeed_config": {"bf16": {"enabled": True}}},
+    "optimizer-8bit-missing": {"optimizer": "adamw_8bit"},
+    "optimizer-8bit-sharded": {"strategy": "fsdp", "processes": 2, "optimizer": "adamw_8bit"},
+    "optimizer-paged-cpu": {"optimizer": "paged_adamw_8bit"},
+    "prefix-checkpointing": {"adapter": "prefix", "activation_checkpointing": True},
+    "frozen-bits-sharded": {"strategy": "fsdp", "processes": 2, "base": "nf4"},
     "fp16-sharded": {"strategy": "fsdp", "processes": 2, "precision": "fp16"},
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFields(TrainingFields):
+    """Those of a stage that trains adapters."""
+
+    adapter: str = "lora"
+    base: str = "none"
 
 
 @pytest.fixture(autouse=True)
@@ -58,10 +71,10 @@ def test_a_broken_rule_is_told_with_its_cure(
     if isinstance(changes.get("deepspeed_config"), dict):
         (tmp_path / "ds.json").write_text(json.dumps(changes["deepspeed_config"]))
         changes["deepspeed_config"] = str(tmp_path / "ds.json")
-    if rule.name == "deepspeed-missing":
+    if rule.name.endswith("-missing"):
         monkeypatch.setattr(rules, "find_spec", lambda name: None)
     two_gpus = {"device": "cuda", "devices": 2} if rule.name == "more-processes-than-devices" else {}
-    faults = training_faults(TrainingFields(**changes), "stages[1]", **two_gpus)
+    faults = training_faults(AdapterFields(**changes), "stages[1]", **two_gpus)
     assert [f.where for f in faults] == [f"stages[1].{rule.field}"]
     assert faults[0].cure == rule.cure
     assert "{" not in str(faults[0])

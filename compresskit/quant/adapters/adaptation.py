@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from compresskit.formats.checkpoint import ADAPTER as ADAPTER_DIRECTORY
 from compresskit.formats.grid import GRIDS_FILE
 from compresskit.modeling import ModelSource
 from compresskit.modeling.skeleton import skeleton
@@ -31,7 +32,6 @@ from compresskit.training.write import write_checkpoint
 
 COMPUTES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOW_RANK = ("lora", "dora")
-ADAPTER_DIRECTORY = "adapter"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ blocks and its output projection are found where every trainer looks for them.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from compresskit.formats.checkpoint import ADAPTER as ADAPTER_DIRECTORY
 from compresskit.formats.files import save_tensors
 from compresskit.modeling.anatomy import Anatomy
 from compresskit.quant.adapters.held import ADAPTER
@@ -108,6 +110,26 @@ def write_adapter(tuned: Any, tensors: Mapping[str, Tensor], out: Path) -> None:
     before, config.inference_mode = config.inference_mode, True
     config.save_pretrained(str(out))
     config.inference_mode = before
+
+
+def with_adapter(model: Any, directory: Path) -> Any:
+    """``model`` as peft has it with the adapter that stands beside it; ``model`` itself where there is none.
+
+    Args:
+        model: loaded from ``directory``.
+        directory: of the model.
+    """
+    place = directory / ADAPTER_DIRECTORY
+    if not place.is_dir():
+        return model
+    with peft_at_work():
+        import peft
+
+        if json.loads((place / CONFIG).read_text(encoding="utf-8"))["peft_type"] == "BOTTLENECK":
+            from compresskit.quant.adapters import bottleneck
+
+            bottleneck.register()
+        return peft.PeftModel.from_pretrained(model, str(place)).eval()
 
 
 @contextmanager

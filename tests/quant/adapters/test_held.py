@@ -1,0 +1,102 @@
+"""Layers that hold zeros and grids, against the dense computation they stand for; gradients included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compresskit.quant.adapters.frozen import GridLinear, freeze, frozen_weight
+from compresskit.quant.adapters.held import hold, packed, unpacked
+from compresskit.quant.adapters.merge import merged, update
+from compresskit.quant.affine import grid_for
+from compresskit.quant.scheme import parse
+
+O, I, R, SCALING = 24, 40, 4, 2.0  # noqa: E741
+
+
+def lora(base: nn.Linear, *, dora: bool = False) -> Any:
+    config = LoraConfig(r=R, lora_alpha=R * SCALING, target_modules=["layer"], use_dora=dora)
+    layer = inject_adapter_in_model(config, nn.ModuleDict({"other": nn.Linear(1, 1), "layer": base}))["layer"]
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        layer.lora_B["default"].weight.copy_(torch.randn(O, R, generator=generator) * 0.1)
+    return layer
+
+
+@pytest.fixture
+def weight_OI() -> Tensor:
+    weight = torch.randn(O, I, generator=torch.Generator().manual_seed(0))
+    return weight * (weight.abs() > 0.6)
+
+
+def check(layer: Any, whole: Any, x: Tensor) -> None:
+    """``layer(x)`` and its gradients are those of ``x @ whole(a, b).T``."""
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    y = layer(x)
+    y.square().sum().backward()
+    a2, b2 = a.detach().clone().requires_grad_(), b.detach().clone().requires_grad_()
+    expected = F.linear(x, whole(a2, b2))
+    expected.square().sum().backward()
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(a.grad, a2.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(b.grad, b2.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("base", ["none", "nf4"])
+def test_a_masked_layer_computes_the_masked_weight(weight_OI: Tensor, base: str) -> None:
+    keep_OI = weight_OI != 0
+    layer = lora(freeze(weight_OI, None, base, dtype=torch.float32))
+    frozen_OI = frozen_weight(layer.base_layer)
+    hold(layer, keep_OI=keep_OI)
+    x = torch.randn(6, I, generator=torch.Generator().manual_seed(1))
+    check(layer, lambda a, b: frozen_OI + (b @ a) * SCALING * keep_OI, x)
+    assert (layer.get_delta_weight("default")[~keep_OI] == 0).all()
+
+
+def test_a_masked_dora_layer_gives_each_row_its_magnitude(weight_OI: Tensor) -> None:
+    keep_OI = weight_OI != 0
+    layer = lora(freeze(weight_OI, None, "none", dtype=torch.float32), dora=True)
+    hold(layer, keep_OI=keep_OI)
+    magnitude_O = layer.lora_magnitude_vector["default"].weight
+    with torch.no_grad():
+        magnitude_O.mul_(1.5)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    whole_OI = merged(weight_OI, a, b, SCALING, keep_OI=keep_OI, magnitude_O=magnitude_O)
+    x = torch.randn(6, I)
+    torch.testing.assert_close(layer(x), x @ whole_OI.T)
+    torch.testing.assert_close(whole_OI.norm(dim=1), magnitude_O.detach())
+    assert (whole_OI[~keep_OI] == 0).all()
+
+
+def test_dora_that_is_not_held_is_peft_own(weight_OI: Tensor) -> None:
+    layer = lora(freeze(weight_OI, None, "none", dtype=torch.float32), dora=True)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    magnitude_O = layer.lora_magnitude_vector["default"].weight
+    whole_OI = merged(weight_OI, a, b, SCALING, magnitude_O=magnitude_O)
+    x = torch.randn(6, I)
+    torch.testing.assert_close(layer(x), x @ whole_OI.T)
+
+
+def test_a_layer_on_a_grid_computes_the_rounded_weight_and_passes_the_gradient(weight_OI: Tensor) -> None:
+    grid = grid_for(weight_OI, parse("w4a16-g8"))
+    keep_OI = weight_OI != 0
+    layer = lora(GridLinear(grid.snap(weight_OI), None, grid))
+    hold(layer, keep_OI=keep_OI, grid=grid)
+
+    def whole(a: Tensor, b: Tensor) -> Tensor:
+        new_OI = grid.snap(weight_OI) + update(a, b, SCALING, keep_OI)
+        return new_OI + (grid.snap(new_OI.detach()) - new_OI).detach()
+
+    check(layer, whole, torch.randn(6, I, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 8), (33, 7)])
+def test_a_mask_survives_packing(shape: tuple[int, int]) -> None:
+    keep = torch.rand(shape, generator=torch.Generator().manual_seed(0)) > 0.5
+    assert packed(keep).numel() == -(-keep.numel() // 8)
+    assert torch.equal(unpacked(packed(keep), shape), keep)
