@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from compresskit.data.spec import DataSpec
     from compresskit.distill.finetune import Finetune
     from compresskit.distill.stage import Distill
+    from compresskit.quant.qat import Qat
+    from compresskit.quant.qlora import Qlora
     from compresskit.quant.stage import Quantize
     from compresskit.recipe import Recipe, load_recipe
     from compresskit.sparse.stage import Prune
@@ -33,6 +35,8 @@ _HOMES = {
     "Distill": "compresskit.distill.stage",
     "Finetune": "compresskit.distill.finetune",
     "Prune": "compresskit.sparse.stage",
+    "Qat": "compresskit.quant.qat",
+    "Qlora": "compresskit.quant.qlora",
     "Quantize": "compresskit.quant.stage",
     "Recipe": "compresskit.recipe",
     "bench": "compresskit.api",
@@ -52,6 +56,8 @@ __all__ = [
     "Distill",
     "Finetune",
     "Prune",
+    "Qat",
+    "Qlora",
     "Quantize",
     "Recipe",
     "bench",

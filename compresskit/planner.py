@@ -20,9 +20,12 @@ from compresskit.artifact import inherited_promises
 from compresskit.data import check, open_corpus
 from compresskit.data.spec import DataSpec
 from compresskit.errors import Fault, InputError, OutputError, PlanError
+from compresskit.exports import EXPORTS
+from compresskit.exports.base import Prospect
 from compresskit.formats.checkpoint import ADAPTER
 from compresskit.modeling import ModelSource, open_model, resolve_device
 from compresskit.modeling.skeleton import resolve_dtype
+from compresskit.quant.scheme import parse
 from compresskit.recipe import Recipe, resolved
 from compresskit.stage import Forecast, Json, Outlook, Stage
 
@@ -220,6 +223,8 @@ def plan(recipe: Recipe, *, cache: Path | None = None, build_dir: Path | None = 
         forecast = stage.forecast(outlook)
         stages.append(PlannedStage(index + 1, stage, outlook, forecast))
         outlook = forecast.after
+    if len(stages) == len(recipe.stages):
+        faults += _export_faults(recipe, outlook)
     if faults:
         raise PlanError(*(_placed(fault, recipe) for fault in faults))
     return Plan(recipe, source, tuple(stages), cache, psutil.Process().memory_info().rss)
@@ -307,6 +312,28 @@ def _chain_faults(stage: Stage, before: list[PlannedStage], source: ModelSource,
             )
         )
     return faults
+
+
+def _export_faults(recipe: Recipe, last: Outlook) -> list[Fault]:
+    """What keeps a target of ``recipe.export`` from holding the model that the last stage leaves."""
+    faults: list[Fault] = []
+    for target in recipe.export:
+        try:
+            EXPORTS.require(target, where="export")
+        except InputError as error:
+            faults += [fault for fault in error.faults if isinstance(fault, Fault)]
+            continue
+        for index in range(max(map(len, last.layer_schemes.values()), default=1)):
+            schemes = {n: parse(texts[min(index, len(texts) - 1)]) for n, texts in last.layer_schemes.items()}
+            prospect = Prospect(
+                anatomy=last.anatomy,
+                config=last.config,
+                tokenizer=last.tokenizer,
+                schemes=schemes,
+                trust_remote_code=last.trust_remote_code,
+            )
+            faults += EXPORTS[target]().faults(prospect, f"export: {target}")
+    return list(dict.fromkeys(faults))
 
 
 def data_of(recipe: Recipe) -> list[tuple[str, DataSpec]]:

@@ -14,6 +14,8 @@ COMMANDS = {
     "prune": "Zero the weights of a model that a method finds least useful.",
     "distill": "Train a student to match a teacher.",
     "quantize": "Put the weights of a model onto a grid of few bits.",
+    "qat": "Train a model while it computes as its quantised form will.",
+    "qlora": "Train adapters on a model that is frozen in few bits.",
     "finetune": "Train a model on text, keeping its zeros.",
     "run": "Run every stage of a recipe.",
     "plan": "Show what a recipe will do; load no weights.",

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from compresskit.data.spec import DataSpec
-from compresskit.distill import LOSSES
 from compresskit.errors import Fault
-from compresskit.registry import nearest
 from compresskit.training.fields import TrainingFields
 
 if TYPE_CHECKING:
@@ -56,28 +54,17 @@ class Distill(TrainingFields):
         Returns:
             All faults together: of the training fields, the loss, the teacher and its vocabulary.
         """
-        from compresskit.distill.vocabulary import teacher_faults
+        from compresskit.distill.lesson import lesson_faults
         from compresskit.training.outlook import student_faults
 
-        faults = student_faults(self, model, where)
-        if self.loss not in LOSSES:
-            cure = f"Did you mean: {nearest(self.loss, LOSSES)}?"
-            faults.append(Fault(f"{where}.loss", "the name of a distillation loss", repr(self.loss), cure))
-        if not self.temperature > 0:
-            got = str(self.temperature)
-            faults.append(Fault(f"{where}.temperature", "a number above 0", got, "Raise temperature."))
-        if not 0 <= self.cross_entropy_weight <= 1:
-            got = str(self.cross_entropy_weight)
-            cure = "Give the share of the next-token loss, such as 0.5."
-            faults.append(Fault(f"{where}.cross_entropy_weight", "a number from 0 to 1", got, cure))
-        return faults + teacher_faults(self.teacher, self.data or model.data, model, where)
+        return student_faults(self, model, where) + lesson_faults(self, model, where)
 
     def forecast(self, model: Outlook) -> Forecast:
         """What this stage will do to such a ``model``; called only when it has no faults."""
-        from compresskit.distill.vocabulary import teacher_bytes
+        from compresskit.distill.lesson import lesson_bytes
         from compresskit.training.outlook import forecast_training
 
-        return forecast_training(self, model, teacher_bytes=teacher_bytes(self.teacher, model))
+        return forecast_training(self, model, teacher_bytes=lesson_bytes(self, model))
 
     def run(self, model: ModelSource, context: StageContext) -> StageResult:
         """Train ``model`` into ``context.out``.
@@ -87,6 +74,8 @@ class Distill(TrainingFields):
             NumericError: a loss or weight is no longer finite; names the step and the layer.
             WorkerError: a training process died.
         """
-        from compresskit.distill.work import run_stage
+        from compresskit.distill.lesson import lesson
+        from compresskit.training.stage import run_training
 
-        return run_stage(self, model, context)
+        loss, teacher = lesson(self, model, context)
+        return run_training(self, model, context, title="Distilling", objective=loss, teacher=teacher)

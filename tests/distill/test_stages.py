@@ -269,7 +269,7 @@ def test_trust_reaches_the_teacher_and_both_tokenizers(
 
         return call
 
-    for module in ("distill.vocabulary", "distill.work", "distill.teacher", "training.job"):
+    for module in ("distill.vocabulary", "distill.lesson", "distill.teacher", "training.job"):
         for name in ("open_model", "load_tokenizer", "load_model"):
             if module != "training.job" or name != "load_model":  # there a source brings its own answer
                 path = f"compresskit.{module}.{name}"

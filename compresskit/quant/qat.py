@@ -1,0 +1,139 @@
+"""What a recipe says about quantisation-aware training. No torch until a verb is called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from compresskit.calibration.oneshot import as_names
+from compresskit.data.spec import DataSpec
+from compresskit.errors import Fault
+from compresskit.quant.assignment import AUTO, Overrides, freeze_overrides
+from compresskit.quant.stage import Quantize
+from compresskit.registry import locate, nearest
+from compresskit.training.fields import TrainingFields
+
+if TYPE_CHECKING:
+    from compresskit.modeling.source import ModelSource
+    from compresskit.stage import Forecast, Outlook, StageContext, StageResult
+
+SCALES = ("dynamic", "fixed", "learned")
+TEXT_ALONE = "cross_entropy"
+NO_INTEGERS = (AUTO, "fp8", "fp8-dynamic", "nf4")
+LESSON = "compresskit.distill.lesson"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Qat(TrainingFields):
+    """Train the model while it computes as its quantised form will; its weights end on the grid.
+
+    Attributes:
+        scheme: an integer one that ``quantize`` knows: ``w8a8``, ``w8a16``, ``w4a8-g32``, ``w4a16-g32`` ...
+        targets: which layers: module names, fnmatch patterns, ``re:`` patterns or ``Linear``.
+        ignore: which of those to leave alone.
+        overrides: pattern -> another scheme, or none; of those that match a layer the first counts.
+        scales: of weights: ``dynamic`` covers the weights as they are at each step; ``fixed`` takes the range
+            of least squared error once, at the start; ``learned`` starts there and trains it.
+        observer_steps: steps whose largest input sets the activation scale of ``w8a8-static``.
+        loss: ``cross_entropy``, or a name of ``compresskit.distill.LOSSES`` to learn from a teacher.
+        teacher: directory or hub id; None is the model as it was before the first stage.
+        temperature: divides both models' logits; the distillation loss is multiplied by its square.
+        cross_entropy_weight: share of the next-token loss beside a distillation loss, in [0, 1].
+        data: text to train on; None takes the recipe's.
+    """
+
+    kind: ClassVar[str] = "qat"
+    trains: ClassVar[bool] = True
+
+    scheme: str = "w8a8"
+    targets: tuple[str, ...] = ("Linear",)
+    ignore: tuple[str, ...] = ("lm_head",)
+    overrides: Mapping[str, Any] | tuple[str, ...] = ()
+    scales: str = "dynamic"
+    observer_steps: int = 10
+    loss: str = TEXT_ALONE
+    teacher: str | None = None
+    temperature: float = 1.0
+    cross_entropy_weight: float = 0.0
+    data: DataSpec | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", as_names(self.targets))
+        object.__setattr__(self, "ignore", as_names(self.ignore))
+        object.__setattr__(self, "overrides", freeze_overrides(self.overrides))
+        if isinstance(self.data, str):
+            object.__setattr__(self, "data", DataSpec(source=self.data))
+
+    @property
+    def reshapes(self) -> bool:
+        """False: training changes values, not shapes."""
+        return False
+
+    @property
+    def form(self) -> Quantize:
+        """The stage that would put a model onto such grids: it knows which layers, and what fits."""
+        return Quantize(
+            scheme=self.scheme, targets=self.targets, ignore=self.ignore, overrides=self.overrides
+        )
+
+    def faults(self, model: Outlook, where: str) -> list[Fault]:
+        """Everything wrong with this stage for such a ``model``; reads no weight.
+
+        Args:
+            model: what this stage will be given.
+            where: prefix of each fault, e.g. ``stages[1]``.
+
+        Returns:
+            All faults together: of the training fields, the scheme, the scales, the teacher.
+        """
+        from compresskit.training.outlook import student_faults
+
+        faults = student_faults(self, model, where)
+        if self.scales not in SCALES:
+            cure = f"Did you mean: {nearest(self.scales, SCALES)}?"
+            faults.append(Fault(f"{where}.scales", " or ".join(SCALES), repr(self.scales), cure))
+        if self.observer_steps < 1:
+            got = str(self.observer_steps)
+            faults.append(Fault(f"{where}.observer_steps", "at least 1", got, "Raise observer_steps."))
+        return faults + self.scheme_faults(model, where) + self._lesson_faults(model, where)
+
+    def _lesson_faults(self, model: Outlook, where: str) -> list[Fault]:
+        if self.loss != TEXT_ALONE:
+            found: list[Fault] = locate(f"{LESSON}:lesson_faults")(self, model, where)
+            return found
+        unused = {"teacher": None, "temperature": 1.0, "cross_entropy_weight": 0.0}
+        cure = "Set loss: forward_kl to learn from a teacher, or leave this field out."
+        return [
+            Fault(f"{where}.{name}", "nothing beside loss: cross_entropy", str(getattr(self, name)), cure)
+            for name, default in unused.items()
+            if getattr(self, name) != default
+        ]
+
+    def scheme_faults(self, model: Outlook | ModelSource, where: str) -> list[Fault]:
+        """What is wrong with the scheme and the targets alone."""
+        texts = [self.scheme, *(text for _, text in cast(Overrides, self.overrides))]
+        cure = "Train with an integer scheme, such as w8a8 or w4a16-g32."
+        faults = [
+            Fault(f"{where}.scheme", "integers", text, cure) for text in texts if text.lower() in NO_INTEGERS
+        ]
+        return faults or self.form.scheme_faults(model, where)
+
+    def forecast(self, model: Outlook) -> Forecast:
+        """What this stage will do to such a ``model``; called only when it has no faults."""
+        from compresskit.quant.qat_run import forecast_qat
+
+        return forecast_qat(self, model)
+
+    def run(self, model: ModelSource, context: StageContext) -> StageResult:
+        """Train ``model`` into ``context.out``, its weights on their grids.
+
+        Raises:
+            SchemeError: the scheme does not fit a layer, or ``model`` is quantised already.
+            EngineError: the engine asked for is not to be had here.
+            NumericError: a loss or weight is no longer finite; names the step and the layer.
+            WorkerError: a training process died.
+        """
+        from compresskit.quant.qat_run import run_qat
+
+        return run_qat(self, model, context)
