@@ -11,6 +11,7 @@ its imports. ``peak_bytes`` is the kernel's high-water mark of the whole process
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import tempfile
@@ -75,12 +76,14 @@ def main() -> None:
         both = sides(options, python, Path(scratch))
         for _ in range(options.rounds):
             for side, (command, task) in both.items():
+                load = os.getloadavg()[0]
                 done = run_jobs(command, task, Path(scratch))
                 if done.answer["errors"]:
                     raise SystemExit(f"{side}: {done.answer['errors']}")
                 shutil.rmtree(task["jobs"][0]["out"])
                 found = {"s": done.answer["seconds"]["job"], "peak_bytes": done.peak_bytes}
-                runs.setdefault(side, []).append({**found, "process_s": done.process_s})
+                found |= {"process_s": done.process_s, "load_before": load}
+                runs.setdefault(side, []).append(found)
                 # The environments differ in more than the peer: both are told.
                 prefix = "" if side == OURS else "peer "
                 versions |= {f"{prefix}{name}": version for name, version in done.answer["versions"].items()}

@@ -30,6 +30,7 @@ from benchmarks.peers.call import (
     save_ids,
 )
 from benchmarks.run import RESULTS, append_record
+from compresskit.errors import ModelError
 from compresskit.measure.fresh import default_threads
 from compresskit.quant.scheme import Scheme, parse
 
@@ -75,16 +76,20 @@ def left_alone(model: Path, scheme: Scheme) -> list[str]:
     return ["lm_head", *sorted(misfits - {"lm_head"})]
 
 
-def score(checkpoint: Path, options: argparse.Namespace) -> float:
-    """Bits per byte of a checkpoint as plain transformers loads it."""
+def score(checkpoint: Path, options: argparse.Namespace) -> float | str:
+    """Bits per byte of a checkpoint as plain transformers loads it, or why it does not."""
     from compresskit.data import documents
     from compresskit.data.spec import DataSpec
     from compresskit.measure.load import load_model
     from compresskit.measure.quality import quality
     from compresskit.modeling import load_tokenizer, open_model
 
+    try:
+        loaded = load_model(checkpoint)
+    except ModelError as error:
+        return f"does not load: {str(error).splitlines()[0][:200]}"
     found = quality(
-        load_model(checkpoint),
+        loaded,
         load_tokenizer(open_model(options.tokenizer)),
         documents(DataSpec(source=options.evaluate), "all"),
         context_length=options.context_length,
