@@ -19,7 +19,6 @@ from pathlib import Path
 import psutil
 
 from compresskit.artifact import (
-    RECIPE,
     RECORDS,
     STAGES,
     Artifact,
@@ -27,15 +26,12 @@ from compresskit.artifact import (
     inherited_promises,
     is_artifact,
     open_artifact,
-    publish,
-    seal,
-    sha256_of,
     write_json,
 )
+from compresskit.assembly import KEY, STATE, assemble
 from compresskit.errors import Fault, OutputError, PromiseError, WorkerError
 from compresskit.formats import export
 from compresskit.formats.checkpoint import ADAPTER
-from compresskit.formats.readback import read_back
 from compresskit.modeling import ModelSource, open_model
 from compresskit.modeling.promise import standing_promises
 from compresskit.planner import Plan, PlannedStage
@@ -45,13 +41,10 @@ from compresskit.stage import (
     Promise,
     StageContext,
     promise_from_json,
-    promise_to_json,
     result_to_json,
 )
 
 SOURCE = "0-source"
-STATE = "stage.json"
-KEY = "plan.json"
 LOCK = "lock"
 FAILED = "failed"
 POLL_S = 0.2

@@ -51,6 +51,7 @@ class Recipe:
         tokenizer: directory or hub id; None takes the model's own.
         revision: of the hub repository.
         data: for every stage that names none of its own.
+        export: targets of ``compresskit export`` to write beside the artifact's own form: ``gguf`` ...
         evaluation: what quality is measured on; None is the validation split of ``data``.
         seed: of the run; each stage derives its own.
         dtype: one-shot stages compute in; what is stored keeps its own. ``auto`` computes in that.
@@ -65,6 +66,7 @@ class Recipe:
     revision: str | None = None
     data: DataSpec = field(default_factory=DataSpec)
     evaluation: DataSpec | None = None
+    export: tuple[str, ...] = ()
     seed: int = 0
     dtype: str = "auto"
     device: str = "auto"
@@ -76,6 +78,8 @@ class Recipe:
             if isinstance(value := getattr(self, name), str):
                 object.__setattr__(self, name, DataSpec(source=value))
         object.__setattr__(self, "stages", tuple(self.stages))
+        export = (self.export,) if isinstance(self.export, str) else tuple(self.export)
+        object.__setattr__(self, "export", tuple(dict.fromkeys(export)))
 
     def place(self, where: str) -> str:
         """``where`` (``stages[0].pattern``) with the file and line, or the option, that wrote it."""

@@ -192,8 +192,8 @@ class Outlook:
         original: directory of the model before the first stage; the default teacher.
         weight_bytes: of one stored parameter that is not quantised.
         layer_bits: bits of one stored weight of each quantised layer, scales included.
-        layer_schemes: scheme of each quantised layer, as ``compresskit.quant.scheme.parse`` reads it; without
-            those whose scheme is chosen by measuring.
+        layer_schemes: of each quantised layer the scheme it has, or all of those it may get, as
+            ``compresskit.quant.scheme.parse`` reads them.
         data: the recipe's data, for a stage that names none.
         device: ``cpu`` or ``cuda``.
         devices: accelerators of this machine, 0 for none.
@@ -206,7 +206,7 @@ class Outlook:
     original: Path
     weight_bytes: float
     layer_bits: Mapping[str, float] = field(default_factory=dict)
-    layer_schemes: Mapping[str, str] = field(default_factory=dict)
+    layer_schemes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     data: DataSpec = field(default_factory=DataSpec)
     device: str = "cpu"
     devices: int = 0

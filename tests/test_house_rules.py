@@ -38,6 +38,7 @@ ORDER = (
     {"recipe"},
     {"schema", "artifact"},
     {"planner"},
+    {"assembly"},
     {"pipeline"},
     {"measure", "assets"},
     {"reports"},

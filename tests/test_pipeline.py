@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 import compresskit as ck
 from compresskit.artifact import open_artifact
 from compresskit.errors import Fault, OutputError, PlanError, PromiseError
-from compresskit.modeling import ModelSource
+from compresskit.modeling import ModelSource, open_model
+from compresskit.modeling.packed import unpacked
 from compresskit.pipeline import run
 from compresskit.planner import Plan, plan
 from compresskit.sparse.promise import Zeros
@@ -288,3 +289,21 @@ def test_training_after_quantisation_is_refused_with_the_cure(model: Path) -> No
     stages = (ck.Quantize("rtn", scheme="w8a8"), ck.Finetune(steps=1))
     with pytest.raises(PlanError, match=r"stages\[1\].*off their grid.*before the quantisation"):
         planned(model, *stages)
+
+
+def test_exports_stand_beside_and_what_no_target_holds_is_told_before(model: Path, tmp_path: Path) -> None:
+    def asked(scheme: str, *targets: str) -> Plan:
+        data = str(model.parent / "text.txt")
+        stages = (ck.Quantize(scheme=scheme),)
+        return plan(ck.Recipe(model=str(model), stages=stages, data=data, export=targets))
+
+    artifact = run(asked("w8a16", "dense", "compressed-tensors"), tmp_path / "out")
+    dense = load_file(tmp_path / "out" / "exports" / "dense" / "model.safetensors")
+    packed = unpacked(open_model(tmp_path / "out"))
+    assert torch.equal(dense[f"{LAYER}.weight"], packed.tensor(f"{LAYER}.weight"))
+    assert "exports/dense/model.safetensors" in artifact.manifest["files"]
+    with pytest.raises(PlanError) as told:
+        asked("w4a16-g16", "bitsandbytes", "gguff")
+    assert "export: bitsandbytes: expected nf4" in str(told.value)
+    assert "model.layers.0.self_attn.q_proj" in str(told.value)
+    assert "Did you mean: gguf?" in str(told.value)

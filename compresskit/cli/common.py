@@ -83,6 +83,7 @@ def run_options(function: F) -> F:
             click.option("--measure", metavar="LIST", help="size,quality,latency,memory, all or none."),
             click.option("--eval-documents", type=int, default=200, show_default=True, help="For quality."),
             click.option("--keep-stages", is_flag=True, help="Keep each stage's checkpoint."),
+            click.option("--export", "exports", multiple=True, metavar="TARGET", help="Also as gguf ..."),
             click.option("--overwrite", is_flag=True, help="Replace an artifact of another run."),
             click.option("--dry-run", is_flag=True, help="Show the plan and do nothing else."),
             click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, last line."),
@@ -148,6 +149,9 @@ def one_stage_recipe(
         if given.get(name):
             data[name] = given[name]
             origins[name] = "--" + name.replace("_", "-")
+    if given.get("exports"):
+        data["export"] = list(given["exports"])
+        origins["export"] = "--export"
     if given.get("seed") is not None:
         data["seed"] = parse_yaml(given["seed"], "--seed")[0]
         origins["seed"] = "--seed"

@@ -16,6 +16,8 @@ def recipe_with(path: str, given: dict[str, Any]) -> Recipe:
     overrides = parse_set(given["settings"])
     overrides.update({k: given[k] for k in ("seed", "dtype", "device") if given[k] is not None})
     recipe = load_recipe(path, overrides)
+    if given["exports"]:
+        recipe = replace(recipe, export=given["exports"])
     return replace(recipe, trust_remote_code=True) if given["trust_remote_code"] else recipe
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 from compresskit.calibration.oneshot import calibration_bytes, largest_layer, walk_bytes
 from compresskit.quant import QUANTIZERS
 from compresskit.quant.assignment import AUTO
+from compresskit.quant.auto import fitting
 from compresskit.stage import Forecast, Outlook
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def forecast_rounding(stage: Quantize, model: Outlook) -> Forecast:
     schemes = stage.schemes(anatomy)
     scale_bits = round(8 * model.weight_bytes)
     bits = {n: s.bits_per_weight(anatomy.linears[n].in_features, scale_bits) for n, s in schemes.items()}
-    named = {n: str(s) for n, s in schemes.items()}
+    named = {n: (str(s),) for n, s in schemes.items()}
     notes = (ROUNDED_INPUTS,) if any(s.activation_bits for s in schemes.values()) else ()
     # Spread scales and quotient in float32, and the integers, of one layer.
     layer_bytes = largest_layer(anatomy, list(schemes)) * (4 + 4 + 1 + 4)
@@ -47,7 +48,9 @@ def forecast_rounding(stage: Quantize, model: Outlook) -> Forecast:
     if stage.reads_data:
         memory += calibration_bytes(stage, model.config, anatomy)
     if is_auto:
-        bits, named = dict.fromkeys(schemes, cast(float, stage.target_bits)), {}
+        bits = dict.fromkeys(schemes, cast(float, stage.target_bits))
+        fits = fitting(anatomy, list(schemes), stage.candidates, "quantize")
+        named = {n: tuple(map(str, candidates)) for n, candidates in fits.items()}
         memory = max(memory, anatomy.num_parameters * model.weight_bytes + PROBED_BYTES)
         notes = (*notes, MEASURED)
     return Forecast(

@@ -169,13 +169,14 @@ class Quantize:
             faults.append(_again_fault(again, where))
         if faults:
             return faults
+        faults += self._method_faults(schemes, where)
         if self.scheme.lower() == AUTO:
-            return self._fitting_faults(model, layers, where)
+            return faults + self._fitting_faults(model, layers, where)
         if any(scheme.number == "nf4" for scheme in schemes.values()) and find_spec("bitsandbytes") is None:
             cure = "Install it: pip install 'compresskit[qlora]'."
             faults.append(Fault(f"{where}.scheme", "the package bitsandbytes", "not installed", cure))
         before = getattr(model, "layer_schemes", {})
-        faults += mixture_faults({**{n: parse(text) for n, text in before.items()}, **schemes}, where)
+        faults += mixture_faults({**{n: parse(texts[0]) for n, texts in before.items()}, **schemes}, where)
         cure = (
             "Choose a group size that divides it, use one scale per row (w4a16-channel), or name another "
             "scheme for these layers in overrides."
@@ -187,6 +188,25 @@ class Quantize:
             where=f"{where}.scheme",
             cure=cure,
         )
+
+    def _method_faults(self, schemes: Mapping[str, Scheme], where: str) -> list[Fault]:
+        """What is wrong with the schemes for the method alone; one fault for each scheme."""
+        misfit = getattr(QUANTIZERS[self.method], "misfit", None)
+        if misfit is None:
+            return []
+        used: dict[str, str] = {}
+        for name, scheme in schemes.items():
+            used.setdefault(str(scheme), name)
+        if self.scheme.lower() == AUTO:
+            used |= dict.fromkeys(self.candidates, "candidates")
+        cure = (
+            f"Choose another scheme or another method than {self.method}, or override these layers with none."
+        )
+        return [
+            Fault(f"{where}.scheme", expected, f"{text} ({name})", cure)
+            for text, name in used.items()
+            if (expected := misfit(parse(text)))
+        ]
 
     def _fitting_faults(self, model: Outlook | ModelSource, layers: Sequence[str], where: str) -> list[Fault]:
         """What is wrong with the candidates for these layers, and with a target they cannot meet."""

@@ -190,10 +190,11 @@ def test_overrides_give_layers_their_own_schemes(model: ModelSource, tmp_path: P
     look = outlook(model)
     assert faults(stage, look) == ""
     after = stage.forecast(look).after
-    assert after.layer_schemes["model.layers.0.mlp.down_proj"] == "w8a16"
+    assert after.layer_schemes["model.layers.0.mlp.down_proj"] == ("w8a16",)
     result, made = run(stage, model, tmp_path)
     grids = {n: g for n in made.anatomy.linears if (g := made.grid(n))}
-    assert {n: str(p.scheme) for n, p in zip(grids, result.promises, strict=True)} == after.layer_schemes  # type: ignore[attr-defined]
+    promised = {p.layer: (p.scheme,) for p in result.promises}  # type: ignore[attr-defined]
+    assert promised == after.layer_schemes
     assert grids["model.layers.1.mlp.down_proj"].bits == 8
     assert not any("layers.1.self_attn" in n for n in grids)
     assert {r.name: r.bits for r in result.layers} == pytest.approx(dict(after.layer_bits))
@@ -204,7 +205,7 @@ def test_what_no_checkpoint_holds_is_told_before_and_after_an_earlier_stage(mode
     assert "bitsandbytes holds no others" in faults(
         Quantize(scheme="w8a8", overrides={"*.q_proj": "nf4"}), look
     )
-    later = replace(look, layer_bits={"lm_head": 8.0}, layer_schemes={"lm_head": "w8a16"})
+    later = replace(look, layer_bits={"lm_head": 8.0}, layer_schemes={"lm_head": ("w8a16",)})
     assert "with zero points holds no others" in faults(
         Quantize(scheme="w4a16-g4-asym", targets=("*.q_proj",)), later
     )
