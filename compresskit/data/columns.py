@@ -96,7 +96,7 @@ def _text(place: str, row: Mapping[str, object], name: str) -> str:
     value = row[name]
     if value is not None and not isinstance(value, str):
         got = "a list" if isinstance(value, list) else type(value).__name__
-        cure = "Set `column` or `columns` to those that hold one text a row, or mend that row."
+        cure = "Set data.column or data.columns to those that hold one text a row, or mend that row."
         raise bad(place, f"text in column {name!r}", got, cure)
     return value or ""
 
@@ -138,17 +138,17 @@ def find_layout(where: str, columns: Mapping[str, bool], spec: DataSpec) -> Layo
             where,
             "text or dialogues",
             f"both, text in column {texts[0]!r} and dialogues in {_said(found[0])}",
-            f"Set `column: {texts[0]}` to read the text, or `supervise: responses` to read the dialogues.",
+            f"Set data.column={texts[0]} for the text, or data.supervise=responses for the dialogues.",
         )
     if len(found) > 1:
         got = "; or ".join(map(_said, found))
-        cure = "Set `columns` to those of the prompt and the response, as in [question, answer]."
+        cure = "Set data.columns to those of the prompt and the response, as in [question, answer]."
         raise bad(where, "one way to read dialogues", got, cure)
     if found:
         return found[0]
     if spec.supervise == "responses":
         got = f"columns {', '.join(columns) or 'none'}"
-        cure = "Set `columns` to those of the prompt and the response, as in [question, answer]."
+        cure = "Set data.columns to those of the prompt and the response, as in [question, answer]."
         raise bad(where, f"dialogues: {NAMES}", got, cure)
     return Layout(text=text_column(where, columns, None))
 
@@ -162,7 +162,7 @@ def _said(layout: Layout) -> str:
 def _named(where: str, columns: Mapping[str, bool], names: tuple[str, ...]) -> Layout:
     for name in names:
         if name not in columns:
-            cure = f"Did you mean: {nearest(name, columns)}? Set `columns` to those of the dialogues."
+            cure = f"Did you mean: {nearest(name, columns)}? Set data.columns to those of the dialogues."
             raise bad(where, f"a column called {name!r}", f"columns {', '.join(columns) or 'none'}", cure)
     if len(names) == 1:
         return Layout(chat=names[0], exact=True)
@@ -197,7 +197,7 @@ def text_column(where: str, columns: Mapping[str, bool], wanted: str | None) -> 
     names = ", ".join(columns) or "none"
     if wanted is not None:
         if wanted not in columns:
-            cure = f"Did you mean: {nearest(wanted, columns)}? Set `column` to the one with the text."
+            cure = f"Did you mean: {nearest(wanted, columns)}? Set data.column to the one with the text."
             raise bad(where, f"a column called {wanted!r}", f"columns {names}", cure)
         return wanted
     lower = {name.lower(): name for name in columns if columns[name]}
@@ -207,7 +207,7 @@ def text_column(where: str, columns: Mapping[str, bool], wanted: str | None) -> 
     if len(lower) == 1:
         return next(iter(lower.values()))
     kind = "several columns of text" if lower else "no column of text"
-    cure = "Set `column` to the one with the text, or `columns` to those of prompt and response."
+    cure = "Set data.column to the one with the text, or data.columns to those of prompt and response."
     raise bad(
         where,
         "one column of text, or one of the names " + ", ".join(PREFERRED),

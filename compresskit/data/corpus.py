@@ -186,7 +186,7 @@ def _as_text(source: str, content: Content) -> str:
 def _require_kind(place: str, content: Content, kind: type[Content]) -> None:
     if not isinstance(content, kind):
         words = {str: "text", Dialogue: "a dialogue"}
-        cure = "Name a source of one kind, or set `column` or `columns` to those to read."
+        cure = "Name a source of one kind, or set data.column or data.columns."
         raise bad(place, f"{words[kind]}, as elsewhere", words[type(content)], cure)
 
 

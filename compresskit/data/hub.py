@@ -78,7 +78,7 @@ def _rows(spec: DataSpec, split: str) -> Iterator[Row]:
     columns = _is_text(rows.features)
     layout = find_layout(name, columns, spec)
     if layout.text and not columns[layout.text]:
-        cure = "Set `column` to one that holds text."
+        cure = "Set data.column to one that holds text."
         raise bad(name, f"text in column {layout.text!r}", str(rows.features[layout.text]), cure)
     number = 0
     for batch in rows.select_columns(layout.wanted(columns)).iter(batch_size=ROWS_AT_ONCE):

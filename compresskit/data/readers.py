@@ -59,7 +59,7 @@ def refuse_columns(where: str, spec: DataSpec) -> None:
     asked |= {"supervise": spec.supervise if spec.supervise == "responses" else None}
     for name, value in asked.items():
         if value:
-            cure = f"Leave `{name}` out, or name a table."
+            cure = f"Leave data.{name} out, or name a table."
             raise bad(where, f"a table for {name}", "plain text, which has no columns", cure)
 
 
@@ -140,7 +140,7 @@ def _read_parquet(path: Path, spec: DataSpec) -> Iterator[Row]:
             names = layout.wanted(columns)
             if layout.text and not columns[layout.text]:
                 got = str(file.schema_arrow.field(layout.text).type)
-                cure = "Set `column` to one that holds text."
+                cure = "Set data.column to one that holds text."
                 raise bad(str(path), f"text in column {layout.text!r}", got, cure)
             number = 0
             for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=names):

@@ -87,12 +87,14 @@ class Renderer:
         dialogues: rendered so far.
         shared: responses that share a token with the template's own words; that token is not learnt.
         unended: dialogues in which a response has no token after it that ends it.
+        spelt: dialogues whose own words spell an added token, such as ``</s>``, and so become it.
     """
 
     tokenizer: PreTrainedTokenizerBase
     dialogues: int = 0
     shared: int = 0
     unended: int = 0
+    spelt: int = 0
     _template: str | None = field(init=False)
     _added: dict[int, str] = field(init=False)
 
@@ -124,6 +126,11 @@ class Renderer:
                 f"{source}: {self.unended} of {self.dialogues} dialogues have a response that no token ends: "
                 "the model does not learn to stop there."
             )
+        if self.spelt:
+            found.append(
+                f"{source}: {self.spelt} of {self.dialogues} dialogues spell out a token of the tokenizer's "
+                "own, such as its end of text; the model reads and learns it as that token."
+            )
         return found
 
     def __call__(self, dialogues: Sequence[Dialogue]) -> list[Rendered]:
@@ -133,6 +140,7 @@ class Renderer:
             DataError: the template refuses a dialogue, or does not show what in it is the assistant's.
         """
         self.dialogues += len(dialogues)
+        self.spelt += sum(any(token in str(one) for token in self._added.values()) for one in dialogues)
         if self._template is not None and GENERATION.search(self._template):
             return [self._marked(dialogue) for dialogue in dialogues]
         rendered = [self._plain(d) if self._template is None else self._found(d) for d in dialogues]

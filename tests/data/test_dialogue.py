@@ -118,8 +118,8 @@ def test_a_file_with_text_and_dialogues_is_read_as_the_user_says(tmp_path: Path)
     source = lines(tmp_path / "a.jsonl", {"text": "Hi? Ho!", "question": "Hi?", "answer": "Ho!"}).source
     (fault,) = check(DataSpec(source=source), "data")
     assert fault.got == "both, text in column 'text' and dialogues in 'question' and 'answer'"
-    assert "`column: text`" in fault.cure
-    assert "`supervise: responses`" in fault.cure
+    assert "data.column=text" in fault.cure
+    assert "data.supervise=responses" in fault.cure
     assert read(DataSpec(source=source, column="text")) == ["Hi? Ho!"]
     assert read(DataSpec(source=source, supervise="responses")) == [ONE]
     assert read(DataSpec(source=source, columns=("question", "answer"))) == [ONE]
@@ -209,7 +209,7 @@ def test_what_is_not_sure_to_be_a_dialogue_is_refused(tmp_path: Path) -> None:
     assert "the messages of 'messages'; or 'prompt' and 'response'" in fault(
         {"messages": CHAT, "prompt": "a", "response": "b"}
     )
-    assert "`columns` to those of prompt and response" in fault({"question": "a", "std_answer": "b"})
+    assert "data.columns to those of prompt and response" in fault({"question": "a", "std_answer": "b"})
     assert "expected dialogues: a prompt (prompt," in fault({"text": "a"}, supervise="responses")
     assert "responses or all" in fault({"prompt": "a", "response": "b"}, supervise="assistant")
     assert "Leave one of them out" in fault({"prompt": "a", "response": "b"}, column="prompt", columns=("a",))

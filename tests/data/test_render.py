@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -131,6 +131,14 @@ def test_responses_that_nothing_ends_are_told() -> None:
     assert renderer.unended == 1
 
 
+def test_dialogues_that_spell_out_a_special_token_are_told() -> None:
+    renderer = Renderer(byte_tokenizer())
+    (made, _) = renderer([Dialogue((("hi", "a</s>b"),)), TALK])
+    assert learnt_ids(made) == ids_of(renderer.tokenizer, "a", "</s>", "b", "</s>")
+    (note,) = renderer.notes("talk.jsonl")
+    assert note.startswith("talk.jsonl: 1 of 2 dialogues spell out a token of the tokenizer's own")
+
+
 def merged_tokenizer(template: str) -> PreTrainedTokenizerFast:
     """One that merges ``:Y`` and, blank and letter, `` n``."""
     from tokenizers import Tokenizer, decoders, models
@@ -156,12 +164,15 @@ def test_a_token_shared_with_the_template_is_learnt_only_if_the_rest_of_it_is_bl
     assert renderer.shared == 0
 
 
-texts = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(str.strip)
+# Without "<" no text spells out a special token.
+texts = st.text(st.characters(codec="utf-8", exclude_characters="<"), min_size=1, max_size=20).filter(
+    str.strip
+)
 talks = st.lists(st.tuples(texts, texts), min_size=1, max_size=4).map(lambda turns: Dialogue(tuple(turns)))
 
 
 @pytest.mark.parametrize("template", [None, CHATML, MARKED])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(talk=talks)
 def test_what_is_learnt_decodes_to_exactly_the_responses(template: str | None, talk: Dialogue) -> None:
     tokenizer = chat_tokenizer(template)
