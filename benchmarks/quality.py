@@ -5,8 +5,8 @@
 
 Both sides calibrate on the same token ids and leave the same layers alone; both checkpoints, as saved, are
 loaded by plain transformers (in float32 for a float32 model) and scored by the same evaluator. One process
-for all of llm-compressor's jobs of a model, one for all of ours. In ``--work`` the peer's figures are kept:
-a second run with the same options measures ours alone.
+for all of llm-compressor's jobs of a model, one for all of ours. In ``--work`` the peer's checkpoints and
+figures are kept: a second run on the same tokens makes and scores ours alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -34,7 +33,16 @@ from compresskit.errors import ModelError
 from compresskit.measure.fresh import default_threads
 from compresskit.quant.scheme import Scheme, parse
 
-SCHEMES = ("w8a8", "w8a16", "w4a16-g32", "w4a16-g64", "w4a16-g32-asym", "w4a8-g32", "fp8", "nf4")
+CELLS = {
+    "w8a8": ("rtn", "gptq", "awq", "hqq", "smoothquant"),
+    "w8a16": ("rtn", "gptq", "awq", "hqq"),
+    "w4a16-g32": ("rtn", "gptq", "awq", "hqq"),
+    "w4a16-g64": ("rtn", "gptq", "awq", "hqq"),
+    "w4a16-g32-asym": ("rtn", "gptq", "hqq"),
+    "w4a8-g32": ("rtn", "gptq", "smoothquant"),
+    "fp8": ("rtn", "gptq"),
+    "nf4": ("rtn",),
+}
 METHODS = ("rtn", "gptq", "awq", "hqq", "smoothquant")
 PEERS_METHODS = ("rtn", "gptq", "awq", "smoothquant")
 LIMIT_PERCENT = 0.2  # how much worse ours may be
@@ -50,20 +58,19 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, action="append", required=True)
     parser.add_argument("--train", required=True, help="text to calibrate on")
     parser.add_argument("--evaluate", required=True, help="text to score")
-    parser.add_argument("--schemes", nargs="+", default=SCHEMES)
-    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--schemes", nargs="+", default=tuple(CELLS), choices=tuple(CELLS))
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--context-length", type=int, default=512)
     parser.add_argument("--documents", type=int, default=None, help="score the first so many; default: all")
-    parser.add_argument("--work", type=Path, default=None, help="keep the peer's figures here")
+    parser.add_argument("--work", type=Path, default=None, help="keep the peer's checkpoints here")
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser
 
 
 def cells(options: argparse.Namespace) -> list[tuple[str, str]]:
-    """(method, scheme) pairs: smoothing moves what activations lose into weights, so it is for w8a8 alone."""
-    pairs = [(m, s) for s in options.schemes for m in options.methods]
-    return [(m, s) for m, s in pairs if m != "smoothquant" or parse(s).activation_bits]
+    """(method, scheme) pairs."""
+    return [(m, s) for s in options.schemes for m in CELLS[s] if m in options.methods]
 
 
 def left_alone(model: Path, scheme: Scheme) -> list[str]:
@@ -98,22 +105,34 @@ def score(checkpoint: Path, options: argparse.Namespace) -> float | str:
     return found.bits_per_byte
 
 
-def measured(
+def figures_of(
     command: list[str],
     task: Mapping[str, Any],
     jobs: Iterable[dict[str, Any]],
     options: argparse.Namespace,
-    place: Path,
+    home: Path,
 ) -> tuple[Figures, dict[str, str]]:
-    """Run ``jobs`` in one process, score what they saved, and return the figures and the versions."""
-    chosen = [{**job, "out": str(place / f"{number}")} for number, job in enumerate(jobs)]
-    done = run_jobs(command, {**task, "threads": default_threads(), "jobs": chosen}, place)
-    figures: Figures = dict(done.answer["errors"])
+    """The figure of each job, and the versions it was made with.
+
+    Jobs whose checkpoint lies in ``home`` already are not run again, nor scored again on the same text; all
+    others are run in one process.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    kept_in, text = home / "figures.json", f"{Path(options.evaluate).name} {options.documents}"
+    kept = json.loads(kept_in.read_text()) if kept_in.is_file() else {"errors": {}, "versions": {}}
+    scored: Figures = kept.setdefault(text, {})
+    chosen = [{**job, "out": str(home / job["name"].replace(" ", "-"))} for job in jobs]
+    todo = [job for job in chosen if job["name"] not in kept["errors"] and not Path(job["out"]).is_dir()]
+    if todo:
+        answer = run_jobs(command, {**task, "threads": default_threads(), "jobs": todo}, home).answer
+        kept["errors"] |= answer["errors"]
+        kept["versions"] = answer["versions"]
     for job in chosen:
-        if job["name"] not in figures:
-            figures[job["name"]] = score(Path(job["out"]), options)
-            shutil.rmtree(job["out"])
-    return figures, done.answer["versions"]
+        name = job["name"]
+        if name not in scored:
+            scored[name] = kept["errors"].get(name) or score(Path(job["out"]), options)
+            kept_in.write_text(json.dumps(kept, indent=1))
+    return {job["name"]: scored[job["name"]] for job in chosen}, kept["versions"]
 
 
 def of_model(model: Path, options: argparse.Namespace, python: str | None, place: Path) -> dict[str, Any]:
@@ -130,7 +149,7 @@ def of_model(model: Path, options: argparse.Namespace, python: str | None, place
     task = {"model": str(model), "data": options.train, **rows}
     found: dict[str, Any] = {"cells": pairs, "dense": score(model, options), "left alone": alone, "peer": {}}
     command = [sys.executable, "-m", "benchmarks.peers.compresskit_jobs"]
-    found["ours"], found["versions"] = measured(command, task, ours, options, place)
+    found["ours"], found["versions"] = figures_of(command, task, ours, options, place / "ours")
     if python:
         ids = save_ids(model, options.train, **rows, place=place)
         theirs = [
@@ -142,34 +161,12 @@ def of_model(model: Path, options: argparse.Namespace, python: str | None, place
             for job in jobs
             if job["method"] in PEERS_METHODS and job["scheme"] != "nf4"
         ]
-        found["peer"], versions = peers_figures(python, model, ids, theirs, options, place)
+        tokens = hashlib.sha256(ids.read_bytes()).hexdigest()[:12]
+        home = (options.work or place) / f"peer-{model.name}-{tokens}"
+        task = {"model": str(model), "ids": str(ids)}
+        found["peer"], versions = figures_of([python, str(PEER_JOBS)], task, theirs, options, home)
         found["versions"] |= {f"peer {name}": version for name, version in versions.items()}
     return found
-
-
-def peers_figures(
-    python: str,
-    model: Path,
-    ids: Path,
-    jobs: list[dict[str, Any]],
-    options: argparse.Namespace,
-    place: Path,
-) -> tuple[Figures, dict[str, str]]:
-    """The peer's figures, from ``--work`` where a run with the same jobs left them."""
-    facts = [model.name, hashlib.sha256(ids.read_bytes()).hexdigest(), options.evaluate, options.documents]
-    kept: dict[str, Any] = {"figures": {}, "versions": {}}
-    path = (options.work or place) / f"peer-{model.name}.json"
-    if path.is_file() and (old := json.loads(path.read_text()))["facts"] == facts:
-        kept = old
-    wanted = [job for job in jobs if job["name"] not in kept["figures"]]
-    if wanted:
-        task = {"model": str(model), "ids": str(ids)}
-        figures, versions = measured([python, str(PEER_JOBS)], task, wanted, options, place)
-        kept = {"facts": facts, "figures": {**kept["figures"], **figures}, "versions": versions}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(kept, indent=1))
-    names = {job["name"] for job in jobs}
-    return {name: value for name, value in kept["figures"].items() if name in names}, kept["versions"]
 
 
 def rows_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -59,8 +59,10 @@ def run_job(model_dir: str, job: dict[str, Any], ids: torch.Tensor) -> float:
             "shuffle_calibration_samples": False,
         }
     oneshot(model=model, tokenizer=tokenizer, recipe=RECIPES[job["method"]](**fields), **data)
-    model.save_pretrained(job["out"], save_compressed=True)
-    tokenizer.save_pretrained(job["out"])
+    partial = Path(f"{job['out']}.partial")
+    model.save_pretrained(partial, save_compressed=True)
+    tokenizer.save_pretrained(partial)
+    partial.rename(job["out"])
     return time.perf_counter() - began
 
 
