@@ -37,7 +37,7 @@ class Torchao:
     def faults(self, model: Prospect, where: str) -> list[Fault]:
         """No layer is quantised, a scheme that no tensor class holds, or no torchao."""
         found = unquantised_fault(model, where, "w8a8") + layer_faults(model, where, _judge)
-        return found + package_faults(["torchao"], "qat", where)
+        return found + package_faults(["torchao"], "torchao", where)
 
     def write(self, model: ModelSource, out: Path) -> tuple[str, ...]:
         """Write weights, a tensor at a time, and everything beside them."""
