@@ -22,6 +22,7 @@ from compresskit.quant import QUANTIZERS
 from compresskit.quant.affine import activation_scale
 from compresskit.quant.assignment import AUTO, freeze_overrides
 from compresskit.quant.auto import Chosen, choose, fitting, measure_costs
+from compresskit.quant.balance import balance
 from compresskit.quant.base import Quantized
 from compresskit.quant.promise import OnGrid
 from compresskit.stage import LayerRecord, StageResult
@@ -64,6 +65,7 @@ def run_oneshot(stage: Quantize, model: ModelSource, context: StageContext) -> S
     chosen = _choose(stage, model, context, cast(Any, rows)) if stage.scheme.lower() == AUTO else None
     schemes = stage.schemes(model.anatomy) if chosen is None else chosen.schemes
     layers = [name for name in model.anatomy.linears if name in schemes]
+    prepare = balance(method, schemes)
     log = _Log({n: g for n in model.anatomy.linears if (g := model.grid(n)) is not None})
 
     def visit(layer: str, weight_OI: Tensor, stats: LayerStats) -> Tensor:
@@ -77,7 +79,16 @@ def run_oneshot(stage: Quantize, model: ModelSource, context: StageContext) -> S
 
     needs = method.needs | ({"input_abs_max"} if any(s.static for s in schemes.values()) else set())
     with StreamedModel(model, context.out, device=context.device, dtype=context.dtype) as streamed:
-        walked = walk(streamed, cast(Any, rows), visit, needs, layers=layers, title="quantising", spill=spill)
+        walked = walk(
+            streamed,
+            cast(Any, rows),
+            visit,
+            needs,
+            layers=layers,
+            prepare=prepare,
+            title="quantising",
+            spill=spill,
+        )
         # Before the model is closed, which would carry the source's grids over.
         write_grids(context.out, log.grids)
     metrics: dict[str, Any] = {
@@ -90,7 +101,7 @@ def run_oneshot(stage: Quantize, model: ModelSource, context: StageContext) -> S
         promises=tuple(OnGrid(layer=layer, scheme=str(schemes[layer])) for layer in layers),
         layers=tuple(replace(log.records[n], relative_error=walked.relative_error[n]) for n in layers),
         metrics=metrics,
-        warnings=warnings,
+        warnings=warnings + (prepare.warnings if prepare is not None else ()),
     )
 
 
