@@ -19,11 +19,12 @@ import torch
 from compresskit.artifact import inherited_promises
 from compresskit.data import check, open_corpus
 from compresskit.data.spec import DataSpec
+from compresskit.data.wording import foresee
 from compresskit.errors import Fault, InputError, OutputError, PlanError
 from compresskit.exports import EXPORTS
 from compresskit.exports.base import Prospect
 from compresskit.formats.checkpoint import ADAPTER
-from compresskit.modeling import ModelSource, open_model, resolve_device
+from compresskit.modeling import ModelSource, load_tokenizer, open_model, resolve_device
 from compresskit.modeling.skeleton import resolve_dtype
 from compresskit.quant.scheme import parse
 from compresskit.recipe import Recipe, resolved
@@ -76,6 +77,7 @@ class Plan:
     stages: tuple[PlannedStage, ...]
     cache: Path
     interpreter_bytes: int
+    notes: tuple[str, ...] = ()
 
     @property
     def versions(self) -> dict[str, str]:
@@ -153,6 +155,7 @@ class Plan:
             "parameters": self.source.anatomy.num_parameters,
             "memory_bytes": self.memory_bytes,
             "disk_bytes": self.disk_bytes,
+            "notes": list(self.notes),
             "stages": [
                 {
                     "name": s.name,
@@ -174,7 +177,7 @@ class Plan:
         )
         row = "{:<14} {:<26} {:>6} {:>10} {:>10} {:>12}"
         lines = [row.format("stage", "what", "layers", "before", "after", "peak memory")]
-        notes = []
+        notes = list(self.notes)
         for s in self.stages:
             lines.append(
                 row.format(
@@ -212,7 +215,8 @@ def plan(recipe: Recipe, *, cache: Path | None = None, build_dir: Path | None = 
         source, outlook = _opened(recipe, build_dir or cache / "built")
     except InputError as error:
         raise PlanError(*error.faults, *(_placed(fault, recipe) for fault in faults)) from error
-    faults += _source_faults(source, recipe)
+    unworded, notes = _wordings(recipe, source, faults)
+    faults += unworded + _source_faults(source, recipe)
     stages: list[PlannedStage] = []
     for index, stage in enumerate(recipe.stages):
         where = f"stages[{index}]"
@@ -227,7 +231,7 @@ def plan(recipe: Recipe, *, cache: Path | None = None, build_dir: Path | None = 
         faults += _export_faults(recipe, outlook)
     if faults:
         raise PlanError(*(_placed(fault, recipe) for fault in faults))
-    return Plan(recipe, source, tuple(stages), cache, psutil.Process().memory_info().rss)
+    return Plan(recipe, source, tuple(stages), cache, psutil.Process().memory_info().rss, notes)
 
 
 def _opened(recipe: Recipe, build_dir: Path) -> tuple[ModelSource, Outlook]:
@@ -345,6 +349,17 @@ def data_of(recipe: Recipe) -> list[tuple[str, DataSpec]]:
 
 def _data_faults(recipe: Recipe) -> list[Fault]:
     return [fault for where, spec in data_of(recipe) for fault in check(spec, where)]
+
+
+def _wordings(recipe: Recipe, source: ModelSource, known: list[Fault]) -> tuple[list[Fault], tuple[str, ...]]:
+    """What is wrong with wording dialogues for this model's tokenizer, and how each source is worded."""
+    faults: list[Fault] = []
+    notes: tuple[str, ...] = ()
+    for where, spec in data_of(recipe):
+        if not any(fault.where.startswith(f"{where}: ") for fault in known):
+            found, said = foresee(spec, where, lambda: load_tokenizer(source))
+            faults, notes = faults + found, notes + said
+    return faults, notes
 
 
 def _placed(fault: Fault, recipe: Recipe) -> Fault:

@@ -87,6 +87,7 @@ class Renderer:
         dialogues: rendered so far.
         shared: responses that share a token with the template's own words; that token is not learnt.
         unended: dialogues in which a response has no token after it that ends it.
+        template: the tokenizer's own chat template; None takes the one above.
         spelt: dialogues whose own words spell an added token, such as ``</s>``, and so become it.
     """
 
@@ -95,7 +96,7 @@ class Renderer:
     shared: int = 0
     unended: int = 0
     spelt: int = 0
-    _template: str | None = field(init=False)
+    template: str | None = field(init=False)
     _added: dict[int, str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -103,14 +104,14 @@ class Renderer:
             name = type(self.tokenizer).__name__
             cure = "Save a fast tokenizer (tokenizer.json) beside the model."
             raise bad(name, "a fast tokenizer, which knows the characters of each token", "a slow one", cure)
-        self._template = template_of(self.tokenizer)
+        self.template = template_of(self.tokenizer)
         self._added = added_tokens(self.tokenizer)
 
     @property
     def identity(self) -> str:
         """A hash of everything but the tokenizer's vocabulary that decides what is made of a dialogue."""
         tokenizer = self.tokenizer
-        facts = [VERSION, self._template, sorted(self._added.items()), tokenizer.special_tokens_map]
+        facts = [VERSION, self.template, sorted(self._added.items()), tokenizer.special_tokens_map]
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def notes(self, source: str) -> list[str]:
@@ -141,9 +142,9 @@ class Renderer:
         """
         self.dialogues += len(dialogues)
         self.spelt += sum(any(token in str(one) for token in self._added.values()) for one in dialogues)
-        if self._template is not None and GENERATION.search(self._template):
+        if self.template is not None and GENERATION.search(self.template):
             return [self._marked(dialogue) for dialogue in dialogues]
-        rendered = [self._plain(d) if self._template is None else self._found(d) for d in dialogues]
+        rendered = [self._plain(d) if self.template is None else self._found(d) for d in dialogues]
         coded = self._tokens([text for text, _ in rendered])
         return [
             Rendered(ids, self._inside(text, extents, offsets), text, offsets, frozenset(self._added))

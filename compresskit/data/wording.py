@@ -1,0 +1,50 @@
+"""What a plan can tell of dialogues before anything runs: how they are worded, and whether they can be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from compresskit.data.corpus import open_corpus
+from compresskit.data.dialogue import Dialogue
+from compresskit.data.spec import DataSpec
+from compresskit.errors import Fault, InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LOOKED_AT = 200
+
+
+def foresee(
+    spec: DataSpec, where: str, tokenizer: Callable[[], PreTrainedTokenizerBase]
+) -> tuple[list[Fault], tuple[str, ...]]:
+    """Word the first dialogues of a source for a tokenizer; a data set of the hub is not fetched for that.
+
+    Args:
+        spec: a source that :func:`compresskit.data.check` finds no fault with.
+        where: its place in the recipe, put before each fault's own place.
+        tokenizer: opens the model's; called for dialogues only.
+
+    Returns:
+        What is wrong, and a sentence for the plan; neither for text.
+    """
+    from compresskit.data.render import Renderer
+
+    try:
+        corpus = open_corpus(spec)
+        if corpus.source.kind != "files" or not corpus.is_dialogue:
+            return [], ()
+        renderer = Renderer(tokenizer())
+        renderer([one for one in islice(corpus.documents("all"), LOOKED_AT) if isinstance(one, Dialogue)])
+    except InputError as error:
+        found = [fault for fault in error.faults if isinstance(fault, Fault)]
+        return [Fault(f"{where}: {f.where}", f.expected, f.got, f.cure) for f in found], ()
+    how = (
+        "the tokenizer's own chat template"
+        if renderer.template
+        else "plain 'User:' and 'Assistant:' headings"
+    )
+    what = "all tokens" if spec.supervise == "all" else "the responses"
+    return [], (f"{where}: dialogues, worded with {how}; training learns {what}",)
