@@ -3,9 +3,10 @@
     python -m benchmarks.run gptq_peer --peer-python PEER/bin/python --rounds 3 --threads 2
 
 On the random Llama of :mod:`benchmarks.random_llama`, 128 rows of 512 tokens, the very same on both sides.
-Counted in ``_s``: from reading the model to the checkpoint on disk, packed; in ours also the plan,
-tokenising, the checks of every promise and reading the result back. ``process`` is the whole process with
-its imports. ``peak_bytes`` is the kernel's high-water mark of the whole process, children included.
+Counted in ``s``: from reading the model to the checkpoint on disk, packed; in ours also the plan,
+tokenising, the checks of every promise and reading the result back. ``process_s`` is the whole process with
+its imports, ``cpu_s`` what it used of all cores, ``peak_bytes`` the kernel's high-water mark of its resident
+memory, children included.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from compresskit.measure.record import spread
 from compresskit.quant.scheme import parse
 
 OURS, PEER = "ours", "peer"
+MEASURED = ("s", "process_s", "cpu_s", "peak_bytes")
 COUNTED = "seconds: reading the model to the packed checkpoint on disk; imports are not counted."
 PEAK = "peak_bytes: the kernel's high-water mark of the process, imports included."
 
@@ -82,7 +84,7 @@ def main() -> None:
                     raise SystemExit(f"{side}: {done.answer['errors']}")
                 shutil.rmtree(task["jobs"][0]["out"])
                 found = {"s": done.answer["seconds"]["job"], "peak_bytes": done.peak_bytes}
-                found |= {"process_s": done.process_s, "load_before": load}
+                found |= {"process_s": done.process_s, "cpu_s": done.cpu_s, "load_before": load}
                 runs.setdefault(side, []).append(found)
                 # The environments differ in more than the peer: both are told.
                 prefix = "" if side == OURS else "peer "
@@ -91,11 +93,11 @@ def main() -> None:
     three = {
         f"{side}_{name}": spread([run[name] for run in rows])
         for side, rows in runs.items()
-        for name in ("s", "process_s", "peak_bytes")
+        for name in MEASURED
     }
     values: dict[str, Any] = {name: median for name, (_, median, _) in three.items()}
     if python:
-        for name in ("s", "process_s", "peak_bytes"):
+        for name in MEASURED:
             values[f"{name}_ratio"] = values[f"{OURS}_{name}"] / values[f"{PEER}_{name}"]
             print(f"{name}: {values[f'{name}_ratio']:.3f} of llm-compressor's (ratio of medians)")
     chosen = ("method", "scheme", "rows", "context_length", "width", "layers", "vocabulary")

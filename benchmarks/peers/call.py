@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -112,11 +113,13 @@ class Watched:
     Attributes:
         answer: what it wrote.
         process_s: from its start to its end, imports included.
+        cpu_s: of all cores and children; what other programs do to it is less than to the time that passes.
         peak_bytes: most resident memory; of its children the most at once comes on top.
     """
 
     answer: Mapping[str, Any]
     process_s: float
+    cpu_s: float
     peak_bytes: int
 
 
@@ -135,7 +138,7 @@ def run_jobs(command: Sequence[str], task: Mapping[str, Any], place: Path) -> Wa
     jobs.write_text(json.dumps({**task, "answer": str(answer)}))
     answer.unlink(missing_ok=True)
     pinned = {name: str(task["threads"]) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), _cpu_of_children()
     with log.open("w") as file:
         process = subprocess.Popen(
             [*command, str(jobs)], cwd=ROOT, env={**os.environ, **pinned}, stdout=file, stderr=file
@@ -144,7 +147,12 @@ def run_jobs(command: Sequence[str], task: Mapping[str, Any], place: Path) -> Wa
     seconds = time.perf_counter() - began
     if process.returncode:
         raise SystemExit(f"{command[0]} ended with {process.returncode}:\n{log.read_text()[-2000:]}")
-    return Watched(json.loads(answer.read_text()), seconds, peak)
+    return Watched(json.loads(answer.read_text()), seconds, _cpu_of_children() - cpu, peak)
+
+
+def _cpu_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _watch(process: subprocess.Popen[bytes]) -> int:
