@@ -113,8 +113,10 @@ def write_vocabulary(writer: GGUFWriter, model: ModelSource) -> None:
     if found.model == "llama":
         writer.add_token_scores(_scores(found, size))
         writer.add_add_space_prefix(found.space_prefix)
-    elif found.merges:
-        writer.add_token_merges([" ".join(pair) for pair in found.merges])
+    else:
+        # llama.cpp wants at least one; a pair that makes no token leaves the text in bytes.
+        nothing = (found.tokens[max(found.tokens)],) * 2
+        writer.add_token_merges([" ".join(pair) for pair in found.merges or (nothing,)])
     _write_special(writer, load_tokenizer(model))
 
 
@@ -129,7 +131,7 @@ def _splitting(data: Mapping[str, Any], where: str) -> tuple[str, str, bool]:
         pattern = "".join(patterns) if len(patterns) == len(splitters) - 1 else "?"
         plain = {n["type"] for n in normalizers} <= {"NFC"} and not splitters[-1].get("add_prefix_space")
         if not plain or pattern not in SPLITS or own != (pattern == ""):
-            raise _unknown(where, f"a byte-level tokenizer that splits by {pattern or kinds!r}")
+            raise _unknown(where, f"a byte-level tokenizer that splits by {pattern or kinds}")
         return "gpt2", SPLITS[pattern], False
     if kinds == ["Metaspace"]:
         return "llama", "default", splitters[0].get("prepend_scheme", "always") != "never"

@@ -1,4 +1,4 @@
-"""Checkpoints to export: dense ones with grids, as a stage leaves them, and packed ones, as users get them."""
+"""Checkpoints to export: dense with grids, as a stage leaves them, and packed, as users get them."""
 
 from __future__ import annotations
 
