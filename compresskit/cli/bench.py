@@ -13,7 +13,7 @@ from compresskit.cli.common import check_writable, parse_measures, quiet_librari
 @click.command()
 @click.argument("directories", nargs=-1, required=True, metavar="DIR...")
 @click.option("-o", "--out", type=click.Path(), help="Write the records here as JSON.")
-@click.option("--data", default="stdlib:", show_default=True, help="Text to measure quality on.")
+@click.option("--data", default="stdlib:", show_default=True, help="Text or dialogues to measure quality on.")
 @click.option("--measure", metavar="LIST", help="size,quality,latency,memory or all. [all]")
 @click.option("--eval-documents", type=int, default=200, show_default=True, help="For quality.")
 @click.option("--json", "as_json", is_flag=True, help="Print the records as JSON on the last line.")

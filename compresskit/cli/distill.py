@@ -20,7 +20,7 @@ CUT = "cut:"
     required=True,
     help="Path or hub id; 'cut:layers=3,ffn=0.5', cut from the teacher; or a config.json, built anew.",
 )
-@click.option("--data", help="Text to train on. [stdlib:]")
+@click.option("--data", help="Text or dialogues to train on. [stdlib:]")
 @stage_options(Distill, skip=("teacher",))
 @run_options
 def distill(teacher: str, student: str, data: str | None, **given: Any) -> None:

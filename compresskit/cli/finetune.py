@@ -12,7 +12,7 @@ from compresskit.distill.finetune import Finetune
 
 @click.command()
 @click.argument("model")
-@click.option("--data", help="Text to train on. [stdlib:]")
+@click.option("--data", help="Text or dialogues to train on. [stdlib:]")
 @stage_options(Finetune)
 @run_options
 def finetune(model: str, data: str | None, **given: Any) -> None:

@@ -12,7 +12,7 @@ from compresskit.sparse.stage import Prune
 
 @click.command()
 @click.argument("model")
-@click.option("--data", help="Text to calibrate on. [stdlib:]")
+@click.option("--data", help="Text or dialogues to calibrate on. [stdlib:]")
 @stage_options(Prune)
 @run_options
 def prune(model: str, data: str | None, **given: Any) -> None:

@@ -12,7 +12,7 @@ from compresskit.quant.stage import Quantize
 
 @click.command()
 @click.argument("model")
-@click.option("--data", help="Text to calibrate on. [stdlib:]")
+@click.option("--data", help="Text or dialogues to calibrate on. [stdlib:]")
 @stage_options(Quantize)
 @run_options
 def quantize(model: str, data: str | None, **given: Any) -> None:
