@@ -5,8 +5,9 @@ Shapes: T = tokens, N = tokens of a sample, O = out_features, I = in_features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,8 @@ class LayerStats:
         sample_NI: inputs themselves, (N, I), in the dtype computed in: all of them if they are no more than
             :data:`SAMPLE`, else so many drawn evenly, or None beside a Gram matrix, which tells of all.
         layer: its name, for errors.
+        shared: what a method made of the inputs alone and wants to find again: layers that are fed the very
+            same inputs have the same mapping, which begins empty.
     """
 
     num_tokens: int
@@ -54,18 +57,19 @@ class LayerStats:
     input_gram_II: Tensor | None = None
     sample_NI: Tensor | None = None
     layer: str = ""
+    shared: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def divided_by(self, scale_I: Tensor) -> LayerStats:
         """The statistics of the same inputs, each divided by its entry of ``scale_I`` (I,), all positive."""
         scale = scale_I.float()
         powers = {"input_sq_mean": scale.square(), "input_gram": scale[:, None] * scale}
         fields = {
-            field: value / powers.get(need, scale)
-            for need, field in STATISTICS.items()
-            if (value := getattr(self, field)) is not None
+            name: value / powers.get(need, scale)
+            for need, name in STATISTICS.items()
+            if (value := getattr(self, name)) is not None
         }
         sample = None if self.sample_NI is None else (self.sample_NI / scale).to(self.sample_NI.dtype)
-        return replace(self, sample_NI=sample, **fields)
+        return replace(self, sample_NI=sample, shared={}, **fields)
 
     def relative_error(self, former_OI: Tensor, new_OI: Tensor) -> float | None:
         """How far the layer's output moves on the inputs that these statistics are of, its bias left out.

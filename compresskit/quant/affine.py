@@ -14,6 +14,8 @@ from compresskit.quant.scheme import Scheme
 
 SHRINKS = tuple(1 - step / 40 for step in range(21))
 """Fractions of the full range that :func:`least_error_grid` tries."""
+CHUNK = 1 << 17
+"""Weights whose ranges are tried at a time: few enough to stay in a core's cache."""
 
 
 def grid_for(weight_OI: Tensor, scheme: Scheme, shrink_OG: Tensor | float = 1.0) -> Grid:
@@ -80,18 +82,22 @@ def least_error_grid(weight_OI: Tensor, scheme: Scheme, importance_I: Tensor | N
     Raises:
         SchemeError: as :func:`grid_for`.
     """
-    full = grid_for(weight_OI, scheme)
-    best_OG = torch.ones_like(full.scale_OG, dtype=torch.float32)
-    least_OG = torch.full_like(best_OG, torch.inf)
+    rows = max(1, CHUNK // weight_OI.shape[1])
+    shrinks = [_least_error_shrink(part_OI, scheme, importance_I) for part_OI in weight_OI.split(rows)]
+    return grid_for(weight_OI, scheme, torch.cat(shrinks))
+
+
+def _least_error_shrink(weight_OI: Tensor, scheme: Scheme, importance_I: Tensor | None) -> Tensor:
+    """Of :data:`SHRINKS` the one with the least error in each group, (O, G)."""
+    exact_OI = weight_OI.float()
+    shape = (*_groups(weight_OI, scheme).shape[:2], -1)
+    weights_I = torch.ones((), device=weight_OI.device) if importance_I is None else importance_I.sqrt()
+    errors = []
     for shrink in SHRINKS:
-        grid = grid_for(weight_OI, scheme, shrink)
-        error_OI = (grid.snap(weight_OI).float() - weight_OI.float()).square_()
-        if importance_I is not None:
-            error_OI *= importance_I
-        error_OG = error_OI.reshape(*best_OG.shape, -1).sum(-1)
-        better_OG = error_OG < least_OG
-        least_OG, best_OG = torch.where(better_OG, error_OG, least_OG), best_OG.where(~better_OG, shrink)
-    return grid_for(weight_OI, scheme, best_OG)
+        error_OI = grid_for(weight_OI, scheme, shrink).snap(exact_OI).float()
+        errors.append(error_OI.sub_(exact_OI).mul_(weights_I).square_().reshape(shape).sum(-1))
+    # The first of equals is the widest range.
+    return torch.tensor(SHRINKS, device=weight_OI.device)[torch.stack(errors).argmin(0)]
 
 
 def activation_scale(abs_max_I: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,12 +5,16 @@ Generative Pre-trained Transformers", ICLR 2023, https://arxiv.org/abs/2210.1732
 zero stays zero and its neighbours make up for that too, as in Frantar & Alistarh, "SparseGPT", 2023,
 https://arxiv.org/abs/2301.00774, section 3.5: one pass, one Hessian, for both.
 
-Shapes: O = out_features, I = in_features, B = inputs of a block.
+Errors are spread block by block, and blocks are halves of blocks: nearly all work is in large products.
+
+Shapes: O = out_features, I = in_features, B = inputs of the smallest block.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -25,6 +29,8 @@ from compresskit.quant.scheme import Scheme
 
 RAISE = 10.0
 LARGEST_DAMPING = 1.0
+LEAF = 32
+"""Inputs of a block that is not halved again."""
 CHUNK = 512
 """Rows of the Gram matrix that are put in order at a time: nothing of its size is made but the result."""
 
@@ -38,7 +44,6 @@ class GPTQ:
             long as the Hessian has no Cholesky factor; the layer's record says so.
         activation_order: round the inputs with the largest activations first. Groups stay as they are, so
             that the result needs no index of groups.
-        block_size: inputs whose changes are passed on together.
         search_range: choose each group's range for the least rounding error, weighted by its inputs, instead
             of covering all of it.
     """
@@ -47,7 +52,6 @@ class GPTQ:
 
     damping: float = 0.01
     activation_order: bool = True
-    block_size: int = 128
     search_range: bool = True
 
     def quantize(self, weight_OI: Tensor, scheme: Scheme, stats: LayerStats) -> Quantized:
@@ -81,8 +85,11 @@ class GPTQ:
         order_I = torch.arange(len(importance_I), device=gram_II.device)
         if self.activation_order:
             order_I = importance_I.argsort(descending=True, stable=True)
-        factor_II, damping = _inverse_factor(gram_II, order_I, self.damping, stats.layer)
-        new_OI = _round_in_order(weight_OI, grid, order_I, factor_II, self.block_size)
+        key = ("gptq", self.damping, self.activation_order)
+        if key not in stats.shared:
+            stats.shared[key] = _inverse_factor(gram_II, order_I, self.damping, stats.layer)
+        factor_II, damping = stats.shared[key]
+        new_OI = _round_in_order(weight_OI, grid, order_I, factor_II)
         raised = damping > self.damping
         note = f"damping raised from {self.damping:g} to {damping:g}" if raised else ""
         return Quantized(weight_OI=new_OI, grid=grid, note=note)
@@ -113,26 +120,52 @@ def _inverse_factor(gram_II: Tensor, order_I: Tensor, damping: float, layer: str
     raise StatisticError(Fault(layer or "layer", "a Hessian with a Cholesky factor", got, cure))
 
 
-def _round_in_order(
-    weight_OI: Tensor, grid: Grid, order_I: Tensor, factor_II: Tensor, block_size: int
-) -> Tensor:
+def _round_in_order(weight_OI: Tensor, grid: Grid, order_I: Tensor, factor_II: Tensor) -> Tensor:
     """The rounded weight (O, I): each input in turn, its error spread over those that follow."""
-    inputs = weight_OI.shape[1]
-    left_OI = weight_OI[:, order_I].float()
-    keep_OI = left_OI != 0
+    left_IO = weight_OI.t()[order_I].float()
     new_OI = torch.empty_like(weight_OI)
     places = order_I.tolist()
-    for start in range(0, inputs, block_size):
-        stop = min(start + block_size, inputs)
-        block_BO = left_OI[:, start:stop].t().contiguous()
-        error_BO = torch.empty_like(block_BO)
-        factor_BB = factor_II[start:stop, start:stop]
-        for at, place in enumerate(places[start:stop]):
-            column_O = block_BO[at]
-            rounded_O = grid.columns(place, place + 1).snap(column_O.unsqueeze(1)).squeeze(1)
-            rounded_O = rounded_O.where(keep_OI[:, start + at], 0)
+
+    def leaf(start: int, stop: int) -> None:
+        rounders = _rounders(grid, places[start:stop])
+        keep_BO = weight_OI.t()[order_I[start:stop]] != 0
+        for at, (place, rounded) in enumerate(zip(places[start:stop], rounders, strict=True), start):
+            rounded_O = rounded(left_IO[at]).where(keep_BO[at - start], 0)
             new_OI[:, place] = rounded_O
-            error_BO[at] = (column_O - rounded_O) / factor_BB[at, at]
-            block_BO[at + 1 :].addr_(factor_BB[at, at + 1 :], error_BO[at], alpha=-1)
-        left_OI[:, stop:].addmm_(error_BO.t(), factor_II[start:stop, stop:], alpha=-1)
+            # From here on the row holds the error, which is all that later inputs want of it.
+            left_IO[at].sub_(rounded_O).div_(factor_II[at, at])
+            left_IO[at + 1 : stop].addr_(factor_II[at, at + 1 : stop], left_IO[at], alpha=-1)
+
+    def spread(start: int, stop: int) -> None:
+        if stop - start <= LEAF:
+            leaf(start, stop)
+            return
+        middle = start + (stop - start + 1) // 2
+        spread(start, middle)
+        left_IO[middle:stop].addmm_(factor_II[start:middle, middle:stop].t(), left_IO[start:middle], alpha=-1)
+        spread(middle, stop)
+
+    spread(0, len(places))
     return new_OI
+
+
+def _rounders(grid: Grid, places: list[int]) -> list[Callable[[Tensor], Tensor]]:
+    """For each input a function that rounds a column (O,) of float32 to the value ``grid`` has for it."""
+    if grid.number != "int":
+        return [partial(_snap, grid.columns(place, place + 1)) for place in places]
+    groups = [0 if grid.group_size is None else place // grid.group_size for place in places]
+    scale_BO = grid.scale_OG.t()[groups].float()
+    zero_BO = None if grid.zero_point_OG is None else grid.zero_point_OG.t()[groups].float()
+    half, dtype = 2 ** (grid.bits - 1), grid.scale_OG.dtype
+
+    def rounded(at: int, column_O: Tensor) -> Tensor:
+        zero_O = 0 if zero_BO is None else zero_BO[at]
+        level_O = (column_O / scale_BO[at]).round_().clamp_(-half - zero_O, half - 1 - zero_O)
+        # The product of two numbers of few bits is exact in float32, so this rounds once, as Grid does.
+        return level_O.mul_(scale_BO[at]).to(dtype).float()
+
+    return [partial(rounded, at) for at in range(len(places))]
+
+
+def _snap(grid: Grid, column_O: Tensor) -> Tensor:
+    return grid.snap(column_O.unsqueeze(1)).squeeze(1).float()

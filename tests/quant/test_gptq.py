@@ -40,14 +40,15 @@ def slow(weight: torch.Tensor, scheme: str, x: torch.Tensor, order: list[int]) -
     return new
 
 
-@pytest.mark.parametrize("block_size", [7, 64])
+@pytest.mark.parametrize("leaf", [7, 64])
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("scheme", ["w4a16-g32", "w4a16-channel", "w8a8", "w4a16-g32-asym"])
-def test_it_is_the_slow_loop(scheme: str, ordered: bool, block_size: int) -> None:
+def test_it_is_the_slow_loop(scheme: str, ordered: bool, leaf: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compresskit.quant.gptq.LEAF", leaf)
     x = inputs()
     weight = torch.randn(16, 64).where(torch.rand(16, 64) > 0.3, 0)
     order = x.square().mean(0).argsort(descending=True).tolist() if ordered else list(range(64))
-    method = GPTQ(activation_order=ordered, block_size=block_size, search_range=False)
+    method = GPTQ(activation_order=ordered, search_range=False)
     got = method.quantize(weight, parse(scheme), stats_of(x)).weight_OI
     want = slow(weight, scheme, x, order)
     assert (got == want).float().mean() > 0.995, "all but what float32 rounds otherwise"
