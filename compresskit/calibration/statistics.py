@@ -192,7 +192,7 @@ class Accumulator:
         for need, sums in self._vectors.items():
             if need != "input_abs_max":
                 sums /= tokens
-        fields = {STATISTICS[need]: sums.float() for need, sums in self._vectors.items()}
+        fields: Any = {STATISTICS[need]: sums.float() for need, sums in self._vectors.items()}
         kept_NI = torch.cat(self._kept) if self._kept else None
         self._kept.clear()
         if self._gram_II is not None:

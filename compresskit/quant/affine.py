@@ -83,7 +83,8 @@ def least_error_grid(weight_OI: Tensor, scheme: Scheme, importance_I: Tensor | N
         SchemeError: as :func:`grid_for`.
     """
     rows = max(1, CHUNK // weight_OI.shape[1])
-    shrinks = [_least_error_shrink(part_OI, scheme, importance_I) for part_OI in weight_OI.split(rows)]
+    parts = torch.split(weight_OI, rows)
+    shrinks = [_least_error_shrink(part_OI, scheme, importance_I) for part_OI in parts]
     return grid_for(weight_OI, scheme, torch.cat(shrinks))
 
 

@@ -1,8 +1,8 @@
 """HQQ: fit each group's scale and zero point to most of its weights, and let the few large ones err. No data.
 
 Paper: Badri, Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023,
-https://mobiusml.github.io/hqq_blog. There zero points are real numbers and scales stay; here scales are fitted
-too, and zero points are integers, as every runtime of this package's formats wants them.
+https://mobiusml.github.io/hqq_blog. There zero points are real numbers and scales stay; here scales are
+fitted too, and zero points are integers, as every runtime of this package's formats wants them.
 
 Shapes: O = out_features, I = in_features, G = groups along I, M = members of a group.
 """
