@@ -110,6 +110,8 @@ def test_columns_named_by_the_user_and_nothing_beside_them(tmp_path: Path) -> No
     assert read(DataSpec(source=source, columns=("ask", "more", "say"))) == [ONE]
     assert read(DataSpec(source=source, columns="talk")) == [TWO]  # type: ignore[arg-type]
     assert read(DataSpec(source=source)) == ["x"]
+    texts = lines(tmp_path / "b.jsonl", {"messages": "not a list, but text", "n": 1})
+    assert read(texts) == ["not a list, but text"]
     with pytest.raises(DataError, match=r"a column called 'sya'.*Did you mean: say"):
         read(DataSpec(source=source, columns=("ask", "sya")))
 

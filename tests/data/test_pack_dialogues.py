@@ -210,6 +210,7 @@ def test_dialogues_without_a_token_to_learn_are_left_out_and_counted(tmp_path: P
     assert rows.num_documents == 1
     assert labels_of(rows) == [4]
     assert f"{path}: 1 dialogues have no token to learn and were left out." in rows.warnings
+    assert any("1 responses share a token" in warning for warning in rows.warnings)
     path.write_text('{"prompt": "a", "response": "b"}\n')
     with pytest.raises(DataError, match="at least one"):
         rows_of(DataSpec(source=str(path)), merged)
