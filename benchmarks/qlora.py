@@ -2,11 +2,11 @@
 
     python -m benchmarks.qlora --data FILE [--model DIR] [--chain] [--merges]
 
-From the same model on the same rows, every run in a process of its own: QLoRA (NF4, LoRA on every linear layer,
-merged) and ``finetune``. Nats per supervised token on rows held out by a hash of their documents, before and
-after; peak resident memory beyond what the process had when everything was imported. ``--chain`` prunes first and
-counts what of the zeros is left; ``--merges`` folds the same adapter into the weights as they were trained and
-into the unrounded ones. With ``--steps 2`` and a large model it is about memory alone.
+From the same model on the same rows, every run in a process of its own: QLoRA (NF4, LoRA on every linear
+layer, merged) and ``finetune``. Nats per supervised token on rows held out by a hash of their documents,
+before and after; peak resident memory beyond what the process had when everything was imported. ``--chain``
+prunes first and counts what of the zeros is left; ``--merges`` folds the same adapter into the weights as
+they were trained and into the unrounded ones. With ``--steps 2`` and a large model it is about memory alone.
 """
 
 from __future__ import annotations
@@ -97,10 +97,10 @@ def main() -> None:
     if options.child:
         child(json.loads(options.child))
         return
-    fields = {"batch_size": options.batch_size, "context_length": options.context_length, "checkpoint_every": 0}
-    adapters, whole = (
-        fields | {"steps": options.steps, "learning_rate": float(r)} for r in options.learning_rates.split(",")
-    )
+    rows = {"batch_size": options.batch_size, "context_length": options.context_length}
+    fields = rows | {"checkpoint_every": 0}
+    rates = [float(text) for text in options.learning_rates.split(",")]
+    adapters, whole = (fields | {"steps": options.steps, "learning_rate": rate} for rate in rates)
     values: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -119,7 +119,7 @@ def main() -> None:
             run("merged-into-trained", place / "qlora", ("finetune", fields | STILL))
             unrounded(options.model, place / "qlora", place / "unrounded")
             run("merged-into-original", place / "unrounded", ("finetune", fields | STILL))
-    settings = {**fields, "steps": options.steps, "rates": options.learning_rates, "data": Path(options.data).name}
+    settings = {**rows, "steps": options.steps, "rates": rates, "data": Path(options.data).name}
     subject = json.dumps({"model": options.model.name, **settings})
     print(append_record("qlora", values, subject=subject))
 

@@ -73,7 +73,8 @@ def attach(
                 lora_dropout=dropout,
                 target_modules=list(targets),
                 use_dora=adapter == "dora",
-                fan_in_fan_out=any(anatomy.linears[t].transposed for t in targets),
+                # As the layers are now: frozen ones are torch.nn.Linear whatever they were.
+                fan_in_fan_out=any(type(model.get_submodule(t)).__name__ == "Conv1D" for t in targets),
             )
         return peft.get_peft_model(model, config)
 

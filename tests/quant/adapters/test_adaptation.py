@@ -12,6 +12,7 @@ from conftest import FIELDS, Train, projections
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from compresskit.formats.grid import GRIDS_FILE, write_grids
 from compresskit.modeling import ModelSource, load_model
@@ -195,3 +196,38 @@ def test_checkpointed_activations_change_nothing(pruned: ModelSource, train: Tra
     fields = replace(fields, activation_checkpointing=True)
     again = train(pruned, fields=fields, held=held, out="again")
     assert again.outcome.final_loss == pytest.approx(plain.outcome.final_loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("base", ["nf4", "none"])
+def test_layers_that_store_their_weight_transposed_are_merged_so(
+    train: Train, tmp_path: Path, base: str
+) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=258, n_positions=64, n_embd=32, n_layer=1, n_head=2, eos_token_id=257)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    source = ModelSource(tmp_path / "gpt2")
+    layers = tuple(name for name in source.anatomy.linears if ".h." in name)
+    assert layers
+    assert all(source.anatomy.linears[name].transposed for name in layers)
+    done = train(source, base=base, targets=layers, held=layers)
+    made = load_model(ModelSource(done.out))
+    torch.testing.assert_close(logits(made), logits(done.model), rtol=1e-4, atol=1e-4)
+    if base == "none":
+        kept = train(source, base=base, targets=layers, finish="adapter", out="kept")
+        tuned = with_adapter(load_model(source), kept.out)
+        torch.testing.assert_close(logits(tuned), logits(kept.model), rtol=1e-4, atol=1e-4)
+
+
+def test_bf16_and_8_bit_states_train_too(pruned: ModelSource, train: Train) -> None:
+    for adapter, finish in (("lora", "merge"), ("prefix", "adapter"), ("dora", "merge")):
+        fields = replace(FIELDS, steps=3, precision="bf16", optimizer="adamw_8bit")
+        done = train(
+            pruned,
+            fields=fields,
+            adapter=adapter,
+            finish=finish,
+            precision="bf16",
+            held=projections(pruned),
+            out=adapter,
+        )
+        assert done.outcome.steps == 3
