@@ -171,7 +171,7 @@ class _Walk:
             for index in range(end):
                 with self.streamed.block(index):
                     if index == 0:
-                        self.relay.learn(self.batches[0])
+                        self.relay.learn({key: value[:1] for key, value in self.batches[0].items()})
                     through = partial(self._through, index)
                     self._change(by_block[blocks[index]], through, index)
                     if index < onward:

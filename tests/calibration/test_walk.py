@@ -14,10 +14,10 @@ from transformers import T5Config, T5EncoderModel
 
 from compresskit.calibration.statistics import STATISTICS, LayerStats
 from compresskit.calibration.walk import Walked, walk
-from compresskit.errors import DataError, InputError, ModelError
+from compresskit.errors import DataError, InputError, ModelError, StatisticError
 from compresskit.modeling import Anatomy, StreamedModel, load_model, open_model
 from tests.modeling.conftest import Model
-from tests.modeling.families import CAUSAL, FAMILIES, tokens
+from tests.modeling.families import CAUSAL, FAMILIES, make, tokens
 
 EVERY = frozenset(STATISTICS)
 Row = Mapping[str, Tensor]
@@ -327,3 +327,46 @@ def test_faults_of_the_request_are_told(model: Model, tmp_path: Path) -> None:
         walk(streamed, some_rows(3), weight_of, EVERY, layers=["model.layers.0.mlp.up_prj"])
     with pytest.raises(ModelError, match="Add lm_head to ignore"):
         walk(streamed, some_rows(3), weight_of, EVERY, layers=["lm_head"])
+
+
+def test_a_block_is_left_once_its_last_layer_was_fed(model: Model, tmp_path: Path) -> None:
+    """The last product is needed to learn which layer is last, and to go on, but not to measure again."""
+    (tmp_path / "out").mkdir()
+    source = open_model(model("llama"))
+    runs: dict[str, int] = {}
+    with StreamedModel(source, tmp_path / "out") as streamed:
+        for name in source.anatomy.linears:
+            count = lambda *_, name=name: runs.update({name: runs.get(name, 0) + 1})  # noqa: E731
+            streamed.module.get_submodule(name).register_forward_hook(count)
+        walk(streamed, some_rows(8, 7, 6), weight_of, EVERY)
+    first, second, last = (runs[f"model.layers.{block}.mlp.down_proj"] for block in range(3))
+    assert (first, second, last) == (3 + 1 + 2, 3 + 1, 1), "with two looks at the form of the first block"
+    assert runs["model.layers.2.mlp.up_proj"] == 3, "nothing follows the last block"
+    assert "lm_head" not in runs
+
+
+def test_activations_that_overflow_are_told_by_layer(model: Model, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+
+    def visit(layer: str, weight_OI: Tensor, stats: LayerStats) -> Tensor:
+        stats.require("input_gram", weight_OI.shape[1])
+        return weight_OI * (1e30 if "0.mlp" in layer else 1)
+
+    with (
+        pytest.raises(StatisticError, match=r"model\.layers\.1\.self_attn\.q_proj: input_gram.*finite"),
+        StreamedModel(open_model(model("llama")), tmp_path / "out") as streamed,
+    ):
+        walk(streamed, some_rows(8), visit, frozenset({"input_gram"}))
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_layer_that_saw_no_token_is_told(tmp_path: Path) -> None:
+    """A block's layer that the model never runs: the method's own demand names it and the cure."""
+    source = open_model(make("llama", tmp_path / "in"))
+    (tmp_path / "out").mkdir()
+    idle = "model.layers.1.mlp.up_proj"
+    with StreamedModel(source, tmp_path / "out") as streamed:
+        mlp: Any = streamed.module.get_submodule("model.layers.1.mlp")
+        mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)))
+        with pytest.raises(StatisticError, match=rf"{idle}.*no calibration tokens.*add the layer to ignore"):
+            walk(streamed, some_rows(8), weight_of, EVERY)
