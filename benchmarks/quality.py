@@ -29,7 +29,6 @@ from benchmarks.peers.call import (
     save_ids,
 )
 from benchmarks.run import RESULTS, append_record
-from compresskit.errors import ModelError
 from compresskit.measure.fresh import default_threads
 from compresskit.quant.scheme import Scheme, parse
 
@@ -84,7 +83,7 @@ def left_alone(model: Path, scheme: Scheme) -> list[str]:
 
 
 def score(checkpoint: Path, options: argparse.Namespace) -> float | str:
-    """Bits per byte of a checkpoint as plain transformers loads it, or why it does not."""
+    """Bits per byte of a checkpoint as plain transformers loads and runs it, or why there is none."""
     from compresskit.data import documents
     from compresskit.data.spec import DataSpec
     from compresskit.measure.load import load_model
@@ -92,16 +91,15 @@ def score(checkpoint: Path, options: argparse.Namespace) -> float | str:
     from compresskit.modeling import load_tokenizer, open_model
 
     try:
-        loaded = load_model(checkpoint)
-    except ModelError as error:
-        return f"does not load: {str(error).splitlines()[0][:200]}"
-    found = quality(
-        loaded,
-        load_tokenizer(open_model(options.tokenizer)),
-        documents(DataSpec(source=options.evaluate), "all"),
-        context_length=options.context_length,
-        max_documents=options.documents,
-    )
+        found = quality(
+            load_model(checkpoint),
+            load_tokenizer(open_model(options.tokenizer)),
+            documents(DataSpec(source=options.evaluate), "all"),
+            context_length=options.context_length,
+            max_documents=options.documents,
+        )
+    except Exception as error:  # of any library: the other cells still stand
+        return f"does not run: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
     return found.bits_per_byte
 
 
