@@ -25,6 +25,7 @@ from compresskit.exports import EXPORTS
 from compresskit.exports.base import Prospect
 from compresskit.formats.checkpoint import ADAPTER
 from compresskit.modeling import ModelSource, load_tokenizer, open_model, resolve_device
+from compresskit.modeling.packed import packed_fault
 from compresskit.modeling.skeleton import resolve_dtype
 from compresskit.quant.scheme import parse
 from compresskit.recipe import Recipe, resolved
@@ -268,14 +269,7 @@ def _source_faults(source: ModelSource, recipe: Recipe) -> list[Fault]:
         return [Fault("model", "a model whose weights are all of it", got, cure)]
     if not (source.is_compressed and recipe.stages):
         return []
-    return [
-        Fault(
-            "model",
-            "dense weights",
-            f"{source.directory}, whose weights are packed",
-            "Start from the checkpoint before its quantisation, and put the quantisation last.",
-        )
-    ]
+    return [packed_fault(source, "model")]
 
 
 def _chain_faults(stage: Stage, before: list[PlannedStage], source: ModelSource, where: str) -> list[Fault]:

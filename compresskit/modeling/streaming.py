@@ -26,6 +26,7 @@ from compresskit.errors import Fault, ModelError, OutputError, RunError
 from compresskit.modeling.anatomy import Anatomy
 from compresskit.modeling.checkpoint import INDEX, SINGLE
 from compresskit.modeling.fetch import copy_sidecars
+from compresskit.modeling.packed import packed_fault
 from compresskit.modeling.shards import Pending, Stored, write_shard
 from compresskit.modeling.skeleton import resolve_device, resolve_dtype, skeleton
 from compresskit.modeling.source import GRIDS, ModelSource, is_finite
@@ -342,8 +343,7 @@ def _publish(path: Path, content: bytes) -> None:
 
 def _require_places(source: ModelSource, out: Path) -> None:
     if source.is_compressed:
-        cure = "Start from the model before it was packed, or load and save it unpacked."
-        raise ModelError(Fault(str(source.directory), "a dense checkpoint", "packed weights", cure))
+        raise ModelError(packed_fault(source, "model"))
     if not out.is_dir():
         raise OutputError(Fault(str(out), "an existing directory", "none", "Create it first."))
     if out.resolve() == source.directory.resolve():
