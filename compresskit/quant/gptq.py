@@ -45,7 +45,7 @@ class GPTQ:
         activation_order: round the inputs with the largest activations first. Groups stay as they are, so
             that the result needs no index of groups.
         search_range: choose each group's range for the least rounding error, weighted by its inputs, instead
-            of covering all of it.
+            of covering all of it; not for e4m3, whose steps grow with the weights.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"input_gram"})
@@ -78,7 +78,7 @@ class GPTQ:
             raise StatisticError(
                 Fault(stats.layer or "layer", "inputs to measure", got, "Add the layer to ignore.")
             )
-        if self.search_range:
+        if self.search_range and scheme.number != "float":
             grid = least_error_grid(weight_OI, scheme, importance_I)
         else:
             grid = grid_for(weight_OI, scheme)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from compresskit.modeling.source import ModelSource
     from compresskit.stage import Forecast, Outlook, StageContext, StageResult
 
+NF4_CPU_ROWS = 32
+
 
 @dataclass(frozen=True)
 class Quantize:
@@ -172,9 +174,7 @@ class Quantize:
         faults += self._method_faults(schemes, where)
         if self.scheme.lower() == AUTO:
             return faults + self._fitting_faults(model, layers, where)
-        if any(scheme.number == "nf4" for scheme in schemes.values()) and find_spec("bitsandbytes") is None:
-            cure = "Install it: pip install 'compresskit[qlora]'."
-            faults.append(Fault(f"{where}.scheme", "the package bitsandbytes", "not installed", cure))
+        faults += _nf4_faults(model, schemes, where)
         before = getattr(model, "layer_schemes", {})
         faults += mixture_faults({**{n: parse(texts[0]) for n, texts in before.items()}, **schemes}, where)
         cure = (
@@ -232,6 +232,23 @@ class Quantize:
         from compresskit.quant.auto import candidate_faults
 
         return candidate_faults(self.candidates, cast(float, bits), where)
+
+
+def _nf4_faults(model: Outlook | ModelSource, schemes: Mapping[str, Scheme], where: str) -> list[Fault]:
+    """What keeps bitsandbytes from running the layers that are to be nf4."""
+    layers = [name for name, scheme in schemes.items() if scheme.number == "nf4"]
+    if not layers:
+        return []
+    if find_spec("bitsandbytes") is None:
+        cure = "Install it: pip install 'compresskit[qlora]'."
+        return [Fault(f"{where}.scheme", "the package bitsandbytes", "not installed", cure)]
+    linears = model.anatomy.linears
+    odd = [f"{n} ({linears[n].out_features})" for n in layers if linears[n].out_features % NF4_CPU_ROWS]
+    if not odd or getattr(model, "device", "cpu") != "cpu":
+        return []
+    expected = f"out_features divisible by {NF4_CPU_ROWS}, as bitsandbytes' CPU kernel needs them for nf4"
+    cure = "Give these layers an override of none, or quantise them with an integer scheme."
+    return [Fault(f"{where}.scheme", expected, ", ".join(odd), cure)]
 
 
 def _has_grid(model: Outlook | ModelSource, layer: str) -> bool:

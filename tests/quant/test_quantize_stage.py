@@ -263,6 +263,25 @@ def test_auto_meets_its_target_and_tells_what_it_chose(
     assert said.count("nats per token: ") == len(grids)
 
 
+def test_nf4_names_the_layers_that_no_cpu_runs(model: ModelSource) -> None:
+    pytest.importorskip("bitsandbytes")
+    look, targets = outlook(model), ("*.k_proj", "*.q_proj")
+    said = faults(Quantize(scheme="nf4", targets=targets), replace(look, anatomy=widened(look)))
+    assert "out_features divisible by 32" in said
+    assert "model.layers.0.self_attn.k_proj (16), model.layers.1.self_attn.k_proj (16)" in said
+    assert "q_proj" not in said
+    assert (
+        faults(Quantize(scheme="nf4", targets=targets), replace(look, anatomy=widened(look), device="cuda"))
+        == ""
+    )
+
+
+def widened(look: Outlook) -> Any:
+    """The same anatomy, every layer 64 inputs wide."""
+    linears = {name: replace(linear, in_features=64) for name, linear in look.anatomy.linears.items()}
+    return replace(look.anatomy, linears=linears)
+
+
 def test_auto_says_what_it_lacks(model: ModelSource) -> None:
     look = outlook(model)
     assert "target_bits: expected a number of bits, such as 4.5, got None" in faults(
