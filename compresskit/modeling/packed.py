@@ -155,7 +155,7 @@ def packed_fault(source: ModelSource, where: str) -> Fault:
         else f" ({_plain(source.config.quantization_config).get('quant_method')})"
     )
     cure = f"Start from {start}, or write it dense with `compresskit export {directory} --to dense -o DENSE`."
-    return Fault(where, "plain weights", f"{directory}, already quantised{by}", cure)
+    return Fault(where, "dense weights", f"{directory}, already quantised{by}", cure)
 
 
 def _quantising_stage(directory: Path) -> tuple[str, str] | None:
