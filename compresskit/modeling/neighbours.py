@@ -6,8 +6,9 @@ by running the block, never by a list of names: a copy with random float32 weigh
 tokens, each candidate's channels are scaled by distinct factors, and where the inputs of linear layers come
 scaled by just these, the scales are folded into the copy's weights and its output compared.
 
-A block costs one run of the copy, one more for each norm and each layer to quantise in it and one for each
-group to check: 14 for a Llama, of :data:`PROBE_TOKENS` tokens each.
+A block costs one run of the copy, one more for each norm and each layer to quantise in it (more for
+those that may make several things at once) and one for each group to check: 15 for a Llama, of
+:data:`PROBE_TOKENS` tokens each.
 
 Shapes: C = channels of a producer, O = out_features, I = in_features.
 """
@@ -28,7 +29,8 @@ from transformers.pytorch_utils import Conv1D
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """What a block is called with: positional and keyword arguments."""
 
-PROBE_TOKENS = 16
+PROBE_TOKENS = 32
+"""So many that hardly any channel of a random layer is below zero for all of them, and dead behind a ReLU."""
 WIDEST_FACTOR = 4.0
 """Probing factors lie between its inverse and itself, so that thousands can be told apart in float32."""
 TOLERANCE = 1e-4
@@ -42,8 +44,9 @@ class Group:
     Attributes:
         producer: name of a norm or a linear layer, within the block.
         consumers: names of linear layers, within the block.
-        channel_I: int64, the producer's channel behind each input of the consumers; channels of key-value
-            heads that several query heads read stand behind several inputs.
+        channel_I: int64, the producer's channel behind each input of the consumers. Channels of key-value
+            heads that several query heads read stand behind several inputs; those of queries and keys that
+            a layer makes beside values stand behind none, and keep a scale of 1.
         num_channels: C.
         offset: the norm multiplies by (offset + weight); None where the producer is a linear layer.
         has_bias: whether the producer adds a bias.
@@ -139,35 +142,55 @@ class _Probe:
         return tuple(reversed(found))
 
     def _group_of(self, name: str) -> Group | None:
-        """What reads all channels of ``name`` as they are scaled."""
+        """What reads the channels of ``name``, or the last of them, as they are scaled."""
         module = self._producers[name]
         if len(self._inputs[name]) != 1:
             return None
-        num_channels = self._inputs[name][0][1]
-        generator = torch.Generator().manual_seed(num_channels)
-        order_C = torch.randperm(num_channels, generator=generator)
-        with self._scaled(module, _factors(order_C)):
-            self._run()
-        channels = {
-            reader: channel_I
-            for reader in self._linears
-            if (channel_I := self._channels(reader, order_C)) is not None
-        }
-        maps = list(channels.values())
-        if not maps or not all(torch.equal(maps[0], other) for other in maps[1:]):
-            return None
-        offset = None if name in self._linears else _offset(module, self._inputs[name][0][0])
+        value, num_channels = self._inputs[name][0]
+        offset = None if name in self._linears else _offset(module, value)
         if name not in self._linears and offset is None:
             return None
-        return Group(
-            producer=name,
-            consumers=tuple(n for n in self._inputs if n in channels),
-            channel_I=maps[0].cpu(),
-            num_channels=num_channels,
-            offset=offset,
-            has_bias=getattr(module, "bias", None) is not None,
-            transposed=frozenset(n for n, m in self._linears.items() if isinstance(m, Conv1D)),
-        )
+        for count in (num_channels, *self._tails(name, num_channels)):
+            maps = self._maps(module, num_channels, count)
+            first = next(iter(maps.values()), None)
+            if first is not None and all(torch.equal(first, other) for other in maps.values()):
+                return Group(
+                    producer=name,
+                    consumers=tuple(n for n in self._inputs if n in maps),
+                    channel_I=first.cpu(),
+                    num_channels=num_channels,
+                    offset=offset,
+                    has_bias=getattr(module, "bias", None) is not None,
+                    transposed=frozenset(n for n, m in self._linears.items() if isinstance(m, Conv1D)),
+                )
+        return None
+
+    def _tails(self, name: str, num_channels: int) -> list[int]:
+        """How many of the last channels of a linear layer may be what another reads.
+
+        Layers that make several things at once make the gate before what it gates, and queries and keys
+        before values, of which there may be fewer than the reader has inputs.
+        """
+        if name not in self._linears:
+            return []
+        widths = {each[0][0].shape[-1] for n, each in self._inputs.items() if n in self._linears}
+        found = {width for width in widths if width < num_channels}
+        found |= {
+            rest // 2 for width in widths if (rest := num_channels - width) > 0 and width % (rest / 2) == 0
+        }
+        return sorted(found, reverse=True)
+
+    def _maps(self, module: nn.Module, num_channels: int, count: int) -> dict[str, Tensor]:
+        """For each layer whose inputs come scaled as the last ``count`` channels are: the channel of each."""
+        generator = torch.Generator().manual_seed(count)
+        order_C = torch.randperm(count, generator=generator)
+        factor_C = torch.cat([torch.ones(num_channels - count), _factors(order_C)])
+        with self._scaled(module, factor_C):
+            self._run()
+        found = {reader: self._channels(reader, order_C) for reader in self._linears}
+        return {
+            n: channel_I + num_channels - count for n, channel_I in found.items() if channel_I is not None
+        }
 
     def _channels(self, reader: str, order_C: Tensor) -> Tensor | None:
         """Whose factor each input of ``reader`` came scaled by; None where any came otherwise."""
@@ -197,7 +220,9 @@ class _Probe:
             self._block.get_parameter(name).data = value
 
         generator = torch.Generator().manual_seed(1)
-        scale_C = torch.exp2(torch.rand(group.num_channels, generator=generator) * 2 - 1)
+        scale_C = torch.ones(group.num_channels)
+        read_C = torch.unique(group.channel_I)
+        scale_C[read_C] = torch.exp2(torch.rand(read_C.numel(), generator=generator) * 2 - 1)
         fold(group, scale_C, lambda name: self._block.get_parameter(name).data, write)
         output = self._run()
         for name, value in former.items():
@@ -251,12 +276,14 @@ def _random_copy(block: nn.Module) -> nn.Module:
     """``block`` in float32 with weights that leave no channel dead; its parameters are never copied."""
     generator = {p.device: torch.Generator(p.device).manual_seed(0) for p in block.parameters()}
     fresh: dict[int, Any] = {}
-    for parameter in block.parameters():
+    for name, parameter in block.named_parameters():
         shape, device = parameter.shape, parameter.device
-        if parameter.dim() < 2:
-            value = torch.rand(shape, device=device, generator=generator[device]) + 0.5
-        else:
+        if parameter.dim() >= 2:
             value = torch.randn(shape, device=device, generator=generator[device]) / math.sqrt(shape[-1])
+        elif name.rpartition(".")[2] == "bias":
+            value = torch.randn(shape, device=device, generator=generator[device]) / 10
+        else:
+            value = torch.rand(shape, device=device, generator=generator[device]) + 0.5
         fresh[id(parameter)] = nn.Parameter(value, requires_grad=False)
     return copy.deepcopy(block, fresh).float().eval()
 

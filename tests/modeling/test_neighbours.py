@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import Phi3Config
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
 from compresskit.calibration.relay import Relay
 from compresskit.modeling import StreamedModel, load_model, open_model
@@ -21,7 +23,8 @@ ATTENTION = {"input_layernorm": QKV, "self_attn.v_proj": ("self_attn.o_proj",)}
 GATED = {"mlp.up_proj": ("mlp.down_proj",)}
 LLAMA = ATTENTION | {"post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj")} | GATED
 GEMMA = ATTENTION | {"pre_feedforward_layernorm": ("mlp.gate_proj", "mlp.up_proj")} | GATED
-GPT2: Readers = {"ln_1": ("attn.c_attn",), "ln_2": ("mlp.c_fc",)}  # between c_fc and c_proj stands GELU
+# The last third of c_attn's channels are the values; between c_fc and c_proj stands GELU.
+GPT2: Readers = {"ln_1": ("attn.c_attn",), "attn.c_attn": ("attn.c_proj",), "ln_2": ("mlp.c_fc",)}
 EXPECTED: dict[str, Readers] = {
     "llama": LLAMA,
     "llama-tied": LLAMA,
@@ -51,7 +54,8 @@ def groups_of(streamed: StreamedModel, relay: Relay, index: int) -> tuple[Group,
     name = streamed.blocks[index]
     linears = streamed.source.anatomy.linears
     layers = [n.removeprefix(f"{name}.") for n in linears if linears[n].block == name]
-    call = relay.call(index, row, torch.randn(1, PROBE_TOKENS, 16, dtype=streamed.dtype))
+    hidden = torch.randn(1, PROBE_TOKENS, 16, generator=torch.Generator().manual_seed(index))
+    call = relay.call(index, row, hidden.to(streamed.dtype))
     return find_groups(streamed.module.get_submodule(name), layers, call)
 
 
@@ -71,9 +75,12 @@ def test_the_right_groups_are_found_and_folding_changes_nothing(
                     is_norm = "norm" in group.producer or "ln_" in group.producer
                     assert group.offset == (float("gemma" in family) if is_norm else None)
                     grouped = "self_attn.o_proj" in group.consumers
-                    plain = list(range(len(group.channel_I)))
+                    first = group.num_channels - len(group.channel_I)
+                    plain = list(range(first, group.num_channels))
+                    assert first == (32 if group.producer == "attn.c_attn" else -8 if grouped else 0)
                     assert group.channel_I.tolist() == (TWO_HEADS_OF_FOUR_READ_ONE if grouped else plain)
-                    scale_C = torch.rand(group.num_channels, generator=generator) * 3 + 0.3
+                    scale_C = torch.ones(group.num_channels)
+                    scale_C[group.channel_I] = torch.rand(len(group.channel_I), generator=generator) * 3 + 0.3
                     made_I = fold(
                         group,
                         scale_C,
@@ -157,10 +164,44 @@ def test_anything_else_that_reads_the_channels_breaks_the_group(toy: Toy, expect
     assert all(torch.equal(tensor, before[name]) for name, tensor in toy.state_dict().items())
 
 
+def test_values_and_what_is_gated_are_the_last_a_fused_layer_makes() -> None:
+    """Phi-3 makes queries, keys and values at once, and the gate with what it gates; values are fewer."""
+    config = Phi3Config(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        vocab_size=64,
+    )
+    block = Phi3DecoderLayer(config, 0).eval()
+    hidden = torch.randn(1, PROBE_TOKENS, 32)
+    angle = torch.arange(PROBE_TOKENS)[None, :, None] / torch.arange(1, 9)
+    call = ((hidden,), {"position_embeddings": (angle.cos(), angle.sin()), "attention_mask": None})
+    layers = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+    groups = {group.producer: group for group in find_groups(block, layers, call)}
+    assert groups["self_attn.qkv_proj"].consumers == ("self_attn.o_proj",)
+    assert groups["self_attn.qkv_proj"].channel_I.tolist() == [
+        48 + c for c in (*range(8), *range(8), *range(8, 16), *range(8, 16))
+    ]
+    assert groups["mlp.gate_up_proj"].consumers == ("mlp.down_proj",)
+    assert groups["mlp.gate_up_proj"].channel_I.tolist() == list(range(48, 96))
+    assert len(groups) == 4
+
+
 def test_only_layers_that_may_change_are_in_a_group() -> None:
     assert toy_groups(Toy(nn.ReLU()), ("first",)) == NORM
     assert toy_groups(Toy(nn.ReLU()), ("second",)) == {}
     assert toy_groups(Toy(nn.ReLU()), ()) == {}
+
+
+def test_thousands_of_channels_behind_a_relu_are_all_seen() -> None:
+    toy = Toy(nn.ReLU())
+    toy.first, toy.second = nn.Linear(8, 4096), nn.Linear(4096, 8)
+    for seed in range(3):
+        hidden = torch.randn(1, PROBE_TOKENS, 8, generator=torch.Generator().manual_seed(seed))
+        assert len(find_groups(toy, ("first", "second"), ((hidden,), {}))) == 2
 
 
 def test_channels_are_told_apart_where_there_are_thousands() -> None:
