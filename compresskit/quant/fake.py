@@ -151,7 +151,7 @@ def round_tokens(input_I: Tensor, bits: int) -> Tensor:
     """
     with torch.no_grad():
         scale_1 = input_I.abs().amax(-1, keepdim=True) / ((2**bits - 1) / 2)
-        scale_1 = scale_1.where(scale_1 != 0, torch.finfo(input_I.dtype).eps)
+        scale_1 = scale_1.where(scale_1 != 0, 1)
         half = 2 ** (bits - 1)
         rounded_I: Tensor = (input_I / scale_1).clamp_(-half, half - 1).round_().mul_(scale_1)
     return rounded_I

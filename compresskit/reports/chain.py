@@ -221,7 +221,8 @@ def _detail(kind: str, fields: Mapping[str, Json]) -> str:
     if kind == "quantize":
         return f"{method} {fields.get('scheme', '')}".strip()
     steps = f"{fields['steps']} steps" if fields.get("steps") else f"{fields.get('epochs', 1):g} epochs"
-    return f"{fields.get('loss', '')} {steps}".strip()
+    words = [fields.get("scheme", ""), fields.get("loss", ""), steps]
+    return " ".join(str(word) for word in words if word)
 
 
 def _checked(chain: Chain) -> Chain:

@@ -23,6 +23,7 @@ from compresskit.reports.svg import Bar, bars, curve, line
 from compresskit.reports.verdict import findings, is_same, time_change, times
 
 KNOWN_KINDS = ("source", "prune", "distill", "finetune", "quantize", "artifact")
+ALIKE = {"qat": "quantize", "qlora": "finetune"}
 TAGS = {"gain": "gain", "cost": "cost", "note": "note"}
 # Nothing may be fetched even if a text in a manifest says so.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -64,7 +65,8 @@ def _section(chain: Chain) -> str:
 
 def _kind(step: Step) -> str:
     """The step's colour; loose records have none of their own."""
-    return step.kind if step.kind in KNOWN_KINDS else "artifact"
+    kind = ALIKE.get(step.kind, step.kind)
+    return kind if kind in KNOWN_KINDS else "artifact"
 
 
 def _header(chain: Chain) -> str:

@@ -23,7 +23,7 @@ def findings(chain: Chain) -> list[Finding]:
     """Every finding about ``chain``: totals first, then what each stage gives on the runtime."""
     found = [*_size(chain), *_latency(chain), *_memory(chain), *_quality(chain)]
     for index, step in enumerate(chain.steps[1:], 1):
-        about = {"prune": _prune, "quantize": _quantize}.get(step.kind)
+        about = {"prune": _prune, "quantize": _quantize, "qat": _quantize}.get(step.kind)
         if about is not None:
             found += about(chain, index)
     found += _recovery(chain)

@@ -279,7 +279,7 @@ def test_a_quantised_model_is_refused_by_the_run_too(
 def test_it_learns_from_a_teacher(text: DataSpec, tmp_path: Path) -> None:
     """Of itself before rounding, nothing but the rounding is left to learn; wide weights give it opinions."""
     source = open_model(str(tiny_llama(tmp_path / "wide", initializer_range=0.2)))
-    stage = Qat(scheme="w4a8-channel", loss="forward_kl", **FEW | {"steps": 15, "learning_rate": 3e-3})
+    stage = Qat(scheme="w4a8-channel", loss="forward_kl", **FEW | {"steps": 25, "learning_rate": 5e-4})
     assert stage.faults(outlook(source), "s") == []
     result, made = run(stage, source, text, tmp_path / "s")
     assert result.metrics["final_loss"] < 0.9 * result.metrics["first_loss"] < 1

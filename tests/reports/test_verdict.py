@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,3 +85,15 @@ def test_what_a_pattern_gives(make_artifact: Make, prune: dict[str, Any], expect
 def test_recovery(make_artifact: Make) -> None:
     found = findings(build([make_artifact()]).chains[0])
     assert one(found, "Distillation won back 80%").tone == "gain"
+
+
+def test_training_on_a_grid_is_told_as_what_it_makes(make_artifact: Make) -> None:
+    """As quantisation, whose file the runtime unpacks; its scheme and steps are named."""
+    place = make_artifact()
+    manifest = json.loads((place / "compresskit.json").read_text())
+    manifest["recipe"]["stages"][2] = {"qat": {"scheme": "w4a8", "loss": "cross_entropy", "steps": 30}}
+    manifest["stages"][2] |= {"kind": "qat", "name": "3-qat"}
+    (place / "compresskit.json").write_text(json.dumps(manifest))
+    report = build([place])
+    assert "4-bit weights" in report.markdown()
+    assert "w4a8 cross_entropy 30 steps" in report.html()
