@@ -180,7 +180,8 @@ def load(directory: str | Path, *, dtype: str = "auto", device: str = "cpu") -> 
 
     With a trained adapter beside it, it comes as peft's model of the two.
     """
-    return with_adapter(load_model(directory, dtype=dtype, device=device), Path(directory))
+    model: nn.Module = with_adapter(load_model(directory, dtype=dtype, device=device), Path(directory))
+    return model
 
 
 def compress(
