@@ -247,4 +247,6 @@ def quiet_libraries(*, verbose: bool) -> None:
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     # Accelerate imports deepspeed wherever it is installed, and deepspeed then warns that there is no GPU.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    # bitsandbytes advises to fetch kernels from a hub, which nothing here uses.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
