@@ -25,7 +25,7 @@ from compresskit.calibration.rows import Batches, Documents, Row
 from compresskit.calibration.statistics import LayerStats
 from compresskit.errors import DataError, Fault, InputError, StatisticError
 from compresskit.modeling.anatomy import Anatomy
-from compresskit.modeling.streaming import StreamedModel
+from compresskit.modeling.streaming import StreamedModel, return_memory
 from compresskit.progress import Progress
 from compresskit.registry import nearest
 
@@ -121,6 +121,7 @@ def _walk_without_data(streamed: StreamedModel, visit: Visit, layers: Sequence[s
             for name in names:
                 weight = streamed.weight_OI(name)
                 streamed.set_weight(name, visit(name, weight, LayerStats(num_tokens=0, layer=name)))
+                return_memory()
                 progress.advance(note=name)
 
         by_block = _by_block(anatomy, layers)
@@ -206,6 +207,7 @@ class _Walk:
         new = self.visit(name, former, stats)
         self.streamed.set_weight(name, new)
         self.errors[name] = stats.relative_error(former, new)
+        return_memory()
         self.progress.advance(0, note=name)
 
     def _proceed(self, run: Run) -> None:

@@ -106,7 +106,7 @@ class StreamedModel:
         finally:
             self._drop(names)
             self._entered = None
-            _return_memory()
+            return_memory()
 
     @contextmanager
     def table(self, name: str) -> Iterator[nn.Module]:
@@ -310,8 +310,8 @@ def _assign(module: nn.Module, name: str, value: Tensor) -> None:
                 held[leaf] = new  # type: ignore[assignment]
 
 
-def _return_memory() -> None:
-    """Give freed pages back; glibc keeps those of tensors below 32 MB, more of them after each block."""
+def return_memory() -> None:
+    """Give freed pages back; glibc keeps those of tensors below 32 MB, more of them after each layer."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
