@@ -276,6 +276,24 @@ def test_a_quantised_model_is_refused_by_the_run_too(
         run(Qat(**FEW), made, text, tmp_path / "two")
 
 
+def test_activation_checkpointing_changes_nothing(
+    source: ModelSource, text: DataSpec, tmp_path: Path
+) -> None:
+    """The second pass through a block observes its inputs once more; that counts, and finds nothing new."""
+    stage = Qat(scheme="w8a8-static", observer_steps=2, micro_batch_size=2, **FEW)
+    results = [
+        run(replace(stage, activation_checkpointing=again), source, text, tmp_path / str(again))
+        for again in (False, True)
+    ]
+    (kept, one), (recomputed, two) = results
+    assert recomputed.metrics["final_loss"] == pytest.approx(kept.metrics["final_loss"], rel=1e-6)
+    for promise in kept.promises:
+        grids = one.grid(promise.layer), two.grid(promise.layer)
+        assert grids[0] is not None
+        assert grids[1] is not None
+        torch.testing.assert_close(grids[0].activation_scale, grids[1].activation_scale, rtol=1e-5, atol=0)
+
+
 def test_it_learns_from_a_teacher(text: DataSpec, tmp_path: Path) -> None:
     """Of itself before rounding, nothing but the rounding is left to learn; wide weights give it opinions."""
     source = open_model(str(tiny_llama(tmp_path / "wide", initializer_range=0.2)))
