@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.peers.call import run_jobs
 from benchmarks.random_llama import VOCABULARY, word_tokenizer, write_text
 from benchmarks.run import RESULTS, append_record
-from compresskit.modeling.shards import Pending, write_shard
+from compresskit.formats.shards import Pending, write_shard
 
 GIBIBYTE = 1 << 30
 COUNTED = "peak_bytes: the high-water mark of the whole process; bare_bytes: the same after its imports."

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Tensor
 
 from compresskit.errors import Fault, FormatError
@@ -14,6 +13,7 @@ from compresskit.formats import FORMATS
 from compresskit.formats.base import Checkpoint
 from compresskit.formats.checkpoint import CONFIG
 from compresskit.formats.grid import same_grid
+from compresskit.formats.shards import read_header
 from compresskit.progress import Progress
 
 MAX_NAMED = 10
@@ -53,6 +53,5 @@ def read_back(model: Checkpoint, out: Path) -> int:
 
 def _stored(out: Path) -> Iterator[tuple[str, Tensor]]:
     for path in sorted(out.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - not a mapping
-                yield key, file.get_tensor(key)
+        for key, place in read_header(path).items():
+            yield key, place.read()

@@ -18,8 +18,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from compresskit.errors import Fault, ModelError
+from compresskit.formats.shards import Stored, read_header
 from compresskit.modeling.anatomy import anatomy_of, tied_groups
-from compresskit.modeling.shards import Stored, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

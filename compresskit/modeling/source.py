@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from compresskit.errors import Fault, ModelError
+from compresskit.formats.shards import Stored
 from compresskit.modeling.anatomy import Anatomy, anatomy_of
 from compresskit.modeling.checkpoint import Layout, find_tensors, lay_out, listed
 from compresskit.modeling.fetch import build_anew, fetch, is_config
-from compresskit.modeling.shards import Stored
 from compresskit.modeling.skeleton import CONFIG, load_config, skeleton_of
 from compresskit.registry import nearest
 

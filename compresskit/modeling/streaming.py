@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from compresskit.errors import Fault, ModelError, OutputError, RunError
+from compresskit.formats.shards import Pending, Stored, write_shard
 from compresskit.modeling.anatomy import Anatomy
 from compresskit.modeling.checkpoint import INDEX, SINGLE
 from compresskit.modeling.fetch import copy_sidecars
 from compresskit.modeling.packed import packed_fault
-from compresskit.modeling.shards import Pending, Stored, write_shard
 from compresskit.modeling.skeleton import resolve_device, resolve_dtype, skeleton
 from compresskit.modeling.source import GRIDS, ModelSource, is_finite
 

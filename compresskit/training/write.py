@@ -9,9 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from compresskit.formats.shards import Pending, write_shard
 from compresskit.modeling import ModelSource, copy_sidecars
 from compresskit.modeling.checkpoint import INDEX, SINGLE
-from compresskit.modeling.shards import Pending, write_shard
 
 SHARD_BYTES = 5_000_000_000
 

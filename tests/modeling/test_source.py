@@ -13,8 +13,8 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from compresskit.errors import ModelError
+from compresskit.formats.shards import Pending, read_header, write_shard
 from compresskit.modeling import ModelSource, load_model, load_tokenizer, open_model
-from compresskit.modeling.shards import Pending, read_header, write_shard
 from tests.modeling.conftest import Model
 from tests.modeling.families import FAMILIES, GQA
 from tests.tiny import byte_tokenizer

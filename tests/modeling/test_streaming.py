@@ -12,8 +12,8 @@ import torch
 import transformers as hf
 
 from compresskit.errors import ModelError, OutputError
+from compresskit.formats.shards import Stored
 from compresskit.modeling import StreamedModel, load_model, open_model
-from compresskit.modeling.shards import Stored
 from tests.modeling.conftest import Model
 from tests.modeling.families import FAMILIES, make, tokens
 
