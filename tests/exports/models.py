@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +19,7 @@ from compresskit.formats.grid import Grid, write_grids
 from compresskit.modeling import ModelSource, copy_sidecars, open_model
 from compresskit.quant.affine import grid_for
 from compresskit.quant.scheme import parse
+from tests.formats.rounding import round_tokens
 
 TOKENS = torch.arange(1, 61).view(2, -1)
 
@@ -28,13 +32,29 @@ def on_grids(source: ModelSource, out: Path, schemes: dict[str, str]) -> ModelSo
         scheme = next((parse(s) for tail, s in schemes.items() if layer.endswith(tail)), None)
         if scheme is not None and not linear.tied and not scheme.misfit(linear.in_features):
             weight = tensors[f"{layer}.weight"]
-            grids[layer] = grid_for(weight, scheme)
+            grid = grid_for(weight, scheme)
+            grids[layer] = replace(grid, activation_scale=torch.tensor([0.05])) if scheme.static else grid
             tensors[f"{layer}.weight"] = grids[layer].snap(weight)
     out.mkdir(parents=True)
     write_shards(out, tensors.items())
     write_grids(out, grids)
     copy_sidecars(source.directory, out)
     return open_model(out)
+
+
+def rounding(grid: Grid) -> Callable[..., Any]:
+    """A hook that rounds a layer's inputs as ``grid`` says."""
+    bits, fixed = grid.activation_bits, grid.activation_scale
+
+    def hook(_: Any, args: tuple[Tensor]) -> tuple[Tensor]:
+        if bits is None:
+            return args
+        if fixed is None:
+            return (round_tokens(args[0], bits),)
+        half = 2 ** (bits - 1)
+        return ((args[0] / fixed).clamp(-half, half - 1).round() * fixed,)
+
+    return hook
 
 
 def packed(model: ModelSource, out: Path, scheme: str) -> ModelSource:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,8 +15,7 @@ from compresskit.errors import FormatError
 from compresskit.exports.base import prospect_of
 from compresskit.exports.onnx import MODEL_TYPES, Onnx
 from compresskit.modeling import ModelSource, load_model, open_model
-from tests.exports.models import on_grids, packed
-from tests.formats.rounding import round_tokens
+from tests.exports.models import on_grids, packed, rounding
 from tests.tiny import byte_tokenizer, tiny_llama
 
 TOLERANCE = 1e-5  # of the largest output: float32 in another order
@@ -59,11 +57,8 @@ def theirs(directory: Path, feed: dict[str, Tensor]) -> Tensor:
 def ours(source: ModelSource, feed: dict[str, Tensor]) -> Tensor:
     model = load_model(source, dtype=torch.float32)
     for layer in source.anatomy.linears:
-        grid = source.grid(layer)
-        if grid is not None and grid.activation_bits:
-            bits = grid.activation_bits
-            hook: Any = lambda _, args, bits=bits: (round_tokens(args[0], bits),)  # noqa: E731
-            model.get_submodule(layer).register_forward_pre_hook(hook)
+        if (grid := source.grid(layer)) is not None:
+            model.get_submodule(layer).register_forward_pre_hook(rounding(grid))
     with torch.no_grad():
         found: Tensor = model(**feed)[0]
     return found
@@ -109,15 +104,14 @@ def test_every_architecture_that_is_named(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_fixed_scales_and_half_precision(tmp_path: Path) -> None:
+def test_fixed_scales_in_half_precision(tmp_path: Path) -> None:
     source = encoder(tmp_path / "model")
-    stage = on_grids(source, tmp_path / "stage", {"": "w8a16"})
-    load_model(stage).to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    load_model(source).to(torch.bfloat16).save_pretrained(tmp_path / "half")
     byte_tokenizer().save_pretrained(tmp_path / "half")
-    half = open_model(tmp_path / "half")
-    (said,) = ck.export(half.directory, to="onnx", out=tmp_path / "out")
+    stage = on_grids(open_model(tmp_path / "half"), tmp_path / "stage", {"": "w8a8-static"})
+    (said,) = ck.export(stage.directory, to="onnx", out=tmp_path / "out")
     assert said.startswith("Weights are widened from bfloat16")
-    assert difference(tmp_path / "out", half, 2, 9) <= TOLERANCE
+    assert difference(tmp_path / "out", stage, 2, 9) <= ROUNDED_TOLERANCE
 
 
 @pytest.mark.slow

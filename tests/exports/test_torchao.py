@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,8 +11,7 @@ from torch import Tensor
 import compresskit as ck
 from compresskit.errors import FormatError
 from compresskit.modeling import ModelSource, load_model, open_model
-from tests.exports.models import TOKENS, as_users_see_it, on_grids, packed
-from tests.formats.rounding import round_tokens
+from tests.exports.models import TOKENS, as_users_see_it, on_grids, packed, rounding
 from tests.tiny import tiny_llama
 
 WEIGHTS_ONLY = 1e-6  # float32 in another order
@@ -32,9 +30,8 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
 def ours(source: ModelSource) -> Tensor:
     model = load_model(source)
     for layer in source.anatomy.linears:
-        if (grid := source.grid(layer)) is not None and grid.activation_bits:
-            hook: Any = lambda _, args: (round_tokens(args[0], 8),)  # noqa: E731
-            model.get_submodule(layer).register_forward_pre_hook(hook)
+        if (grid := source.grid(layer)) is not None:
+            model.get_submodule(layer).register_forward_pre_hook(rounding(grid))
     with torch.no_grad():
         logits: Tensor = model(TOKENS).logits
     return logits
@@ -45,6 +42,7 @@ def ours(source: ModelSource) -> Tensor:
     ("schemes", "tolerance"),
     [
         ({"proj": "w8a8"}, ROUNDED_INPUTS),
+        ({"proj": "w8a8-static"}, ROUNDED_INPUTS),
         ({"proj": "w8a16", "lm_head": "w8a16"}, WEIGHTS_ONLY),
         ({"q_proj": "w4a16-g32", "down_proj": "w8a16", "up_proj": "w4a16-g32-asym"}, WEIGHTS_ONLY),
     ],
