@@ -7,7 +7,7 @@ tokens, each candidate's channels are scaled by distinct factors, and where the 
 scaled by just these, the scales are folded into the copy's weights and its output compared.
 
 A block costs one run of the copy, one more for each norm and each layer to quantise in it (more for
-those that may make several things at once) and one for each group to check: 15 for a Llama, of
+those that may make several things at once) and one for each group to check: 16 for a Llama, of
 :data:`PROBE_TOKENS` tokens each.
 
 Shapes: C = channels of a producer, O = out_features, I = in_features.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from typing import TYPE_CHECKING, cast
 
 from compresskit.calibration.oneshot import calibration_bytes, largest_layer, walk_bytes
@@ -12,6 +13,7 @@ from compresskit.quant.auto import fitting
 from compresskit.stage import Forecast, Outlook
 
 if TYPE_CHECKING:
+    from compresskit.modeling.anatomy import Anatomy
     from compresskit.quant.stage import Quantize
 
 PROBED_BYTES = 1 << 29
@@ -44,6 +46,9 @@ def forecast_rounding(stage: Quantize, model: Outlook) -> Forecast:
     if "input_gram" in QUANTIZERS[stage.method].needs:
         # The Gram matrix and its factor, of the widest layer.
         layer_bytes += 8 * max(anatomy.linears[n].in_features for n in schemes) ** 2
+    if hasattr(QUANTIZERS[stage.method], "scale"):
+        # A float32 copy of a block to find out who may scale whom, or a layer scaled, rounded and compared.
+        layer_bytes += 4 * max(_largest_block(anatomy), 3 * largest_layer(anatomy, list(schemes)))
     memory = walk_bytes(anatomy, model.weight_bytes) + layer_bytes
     if stage.reads_data:
         memory += calibration_bytes(stage, model.config, anatomy)
@@ -63,3 +68,12 @@ def forecast_rounding(stage: Quantize, model: Outlook) -> Forecast:
         memory_bytes=round(memory),
         notes=notes,
     )
+
+
+def _largest_block(anatomy: Anatomy) -> int:
+    """Parameters of the largest block."""
+    sizes = dict.fromkeys(anatomy.blocks, 0)
+    for name, shape in anatomy.parameter_shapes.items():
+        if block := anatomy.block_of(name):
+            sizes[block] += prod(shape)
+    return max(sizes.values(), default=0)

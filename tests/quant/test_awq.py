@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
 import torch
 from torch import Tensor
 
 from compresskit.calibration.statistics import STATISTICS, Accumulator, LayerStats
+from compresskit.data.spec import DataSpec
+from compresskit.modeling import load_model, load_tokenizer, open_model
 from compresskit.quant.affine import grid_for
 from compresskit.quant.awq import ActivationAware, scaling_error
 from compresskit.quant.balance import Reader
 from compresskit.quant.scheme import Scheme, parse
+from compresskit.quant.stage import Quantize
+from tests.quant.test_quantize_stage import run
 
 TOKENS, INPUTS = 200, 32
 
@@ -130,6 +139,32 @@ def test_gptq_may_round_what_was_scaled() -> None:
         new_OI = ActivationAware(gptq=gptq).quantize(weight_OI, scheme, stats_of(x_TI)).weight_OI
         costs[gptq] = float(((new_OI - weight_OI) @ x_TI.t()).square().sum())
     assert costs[True] < 0.8 * costs[False]
+
+
+@pytest.mark.parametrize("name", ["stories260K", "TinyStories-656K"])
+def test_a_real_model_loses_less_than_by_rounding_to_nearest(
+    name: str, shared_data: Path, tmp_path: Path
+) -> None:
+    """The whole stage; how far its predictions move on other stories than those it was calibrated on."""
+    source = open_model(shared_data / "models" / name)
+    data = DataSpec(source=str(shared_data / "tinystories" / "train_first1000.jsonl"))
+    lines = (shared_data / "tinystories" / "valid_head_clean.jsonl").read_text().splitlines()[:8]
+    tokenizer = load_tokenizer(source)
+    stories = [tokenizer(json.loads(line)["text"], return_tensors="pt").input_ids[:, :256] for line in lines]
+    overrides = {"*.down_proj": "w4a16-g4"} if name == "stories260K" else {}
+    dense, moved = load_model(source), {}
+    for method in ("rtn", "awq"):
+        stage = Quantize(
+            method, scheme="w4a16-g32", overrides=overrides, data=data, samples=8, context_length=256
+        )
+        stage = stage if method == "awq" else replace(stage, data=None)
+        result, after = run(stage, source, tmp_path / method)
+        assert result.warnings == ()
+        model = load_model(after)
+        with torch.no_grad():
+            pairs = [(m(ids).logits.log_softmax(-1) for m in (dense, model)) for ids in stories]
+            moved[method] = sum(float((p.exp() * (p - q)).sum(-1).mean()) for p, q in pairs)
+    assert moved["awq"] < 0.85 * moved["rtn"], moved
 
 
 def test_inputs_that_never_were_scale_nothing_badly() -> None:
