@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from compresskit.modeling.anatomy import Anatomy, Linear
     from compresskit.modeling.source import ModelSource
 
+BATCH_TOKENS = 2048  # run through a block at once
 MAX_CONTEXT = 2048
 SPILL_BYTES = 1 << 29
 
@@ -113,22 +114,28 @@ def calibration_rows(
 
 
 def walk_bytes(anatomy: Anatomy, weight_bytes: float) -> float:
-    """Memory of a walk without data: what lies outside the blocks, and one block before and after."""
+    """Memory of a walk without data: one block and a new weight, or the token embedding or the head."""
+    shapes = anatomy.parameter_shapes
+    tables = {f"{name}.weight" for name in (anatomy.embeddings, anatomy.head)}
+    again = {name for group in anatomy.tied for name in group[1:]}
     sizes: dict[str | None, int] = {}
-    for name, shape in anatomy.parameter_shapes.items():
-        block = anatomy.block_of(name)
-        sizes[block] = sizes.get(block, 0) + prod(shape)
-    tied = sum(prod(anatomy.parameter_shapes[n]) for group in anatomy.tied for n in group[1:])
-    outside = sizes.pop(None, 0) - tied
-    return (outside + 2 * max(sizes.values(), default=0)) * weight_bytes
+    for name, shape in shapes.items():
+        if name not in tables | again:
+            block = anatomy.block_of(name)
+            sizes[block] = sizes.get(block, 0) + prod(shape)
+    outside = sizes.pop(None, 0)
+    table = max((prod(shapes[name]) for name in tables & shapes.keys()), default=0)
+    block = max(sizes.values(), default=0) + largest_layer(anatomy, list(anatomy.linears))
+    return (outside + max(table, block)) * weight_bytes
 
 
 def calibration_bytes(stage: Calibrated, config: Any, anatomy: Anatomy) -> int:
-    """Memory that data adds to a walk: all hidden states, and one row's values inside a block."""
+    """Memory that data adds to a walk: all hidden states, and one batch's values inside a block."""
     length = row_length(stage, config)
+    batch = max(length, min(BATCH_TOKENS, stage.samples * length))
     width = getattr(config.get_text_config(), "hidden_size", 0) or 0
     inner = max((linear.out_features for linear in anatomy.linears.values() if linear.block), default=0)
-    return min(stage.samples * length * width * 4, SPILL_BYTES) + length * (8 * width + 4 * inner) * 4
+    return min(stage.samples * length * width * 4, SPILL_BYTES) + batch * (8 * width + 4 * inner) * 4
 
 
 def largest_layer(anatomy: Anatomy, layers: Sequence[str]) -> int:

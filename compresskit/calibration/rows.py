@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from compresskit.calibration.oneshot import BATCH_TOKENS
+
 Row = Mapping[str, Tensor]
 INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
-BATCH_TOKENS = 2048
 
 
 class Documents(Sequence[Row]):
