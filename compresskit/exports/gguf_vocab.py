@@ -44,8 +44,9 @@ class Vocabulary:
         pre: how text is split before it is merged.
         tokens: by id.
         special: ids of tokens that control the model.
+        added: ids of all tokens that were added to the vocabulary, the special ones among them.
         merges: pairs in order, as text.
-        space_prefix: a space is put before the text.
+        space_prefix: whether a space is put before the text.
     """
 
     model: str

@@ -2,7 +2,7 @@
 
 Format: https://github.com/pytorch/ao, ``torchao.prototype.safetensors``: each tensor's parts under
 ``LAYER._weight_PART``, their class and its fields as JSON in the file's metadata. Eight bits are an
-``Int8Tensor`` (with inputs rounded per token, or by a fixed scale), four an ``IntxUnpackedToInt8Tensor``, the
+``Int8Tensor`` (its inputs, if need be, rounded per token), four an ``IntxUnpackedToInt8Tensor``, the
 one class of torchao that holds groups and zero points on any device; it takes a byte a weight.
 
 Shapes: O = out_features, I = in_features, G = groups along I.
@@ -67,7 +67,7 @@ def _encoded(model: ModelSource, schemes: Mapping[str, Scheme]) -> Iterator[tupl
 
 def _tensor(q_OI: Tensor, grid: Grid) -> Any:
     """torchao's tensor of the integers ``q_OI``, which may be on the meta device."""
-    from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor, MappingType, PerRow, PerTensor
+    from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor, MappingType, PerRow
     from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
 
     scale_OG = grid.scale_OG
@@ -79,19 +79,10 @@ def _tensor(q_OI: Tensor, grid: Grid) -> Any:
         return IntxUnpackedToInt8Tensor(
             q_OI, scale_OG, zero_OG, getattr(torch, f"int{grid.bits}"), tuple(block), scale_OG.dtype, None
         )
-    inputs, fixed = None, grid.activation_scale
+    inputs = None
     if grid.activation_bits is not None:
-        kind = PerRow() if fixed is None else PerTensor()
-        inputs = QuantizeTensorToInt8Kwargs(kind, MappingType.SYMMETRIC)
-    return Int8Tensor(
-        q_OI,
-        scale_OG,
-        block,
-        scale_OG.dtype,
-        zero_point=zero_OG,
-        act_quant_kwargs=inputs,
-        act_quant_scale=None if fixed is None else fixed.reshape(1, 1).to(scale_OG.dtype),
-    )
+        inputs = QuantizeTensorToInt8Kwargs(PerRow(), MappingType.SYMMETRIC)
+    return Int8Tensor(q_OI, scale_OG, block, scale_OG.dtype, zero_point=zero_OG, act_quant_kwargs=inputs)
 
 
 def _parts(made: Any) -> list[str]:
@@ -130,4 +121,6 @@ def _judge(scheme: Scheme, in_features: int) -> tuple[str, str] | None:
         return "integers", cure
     if scheme.weight_bits == 4 and scheme.activation_bits is not None:
         return "weights of 4 bits with inputs that are not rounded", cure
+    if scheme.static:  # torchao could, but transformers reads no such scale
+        return "inputs rounded per token", cure
     return None

@@ -42,7 +42,6 @@ def ours(source: ModelSource) -> Tensor:
     ("schemes", "tolerance"),
     [
         ({"proj": "w8a8"}, ROUNDED_INPUTS),
-        ({"proj": "w8a8-static"}, ROUNDED_INPUTS),
         ({"proj": "w8a16", "lm_head": "w8a16"}, WEIGHTS_ONLY),
         ({"q_proj": "w4a16-g32", "down_proj": "w8a16", "up_proj": "w4a16-g32-asym"}, WEIGHTS_ONLY),
     ],
@@ -71,6 +70,7 @@ def test_what_no_tensor_class_holds_is_told_by_layer(dense: ModelSource, tmp_pat
     for scheme, message in (
         ("fp8", "expected integers, got fp8 in model.layers.0.self_attn.q_proj"),
         ("nf4", "expected integers, got nf4 in"),
+        ("w8a8-static", "expected inputs rounded per token, got w8a8-static in"),
         ("w4a8-g32", "weights of 4 bits with inputs that are not rounded, got w4a8-g32 in"),
     ):
         stage = on_grids(dense, tmp_path / scheme, {"proj": scheme})
