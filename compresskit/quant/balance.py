@@ -30,11 +30,19 @@ UNSCALED = (
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """One of the linear layers that read the same tensor, as it is before scaling."""
+    """One of the linear layers that read the same tensor, as it is before scaling.
+
+    Attributes:
+        weight_OI: its weight.
+        scheme: it will be quantised to.
+        stats: of its inputs.
+        after_norm: whether a norm makes them; else another linear layer does.
+    """
 
     weight_OI: Tensor
     scheme: Scheme
     stats: LayerStats
+    after_norm: bool = True
 
 
 @runtime_checkable
@@ -123,7 +131,8 @@ class Balance:
         tied = {name.rpartition(".")[0] for names in streamed.source.anatomy.tied for name in names}
         if not tied.isdisjoint([prefix + group.producer, *layers]):
             return
-        readers = [Reader(streamed.weight_OI(n), self._schemes[n], stats[n]) for n in layers]
+        after_norm = group.offset is not None
+        readers = [Reader(streamed.weight_OI(n), self._schemes[n], stats[n], after_norm) for n in layers]
         channel_I = group.channel_I.to(streamed.device)
         scale_I = self._method.scale(readers, channel_I)
         self.scaled += layers

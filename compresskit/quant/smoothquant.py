@@ -28,11 +28,14 @@ class SmoothQuant:
 
     Attributes:
         alpha: how much of an input's range goes to its weights: 0 none of it, 1 all of it.
+        norms_only: scale only what norms make, as the paper does: that is where the outliers are. Otherwise
+            what other linear layers make too, such as values before the output projection.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"input_abs_max"})
 
     alpha: float = 0.5
+    norms_only: bool = True
 
     @staticmethod
     def misfit(scheme: Scheme) -> str:
@@ -47,12 +50,14 @@ class SmoothQuant:
             channel_I: int64 (I,), the channel behind each input.
 
         Returns:
-            float32 (I,); 1 where an input or all its weights were always zero.
+            float32 (I,); 1 where an input or all its weights were always zero, or nothing is to be scaled.
 
         Raises:
             StatisticError: a statistic is missing, misshapen or not finite.
         """
         inputs = len(channel_I)
+        if self.norms_only and not readers[0].after_norm:
+            return torch.ones(inputs, device=channel_I.device)
         input_I = torch.stack([r.stats.require("input_abs_max", inputs) for r in readers]).amax(0)
         weight_I = torch.stack([r.weight_OI.float().abs().amax(0) for r in readers]).amax(0)
         alive_I = (input_I > 0) & (weight_I > 0)

@@ -30,6 +30,7 @@ class AtRandom(RoundToNearest):
 
     def scale(self, readers: Sequence[Reader], channel_I: Tensor) -> Tensor:
         assert all(len(channel_I) == reader.weight_OI.shape[1] for reader in readers)
+        assert all(reader.after_norm == (len(readers) > 1) for reader in readers), "a Llama has it so"
         generator = torch.Generator().manual_seed(len(readers))
         return share(torch.rand(len(channel_I), generator=generator) * 3 + 0.3, channel_I)
 

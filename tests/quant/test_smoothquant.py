@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,13 @@ def test_scales_are_the_formula(alpha: float) -> None:
     assert scale_I[3:].tolist() == [1.0, 1.0], "where the input or all its weights are zero"
 
 
+def test_only_what_norms_make_is_scaled_unless_asked() -> None:
+    after_linear = [replace(reader, after_norm=False) for reader in readers()]
+    assert torch.equal(SmoothQuant().scale(after_linear, torch.arange(5)), torch.ones(5))
+    wanted = SmoothQuant().scale(readers(), torch.arange(5))
+    assert torch.equal(SmoothQuant(norms_only=False).scale(after_linear, torch.arange(5)), wanted)
+
+
 def test_channels_share_the_mean_of_their_scales() -> None:
     both = SmoothQuant().scale(readers(), torch.arange(5))
     shared = SmoothQuant().scale(readers(), torch.tensor([0, 1, 1, 2, 3]))
@@ -68,7 +76,9 @@ def test_schemes_that_leave_inputs_alone_are_refused_by_the_plan(tmp_path: Path)
     model = open_model(tiny_llama(tmp_path / "model", tie_word_embeddings=False))
 
     def said(scheme: str, **more: Any) -> str:
-        stage = Quantize("smoothquant", scheme=scheme, data=DataSpec(source="text.txt"), context_length=16, **more)
+        stage = Quantize(
+            "smoothquant", scheme=scheme, data=DataSpec(source="text.txt"), context_length=16, **more
+        )
         return "; ".join(map(str, stage.faults(outlook(model), "stages[0]")))
 
     for scheme in ("w8a16", "w4a16-g32", "nf4"):
