@@ -26,8 +26,8 @@ import psutil
 from benchmarks.run import append_record
 from compresskit.assets import teacher_path
 
-STILL = {"steps": 1, "learning_rate": 1e-12}
-"""Changes nothing, and evaluates."""
+STILL = {"steps": 1, "learning_rate": 1e-12, "base": "none", "finish": "adapter"}
+"""Fields of a stage ``qlora`` that changes nothing, and evaluates."""
 
 
 def child(job: dict[str, Any]) -> None:
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--context-length", type=int, default=256)
-    parser.add_argument("--learning-rates", default="2e-3,5e-4", help="of QLoRA and of fine-tuning")
+    parser.add_argument("--learning-rates", default="5e-3,5e-4", help="of QLoRA and of fine-tuning")
     parser.add_argument("--chain", action="store_true")
     parser.add_argument("--merges", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -108,17 +108,18 @@ def main() -> None:
         def run(label: str, model: Path, *stages: tuple[str, dict[str, Any]]) -> None:
             values[label] = outcome(model, options.data, place / label, *stages)
 
+        # First, since it also fills the token cache, which takes memory of its own.
+        run("before", options.model, ("qlora", fields | STILL))
         run("qlora", options.model, ("qlora", adapters))
         run("finetune", options.model, ("finetune", whole))
-        run("before", options.model, ("finetune", fields | STILL))
         if options.chain:
             prune = ("prune", {"method": "wanda", "pattern": "2:4", "samples": 32})
-            run("pruned", options.model, prune, ("finetune", fields | STILL))
+            run("pruned", options.model, prune, ("qlora", fields | STILL))
             run("pruned-qlora", options.model, prune, ("qlora", adapters))
         if options.merges:
-            run("merged-into-trained", place / "qlora", ("finetune", fields | STILL))
+            run("merged-into-trained", place / "qlora", ("qlora", fields | STILL))
             unrounded(options.model, place / "qlora", place / "unrounded")
-            run("merged-into-original", place / "unrounded", ("finetune", fields | STILL))
+            run("merged-into-original", place / "unrounded", ("qlora", fields | STILL))
     settings = {**rows, "steps": options.steps, "rates": rates, "data": Path(options.data).name}
     subject = json.dumps({"model": options.model.name, **settings})
     print(append_record("qlora", values, subject=subject))
