@@ -62,12 +62,14 @@ class LayerStats:
     def divided_by(self, scale_I: Tensor) -> LayerStats:
         """The statistics of the same inputs, each divided by its entry of ``scale_I`` (I,), all positive."""
         scale = scale_I.float()
-        powers = {"input_sq_mean": scale.square(), "input_gram": scale[:, None] * scale}
-        fields = {
-            name: value / powers.get(need, scale)
-            for need, name in STATISTICS.items()
-            if (value := getattr(self, name)) is not None
-        }
+        fields = {}
+        for need, name in STATISTICS.items():
+            value = getattr(self, name)
+            if need == "input_gram" and value is not None:
+                value = (value / scale).div_(scale[:, None])
+            elif value is not None:
+                value = value / (scale.square() if need == "input_sq_mean" else scale)
+            fields[name] = value
         sample = None if self.sample_NI is None else (self.sample_NI / scale).to(self.sample_NI.dtype)
         return replace(self, sample_NI=sample, shared={}, **fields)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, cast
@@ -39,13 +40,13 @@ def forecast_rounding(stage: Quantize, model: Outlook) -> Forecast:
     schemes = stage.schemes(anatomy)
     scale_bits = round(8 * model.weight_bytes)
     bits = {n: s.bits_per_weight(anatomy.linears[n].in_features, scale_bits) for n, s in schemes.items()}
-    named = {n: (str(s),) for n, s in schemes.items()}
+    named: dict[str, tuple[str, ...]] = {n: (str(s),) for n, s in schemes.items()}
     notes = (ROUNDED_INPUTS,) if any(s.activation_bits for s in schemes.values()) else ()
     # Spread scales and quotient in float32, and the integers, of one layer.
     layer_bytes = largest_layer(anatomy, list(schemes)) * (4 + 4 + 1 + 4)
     if "input_gram" in QUANTIZERS[stage.method].needs:
-        # The Gram matrix and its factor, of the widest layer.
-        layer_bytes += 8 * max(anatomy.linears[n].in_features for n in schemes) ** 2
+        widths = {n: anatomy.linears[n].in_features for n in schemes}
+        layer_bytes += 4 * (_grams(anatomy, widths) + max(widths.values()) ** 2)  # and one's factor
     if hasattr(QUANTIZERS[stage.method], "scale"):
         # A float32 copy of a block to find out who may scale whom, or a layer scaled, rounded and compared.
         layer_bytes += 4 * max(_largest_block(anatomy), 3 * largest_layer(anatomy, list(schemes)))
@@ -68,6 +69,14 @@ def forecast_rounding(stage: Quantize, model: Outlook) -> Forecast:
         memory_bytes=round(memory),
         notes=notes,
     )
+
+
+def _grams(anatomy: Anatomy, widths: Mapping[str, int]) -> int:
+    """Entries of the Gram matrices of one block that are alive together, at least one for each width."""
+    blocks: dict[str | None, set[int]] = {}
+    for layer, width in widths.items():
+        blocks.setdefault(anatomy.linears[layer].block, set()).add(width)
+    return max(sum(width**2 for width in found) for found in blocks.values())
 
 
 def _largest_block(anatomy: Anatomy) -> int:
