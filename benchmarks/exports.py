@@ -53,7 +53,8 @@ directory, to, dtype, tokens, rounds, out = sys.argv[1:]
 tokens, rounds = json.loads(tokens), int(rounds)
 if to == "gguf":
     from llama_cpp import Llama
-    model = Llama(directory + "/model.gguf", n_ctx=512, logits_all=True, verbose=False, n_threads=1, n_threads_batch=1)
+    threads = {"n_threads": 1, "n_threads_batch": 1}
+    model = Llama(directory + "/model.gguf", n_ctx=512, logits_all=True, verbose=False, **threads)
     def run():
         model.reset()
         model.eval(tokens)
