@@ -68,7 +68,8 @@ class Held:
 
     def _add(self, x: Tensor, a_RI: Tensor, b_OR: Tensor) -> Tensor:
         layer: Any = self
-        return F.linear(x, update(a_RI, b_OR, layer.scaling[ADAPTER], self._keep_OI(a_RI, b_OR)))
+        update_OI = update(a_RI, b_OR, layer.scaling[ADAPTER], self._keep_OI(a_RI, b_OR))
+        return F.linear(x, update_OI.to(x.dtype))
 
     def _whole(self, x: Tensor, a_RI: Tensor, b_OR: Tensor, magnitude_O: Tensor | None) -> Tensor:
         layer: Any = self
@@ -80,7 +81,7 @@ class Held:
         if self.held_grid is not None:
             snapped_OI = self.held_grid.snap(new_OI.detach()).to(new_OI.dtype)
             new_OI = new_OI + (snapped_OI - new_OI).detach()
-        return F.linear(x, new_OI, base.bias)
+        return F.linear(x, new_OI.to(x.dtype), base.bias)
 
     def _keep_OI(self, a_RI: Tensor, b_OR: Tensor) -> Tensor | None:
         if self.keep_bits is None:

@@ -11,6 +11,7 @@ import torch
 from conftest import FIELDS, Train, projections
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from tiny import tiny_llama
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -231,3 +232,13 @@ def test_bf16_and_8_bit_states_train_too(pruned: ModelSource, train: Train) -> N
             out=adapter,
         )
         assert done.outcome.steps == 3
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+def test_a_held_model_stored_in_bf16_runs_before_it_is_widened(
+    train: Train, tmp_path: Path, adapter: str
+) -> None:
+    source = ModelSource(tiny_llama(tmp_path / "bf16", dtype=torch.bfloat16))
+    layers = projections(source)
+    adapted = replace(train(source, held=layers, adapter=adapter, base="none").adapted)
+    assert logits(adapted.load(source)).isfinite().all()
