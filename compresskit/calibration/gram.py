@@ -1,7 +1,8 @@
 """The Gram matrix of a layer's inputs, at half the products and, where nothing is lost by it, in bfloat16.
 
 A product of two bfloat16 numbers has 16 significant bits and is exact in float32, so that rounding the
-factors to bfloat16, which they are already, and summing up in float32 gives what float32 alone does.
+factors to bfloat16, which they are already, and summing up in float32 loses no more than float32 alone: the
+sum's own rounding.
 
 Shapes: T = tokens, I = in_features.
 """
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 MAX_TOKENS = 2048
+SIDE = 256
+"""Rows that are mirrored at a time: a copy of the matrix would be as large as it."""
 
 
 def add_gram(sum_II: Tensor, input_TI: Tensor) -> None:
@@ -38,8 +41,8 @@ def add_gram(sum_II: Tensor, input_TI: Tensor) -> None:
 def mirror(sum_II: Tensor) -> None:
     """Copy what is below the diagonal to above it, in place."""
     inputs = len(sum_II)
-    for start in range(0, inputs, MAX_TOKENS):
-        stop = min(start + MAX_TOKENS, inputs)
+    for start in range(0, inputs, SIDE):
+        stop = min(start + SIDE, inputs)
         corner = sum_II[start:stop, start:stop]
         corner.copy_(corner.tril() + corner.tril(-1).t())
         sum_II[start:stop, stop:] = sum_II[stop:, start:stop].t()

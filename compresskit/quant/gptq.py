@@ -12,7 +12,7 @@ Shapes: O = out_features, I = in_features, B = inputs of the smallest block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -136,17 +136,27 @@ def _round_in_order(weight_OI: Tensor, grid: Grid, order_I: Tensor, factor_II: T
             left_IO[at].sub_(rounded_O).div_(factor_II[at, at])
             left_IO[at + 1 : stop].addr_(factor_II[at, at + 1 : stop], left_IO[at], alpha=-1)
 
-    def spread(start: int, stop: int) -> None:
-        if stop - start <= LEAF:
+    for start, middle, stop in _halves(0, len(places)):
+        if middle == stop:
             leaf(start, stop)
-            return
-        middle = start + (stop - start + 1) // 2
-        spread(start, middle)
-        left_IO[middle:stop].addmm_(factor_II[start:middle, middle:stop].t(), left_IO[start:middle], alpha=-1)
-        spread(middle, stop)
-
-    spread(0, len(places))
+        else:
+            factor_BB = factor_II[start:middle, middle:stop]
+            left_IO[middle:stop].addmm_(factor_BB.t(), left_IO[start:middle], alpha=-1)
     return new_OI
+
+
+def _halves(start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """The leaves (start, stop, stop) in order, and (start, middle, stop) between the halves of each range.
+
+    Not a function within the one that rounds: calling itself, it would keep that one's tensors in a cycle.
+    """
+    if stop - start <= LEAF:
+        yield start, stop, stop
+        return
+    middle = start + (stop - start + 1) // 2
+    yield from _halves(start, middle)
+    yield start, middle, stop
+    yield from _halves(middle, stop)
 
 
 def _rounders(grid: Grid, places: list[int]) -> list[Callable[[Tensor], Tensor]]:
