@@ -99,7 +99,8 @@ def score(checkpoint: Path, options: argparse.Namespace) -> float | str:
             max_documents=options.documents,
         )
     except Exception as error:  # of any library: the other cells still stand
-        return f"does not run: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        said = str(error).splitlines()[0].replace(str(checkpoint), checkpoint.name)
+        return f"does not run: {type(error).__name__}: {said[:200]}"
     return found.bits_per_byte
 
 
