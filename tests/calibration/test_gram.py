@@ -29,14 +29,12 @@ def test_products_of_bfloat16_are_exact(inputs: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_as_near_to_float64_as_float32_is(dtype: torch.dtype) -> None:
+def test_only_sums_are_rounded(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x = (torch.randn(3000, 300) + 0.5).to(dtype)
     exact = x.double().t() @ x.double()
-    plain = x.float().t() @ x.float()
-    error = (gram_of(x) - exact).abs().max()
-    assert error <= 2 * (plain - exact).abs().max() + 1e-4
-    assert error < 1e-5 * exact.diagonal().max(), "factors rounded to bfloat16 would be off by a thousandth"
+    error = (gram_of(x) - exact).abs().max() / exact.max()
+    assert error < 5e-6, "sums in float32 are off by about 1e-6; factors rounded to bfloat16 by 2e-5"
 
 
 def test_long_inputs_and_wide_ones_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
