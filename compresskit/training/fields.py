@@ -23,6 +23,8 @@ class TrainingFields:
         weight_decay: decoupled.
         max_grad_norm: always set, on every engine.
         precision: ``fp32``, ``bf16`` or ``fp16`` (with dynamic loss scaling) compute; weights stay fp32.
+        matmul: ``float``, in ``precision``, or ``int8`` (torchao): how the blocks' linear layers multiply
+            while they train, forward and backward; evaluations multiply in float.
         activation_checkpointing: recompute activations in the backward pass.
         eval_every: steps between evaluations on the validation split; 0 evaluates at the end only.
         checkpoint_every: steps between checkpoints that a restart continues from; 0 keeps none.
@@ -47,6 +49,7 @@ class TrainingFields:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     precision: str = "fp32"
+    matmul: str = "float"
     activation_checkpointing: bool = False
     eval_every: int = 0
     checkpoint_every: int = 100

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,12 +25,14 @@ from compresskit.training import checkpoint
 from compresskit.training.access import access_for, cast_like, local_bytes
 from compresskit.training.arguments import CHECKPOINTS, training_arguments
 from compresskit.training.engine import running_engine
+from compresskit.training.faults import eight_bit_faults, training_faults
 from compresskit.training.fields import TrainingFields
 from compresskit.training.finite import require_finite_weights
+from compresskit.training.int8 import int8_products
 from compresskit.training.objective import CrossEntropy, Objective, TeacherProvider
 from compresskit.training.order import Ordered, Rows
 from compresskit.training.redirect import redirected
-from compresskit.training.rules import Setting, eight_bit_faults, launched_processes, training_faults
+from compresskit.training.rules import Setting, launched_processes
 from compresskit.training.trainer import StageTrainer
 from compresskit.training.watch import LOSSES, LossLog, Watch
 
@@ -318,7 +320,8 @@ def _trainable(model: nn.Module, fields: TrainingFields) -> Iterator[dict[str, t
     if fields.activation_checkpointing:
         _checkpoint_activations(model)
     try:
-        yield dtypes
+        with int8_products(model) if fields.matmul == "int8" else nullcontext():
+            yield dtypes
     finally:
         if config is not None and before is not None:
             config.use_cache = before  # transformers' Trainer sets it to False and leaves it so

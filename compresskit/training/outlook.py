@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from compresskit.errors import Fault
 from compresskit.stage import Forecast
+from compresskit.training.faults import eight_bit_faults, training_faults
 from compresskit.training.fields import TrainingFields
-from compresskit.training.rules import Setting, eight_bit_faults, launched_processes, training_faults
+from compresskit.training.rules import Setting, launched_processes
 
 if TYPE_CHECKING:
     from compresskit.stage import Outlook
@@ -18,6 +19,11 @@ STATE_BYTES = 16
 """Of one trained parameter: fp32 weight, gradient and the two moments of Adam."""
 LOGIT_ROWS = 1024
 """Tokens whose logits are alive at once; see ``compresskit.kernels``."""
+INT8_NOTES = {
+    "cpu": "Products in int8 were faster than in fp32 and slower than in bf16, on a CPU with instructions "
+    "for both; without such instructions they may be slower than either.",
+    "cuda": "How much faster products in int8 are on a GPU was not measured.",
+}
 UNSUPPORTED_SCALES = ("logit_scale", "logits_scaling")
 
 
@@ -37,6 +43,9 @@ def student_faults(fields: TrainingFields, model: Outlook, where: str) -> list[F
         )
     else:
         faults += isolation_faults(fields, model, where)
+    if fields.matmul == "int8" and all(n.transposed for n in model.anatomy.linears.values() if n.block):
+        cure = "Use matmul float: torchao multiplies no layer that stores its weight transposed."
+        faults.append(Fault(f"{where}.matmul", "a model with torch.nn.Linear in its blocks", "none", cure))
     faults += scale_faults(model.config, where)
     limit = getattr(model.config, "max_position_embeddings", None)
     if fields.context_length and limit and fields.context_length > limit:
@@ -115,6 +124,8 @@ def forecast_training(
     notes: tuple[str, ...] = ()
     if setting.strategy in ("fsdp", "deepspeed"):
         notes = ("Each process loads the whole model once before it keeps only its shard.",)
+    if fields.matmul == "int8":
+        notes += (INT8_NOTES[model.device],)
     return Forecast(
         after=model,
         layers=len(anatomy.linears),

@@ -1,4 +1,4 @@
-"""What does not combine when training, with the cure of each: one table, checked at plan time. No torch."""
+"""What does not combine when training, with the cure of each: one table. No torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from compresskit.errors import Fault
 from compresskit.training.fields import TrainingFields
+from compresskit.training.int8 import multiplies_int8
 
 STRATEGIES = ("auto", "ddp", "fsdp", "deepspeed")
 PRECISIONS = ("fp32", "bf16", "fp16")
+MATMULS = ("float", "int8")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 EIGHT_BIT = ("adamw_8bit", "paged_adamw_8bit")
 """For adapters alone: a weight whose gradient has always been zero does not stay at zero with these."""
@@ -102,6 +103,10 @@ def _read_config(s: Setting) -> dict[str, dict[str, object]]:
         return {}
     config: dict[str, dict[str, object]] = json.loads(Path(s.fields.deepspeed_config).read_text("utf-8"))
     return config
+
+
+def _int8(s: Setting) -> bool:
+    return s.fields.matmul == "int8"
 
 
 RULES: tuple[Rule, ...] = (
@@ -274,6 +279,54 @@ RULES: tuple[Rule, ...] = (
         "fp16, whose loss scale must see the gradients of all ranks at once",
         "Use precision bf16, or strategy ddp.",
     ),
+    Rule(
+        "matmul-name",
+        "matmul",
+        lambda s: s.fields.matmul not in MATMULS,
+        "float or int8",
+        "{matmul!r}",
+        "Choose one of these.",
+    ),
+    Rule(
+        "matmul-int8-missing",
+        "matmul",
+        lambda s: _int8(s) and find_spec("torchao") is None,
+        "the package torchao",
+        "an environment without it",
+        "Install it with `pip install 'compresskit[qat]'`, or use matmul float.",
+    ),
+    Rule(
+        "matmul-int8-device",
+        "matmul",
+        lambda s: _int8(s) and find_spec("torchao") is not None and not multiplies_int8(s.device),
+        "a GPU of compute capability 8.0 or higher with Triton, or a CPU where Triton finds no GPU",
+        "a {device} for which torchao has no int8 product",
+        "Use matmul float; for a CPU beside a GPU, hide the GPU: CUDA_VISIBLE_DEVICES= in the environment.",
+    ),
+    Rule(
+        "matmul-int8-stage",
+        "matmul",
+        lambda s: _int8(s) and getattr(s.fields, "kind", "") in ("qat", "qlora"),
+        "float in a stage whose layers compute with rounded or frozen weights",
+        "{matmul}",
+        "Use matmul float; int8 is for finetune and distill.",
+    ),
+    Rule(
+        "matmul-int8-deepspeed",
+        "matmul",
+        lambda s: _int8(s) and s.strategy == "deepspeed",
+        "float with strategy deepspeed",
+        "{matmul}",
+        "Use strategy ddp or fsdp, or matmul float.",
+    ),
+    Rule(
+        "matmul-int8-fp16",
+        "precision",
+        lambda s: _int8(s) and s.fields.precision == "fp16",
+        "fp32 or bf16 beside matmul int8, whose sums of integers overflow fp16",
+        "{precision}",
+        "Use precision bf16, or matmul float.",
+    ),
 )
 
 
@@ -287,67 +340,3 @@ def launched_processes() -> int | None:
 def this_rank() -> int:
     """The rank of this process in its launch; outside of one 0, the rank that writes and tells."""
     return int(os.environ.get("RANK", "0")) if launched_processes() is not None else 0
-
-
-def eight_bit_faults(fields: TrainingFields, where: str) -> list[Fault]:
-    """What is wrong with the optimiser's states for training the weights of layers themselves."""
-    if fields.optimizer not in EIGHT_BIT:
-        return []
-    expected = "an optimiser that keeps pruned weights at zero"
-    cure = "Use optimizer adamw_torch; 8-bit states are for stages that train adapters."
-    return [Fault(f"{where}.optimizer", expected, fields.optimizer, cure)]
-
-
-def number_faults(fields: TrainingFields, where: str) -> list[Fault]:
-    """Fields that must be positive, or not negative, and are not."""
-    least = {"batch_size": 1, "processes": 1, "eval_every": 0, "checkpoint_every": 0}
-    least |= {"weight_decay": 0, "warmup_fraction": 0}
-    for name in ("steps", "micro_batch_size", "context_length"):
-        if getattr(fields, name) is not None:
-            least[name] = 2 if name == "context_length" else 1
-    faults = [
-        Fault(f"{where}.{name}", f"at least {low}", str(getattr(fields, name)), f"Raise {name}.")
-        for name, low in least.items()
-        if getattr(fields, name) < low
-    ]
-    for name in ("learning_rate", "max_grad_norm", "epochs"):
-        if not getattr(fields, name) > 0:
-            got = str(getattr(fields, name))
-            faults.append(Fault(f"{where}.{name}", "a number above 0", got, f"Raise {name}."))
-    if not fields.warmup_fraction < 1:
-        got = str(fields.warmup_fraction)
-        faults.append(
-            Fault(
-                f"{where}.warmup_fraction", "less than 1", got, "Give a fraction of the steps, such as 0.05."
-            )
-        )
-    return faults
-
-
-def training_faults(
-    fields: TrainingFields, where: str, *, device: str = "cpu", devices: int = 0
-) -> list[Fault]:
-    """Everything wrong with ``fields`` here and now.
-
-    Args:
-        fields: of a stage that trains.
-        where: prefix of each fault, e.g. ``stages[1]``.
-        device: ``cpu`` or ``cuda``.
-        devices: accelerators of this machine; 0 where that is no limit.
-
-    Returns:
-        One fault per broken rule, and per number out of range.
-    """
-    faults = number_faults(fields, where)
-    if any(f.where.endswith((".batch_size", ".processes", ".micro_batch_size")) for f in faults):
-        return faults
-    launched = launched_processes()
-    setting = Setting(fields, launched or fields.processes, device, 0 if launched else devices)
-    said = {name: getattr(fields, name) for name in fields.__dataclass_fields__}
-    said |= {name: getattr(setting, name) for name in ("devices", "processes", "micro_batch_size")}
-    faults += [
-        Fault(f"{where}.{rule.field}", rule.expected.format(**said), rule.got.format(**said), rule.cure)
-        for rule in RULES
-        if rule.broken(setting)
-    ]
-    return faults

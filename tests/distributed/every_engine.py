@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ ENGINES: Mapping[str, dict[str, Any]] = {
     "zero1": {"strategy": "deepspeed", "zero_stage": 1},
     "zero2": {"strategy": "deepspeed", "zero_stage": 2},
     "zero3": {"strategy": "deepspeed", "zero_stage": 3},
+}
+INT8: Mapping[str, dict[str, Any]] = {
+    f"int8-{engine}": {**ENGINES[engine], "matmul": "int8"} for engine in ("ddp", "fsdp")
 }
 FIELDS = TrainingFields(
     steps=STEPS,
@@ -82,7 +86,8 @@ def make_model(*, tied: bool = True) -> tuple[LlamaForCausalLM, tuple[str, ...]]
 
 def main(out: Path) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for engine, changes in ENGINES.items():
+    runs = {**ENGINES, **(INT8 if find_spec("torchao") else {})}
+    for engine, changes in runs.items():
         model, held = make_model()
 
         def save(tensors: Mapping[str, Tensor], engine: str = engine) -> None:

@@ -8,13 +8,14 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import every_engine
 import pytest
 import torch
-from every_engine import ENGINES, FIELDS, STEPS, Counting, make_model
+from every_engine import ENGINES, FIELDS, INT8, STEPS, Counting, make_model
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from compresskit.training.watch import LossLog
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 RANKS = 2
+NEEDS_TORCHAO = pytest.mark.skipif(not find_spec("torchao"), reason="torchao is not installed")
 TOLERANCE = 2e-6
 """Relative, of a loss at any of 20 steps: engines sum gradients in other orders, in fp32."""
 NAMES = {"ddp": "ddp", "fsdp": "fsdp", "zero1": "deepspeed ZeRO-1", "zero2": "deepspeed ZeRO-2"} | {
@@ -115,6 +117,23 @@ def test_every_pruned_weight_is_zero_in_the_saved_result(engine: str, launched: 
     assert saved.keys() == true.keys()
     for name, tensor in true.items():
         torch.testing.assert_close(saved[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@NEEDS_TORCHAO
+@pytest.mark.parametrize("run", INT8)
+def test_products_in_int8_stay_near_and_keep_zeros(run: str, launched: Path, single: Any) -> None:
+    """Where they were not multiplied in int8, losses would be those of the float run to six digits."""
+    mine, true = losses(launched / run), losses(single[0])
+    assert mine == pytest.approx(true, rel=1e-3)
+    assert mine != pytest.approx(true, rel=TOLERANCE)
+    assert mine == pytest.approx(losses(launched / "int8-ddp"), rel=1e-4)
+    assert outcome_of(launched, run)["engine"] == run.removeprefix("int8-")
+    saved, (before, held) = load_file(launched / f"{run}.safetensors"), make_model()
+    assert saved.keys() == single[2].keys()
+    for layer in held:
+        was = before.get_submodule(layer).weight
+        assert not saved[f"{layer}.weight"][was == 0].any(), layer
+        assert (saved[f"{layer}.weight"][was != 0] != 0).all(), layer
 
 
 @pytest.mark.parametrize("engine", ENGINES)

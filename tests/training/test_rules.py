@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from compresskit.training import rules
+from compresskit.training.faults import training_faults
 from compresskit.training.fields import TrainingFields
-from compresskit.training.rules import RULES, Setting, this_rank, training_faults
+from compresskit.training.int8 import multiplies_int8
+from compresskit.training.rules import RULES, Setting, this_rank
 
 DS: dict[str, Any] = {"strategy": "deepspeed"}
 BREAKS: dict[str, dict[str, Any]] = {
@@ -41,13 +43,20 @@ BREAKS: dict[str, dict[str, Any]] = {
     "prefix-checkpointing": {"adapter": "prefix", "activation_checkpointing": True},
     "frozen-bits-sharded": {"strategy": "fsdp", "processes": 2, "base": "nf4"},
     "fp16-sharded": {"strategy": "fsdp", "processes": 2, "precision": "fp16"},
+    "matmul-name": {"matmul": "int4"},
+    "matmul-int8-missing": {"matmul": "int8"},
+    "matmul-int8-device": {"matmul": "int8"},
+    "matmul-int8-stage": {"matmul": "int8", "kind": "qat"},
+    "matmul-int8-deepspeed": DS | {"matmul": "int8"},
+    "matmul-int8-fp16": {"matmul": "int8", "precision": "fp16"},
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFields(TrainingFields):
-    """Those of a stage that trains adapters."""
+    """Those of a stage that trains adapters, or has another name."""
 
+    kind: str = "finetune"
     adapter: str = "lora"
     base: str = "none"
 
@@ -57,6 +66,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(rules, "find_spec", lambda name: object())
+    monkeypatch.setattr(rules, "multiplies_int8", lambda device: True)
 
 
 def test_every_rule_is_broken_here() -> None:
@@ -73,6 +83,8 @@ def test_a_broken_rule_is_told_with_its_cure(
         changes["deepspeed_config"] = str(tmp_path / "ds.json")
     if rule.name.endswith("-missing"):
         monkeypatch.setattr(rules, "find_spec", lambda name: None)
+    if rule.name == "matmul-int8-device":
+        monkeypatch.setattr(rules, "multiplies_int8", lambda device: False)
     two_gpus = {"device": "cuda", "devices": 2} if rule.name == "more-processes-than-devices" else {}
     faults = training_faults(AdapterFields(**changes), "stages[1]", **two_gpus)
     assert [f.where for f in faults] == [f"stages[1].{rule.field}"]
@@ -88,6 +100,7 @@ def test_a_broken_rule_is_told_with_its_cure(
         TrainingFields(processes=2, strategy="fsdp", precision="bf16", micro_batch_size=2),
         TrainingFields(processes=2, strategy="ddp", precision="fp16"),
         TrainingFields(strategy="deepspeed", zero_stage=3),
+        TrainingFields(processes=2, strategy="fsdp", precision="bf16", matmul="int8"),
     ],
 )
 def test_what_combines_has_no_faults(fields: TrainingFields) -> None:
@@ -143,3 +156,21 @@ def test_the_rank_is_that_of_the_launch(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("RANK", "3")
     assert this_rank() == 3
+
+
+@pytest.mark.parametrize(
+    ("device", "triton", "capability", "expected"),
+    [
+        ("cpu", False, (0, 0), True),
+        ("cpu", True, (9, 0), False),
+        ("cuda", True, (8, 0), True),
+        ("cuda", True, (7, 5), False),
+        ("cuda", False, (9, 0), False),
+    ],
+)
+def test_where_torchao_has_an_int8_product(
+    monkeypatch: pytest.MonkeyPatch, device: str, triton: bool, capability: tuple[int, int], expected: bool
+) -> None:
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: triton)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    assert multiplies_int8(device) is expected
