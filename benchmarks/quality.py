@@ -231,7 +231,7 @@ def main() -> None:
         settings = {name: getattr(options, name) for name in ("rows", "context_length", "documents")}
         settings |= {"left_alone": found["left alone"], "train": Path(options.train).name}
         path = append_record(
-            "quality",
+            "quality-peer",
             {"dense": found["dense"], "rows": rows},
             subject=model.name,
             results=options.results,
