@@ -90,7 +90,8 @@ class TrainJob:
         data = json.loads(text)
         for name in ("objective", "teacher", "adaptation"):
             data[name] = data[name] and Part(**data[name])
-        return cls(**data | {"held": tuple(data["held"])})
+        spec = asdict(DataSpec(**data["data"]))  # whose tuples JSON made lists
+        return cls(**data | {"data": spec, "held": tuple(data["held"])})
 
     @property
     def training(self) -> TrainingFields:
