@@ -18,6 +18,7 @@ from compresskit.exports.run import export_model
 from compresskit.formats import export
 from compresskit.formats.readback import read_back
 from compresskit.modeling import ModelSource
+from compresskit.modeling.streaming import return_memory
 from compresskit.planner import Plan
 from compresskit.stage import Json, promise_to_json
 
@@ -33,6 +34,7 @@ def assemble(
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
+    return_memory()  # of the last stage, before tensors as large as the embeddings are read
     export(model, partial)
     packed = read_back(model, partial) if model.is_quantised else 0
     said = _export_all(plan, model, partial)

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from compresskit.modeling.anatomy import Anatomy, Linear
     from compresskit.modeling.source import ModelSource
 
-BATCH_TOKENS = 2048  # run through a block at once
+BATCH_TOKENS = 1024  # run through a block at once
 MAX_CONTEXT = 2048
-SPILL_BYTES = 1 << 29
+SPILL_BYTES = 1 << 26
 
 
 class Calibrated(Protocol):

@@ -193,6 +193,7 @@ class _Walk:
                         run(batch, row)
                     self.progress.advance(len(row["input_ids"]))
             stats = collector.finish(names)
+            return_memory()
         if self.prepare is not None and block is not None:
             stats = dict(self.prepare(block, self.streamed, stats))
         for name in names:

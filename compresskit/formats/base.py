@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from compresskit.formats.grid import Grid
+from compresskit.formats.shards import Stored
 
 
 class Decoded(NamedTuple):
@@ -49,6 +50,10 @@ class Checkpoint(Protocol):
 
     def tensor(self, name: str) -> Tensor:
         """One of them."""
+        ...
+
+    def place(self, name: str) -> Stored:
+        """Where it lies."""
         ...
 
     def grid(self, layer: str) -> Grid | None:

@@ -81,6 +81,7 @@ class Bitsandbytes:
                 yield from _encode_weight(layer, tensor, grids[layer])
             else:
                 yield name, tensor
+            del tensor  # before the next is made
         if left:
             cure = "Write grids for layers of this model only."
             raise FormatError(Fault("grids", "a weight for each grid", f"none for {sorted(left)[:10]}", cure))

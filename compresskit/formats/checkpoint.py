@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from compresskit.formats import FORMATS
 from compresskit.formats.base import Checkpoint
-from compresskit.formats.files import save_tensors
 from compresskit.formats.grid import GRIDS_FILE, Grid
+from compresskit.formats.shards import write_stream
 from compresskit.progress import Progress
 
 CONFIG = "config.json"
@@ -28,7 +29,7 @@ WEIGHTS = (".safetensors", INDEX, ".bin", ".pt", ".pth", ".h5", ".gguf", ".msgpa
 def export_checkpoint(model: Checkpoint, out: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
     """Write ``model`` into ``out`` in a form that plain ``from_pretrained`` loads.
 
-    Layers with a grid are packed (see :func:`format_for`); a model without any is copied. At most one shard
+    Layers with a grid are packed (see :func:`format_for`); a model without any is copied. At most one tensor
     is in memory; the bytes depend on the model alone.
 
     Args:
@@ -80,13 +81,13 @@ def write_shards(
         shard_bytes: start another file before this is exceeded.
         metadata: what the header of every file says besides.
     """
-    parts: list[tuple[Path, list[str]]] = []
+    parts: list[tuple[Path, tuple[str, ...]]] = []
     total = 0
     for index, shard in enumerate(_shards(tensors, shard_bytes)):
         path = out / f".{index}.safetensors.partial"
-        save_tensors(path, shard, {"format": "pt", **(metadata or {})})
-        parts.append((path, list(shard)))
-        total += sum(_bytes(t) for t in shard.values())
+        keys, size = write_stream(path, shard, {"format": "pt", **(metadata or {})})
+        parts.append((path, keys))
+        total += size
     if len(parts) == 1:
         parts[0][0].rename(out / SINGLE)
         return
@@ -112,16 +113,22 @@ def _read(model: Checkpoint, names: Iterable[str], progress: Progress) -> Iterat
         progress.advance()
 
 
-def _shards(tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for key, tensor in tensors:
-        if shard and size + _bytes(tensor) > shard_bytes:
-            yield shard
-            shard, size = {}, 0
-        shard[key] = tensor.contiguous()
-        size += _bytes(tensor)
-    yield shard
+def _shards(
+    tensors: Iterable[tuple[str, Tensor]], shard_bytes: int
+) -> Iterator[Iterator[tuple[str, Tensor]]]:
+    """The tensors of one file after another; each to be used up before the next is asked for."""
+    source = iter(tensors)
+    ahead = list(islice(source, 1))
+
+    def shard() -> Iterator[tuple[str, Tensor]]:
+        size = 0
+        while ahead and (size == 0 or size + _bytes(ahead[0][1]) <= shard_bytes):
+            size += _bytes(ahead[0][1])
+            yield ahead.pop()
+            ahead.extend(islice(source, 1))
+
+    while ahead:
+        yield shard()
 
 
 def _bytes(tensor: Tensor) -> int:

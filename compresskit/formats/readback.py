@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-
-from torch import Tensor
 
 from compresskit.errors import Fault, FormatError
 from compresskit.formats import FORMATS
@@ -33,10 +30,18 @@ def read_back(model: Checkpoint, out: Path) -> int:
         FormatError: a parameter is missing, or differs in a single bit, or lies on another grid.
     """
     config = json.loads((out / CONFIG).read_text(encoding="utf-8"))["quantization_config"]
-    left = set(model.names())
-    wrong = []
+    plain = {
+        n for n in model.names() if model.grid(n.rpartition(".")[0]) is None or not n.endswith(".weight")
+    }
+    stored = {
+        key: place for path in sorted(out.glob("*.safetensors")) for key, place in read_header(path).items()
+    }
+    copied = plain & stored.keys()
+    wrong = [name for name in sorted(copied) if not stored[name].same(model.place(name))]
+    left = set(model.names()) - copied
+    packed = ((key, place.read()) for key, place in stored.items() if key not in copied)
     with Progress("reading back", len(left), unit="tensors") as progress:
-        for name, tensor, grid in FORMATS[config["quant_method"]]().decode(_stored(out), config):
+        for name, tensor, grid in FORMATS[config["quant_method"]]().decode(packed, config):
             left.discard(name)
             expected = model.tensor(name)
             same = tensor.dtype == expected.dtype and tensor.equal(expected)
@@ -49,9 +54,3 @@ def read_back(model: Checkpoint, out: Path) -> int:
         cure = "The disk or the packing is at fault: run again, and report it if it happens again."
         raise FormatError(Fault(str(out), "every parameter as it was before packing", got, cure))
     return len(model.names())
-
-
-def _stored(out: Path) -> Iterator[tuple[str, Tensor]]:
-    for path in sorted(out.glob("*.safetensors")):
-        for key, place in read_header(path).items():
-            yield key, place.read()

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -41,6 +44,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000
+COPY_BYTES = 1 << 20
 LFS_POINTER = b"version https://git-lfs"
 FETCH_AGAIN = "Download or copy the file again; it is damaged."
 
@@ -67,6 +71,19 @@ class Stored:
             file.seek(self.offset)
             _fill(file.readinto, flat.numpy().data, self.path, self.key)
         return flat.view(self.dtype).reshape(self.shape)
+
+    def same(self, other: Stored) -> bool:
+        """Whether ``other`` holds the very same bytes, type and shape; neither is read whole."""
+        if (self.dtype, self.shape, self.num_bytes) != (other.dtype, other.shape, other.num_bytes):
+            return False
+        with self.path.open("rb") as mine, other.path.open("rb") as others:
+            mine.seek(self.offset)
+            others.seek(other.offset)
+            for done in range(0, self.num_bytes, COPY_BYTES):
+                size = min(COPY_BYTES, self.num_bytes - done)
+                if mine.read(size) != others.read(size):
+                    return False
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +181,56 @@ def write_shard(path: Path, tensors: Sequence[Pending]) -> dict[str, Stored]:
     partial.replace(path)
     base = 8 + len(text)
     return {p.key: _place(path, p.key, cast(Mapping[str, Any], header[p.key]), base) for p in tensors}
+
+
+def write_stream(
+    path: Path, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]
+) -> tuple[tuple[str, ...], int]:
+    """Write ``tensors`` to ``path`` as they come, whole or not at all, none kept after it was written.
+
+    Tensors of the widest numbers come first, so that each is aligned for readers that map the file; the
+    bytes wait in a file for each width until all have come and the header can be written.
+
+    Args:
+        path: of the file; replaced if it exists.
+        tensors: (key, tensor); each is forgotten before the next is asked for.
+        metadata: what the header says besides.
+
+    Returns:
+        The keys, in the order they came, and the bytes of all tensors.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    waiting: dict[int, IO[bytes]] = {}
+    entries: dict[int, list[tuple[str, torch.dtype, list[int], int]]] = {}
+    with ExitStack() as files:
+        for key, tensor in tensors:
+            width = tensor.element_size()
+            if width not in waiting:
+                waiting[width] = files.enter_context(tempfile.TemporaryFile(dir=path.parent))
+            data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
+            waiting[width].write(data)
+            entries.setdefault(width, []).append((key, tensor.dtype, list(tensor.shape), len(data)))
+            del tensor, data
+        widths = sorted(waiting, reverse=True)
+        header: dict[str, object] = {"__metadata__": dict(metadata)}
+        offset = 0
+        for key, dtype, shape, size in (entry for width in widths for entry in entries[width]):
+            header[key] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [offset, offset + size]}
+            offset += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        partial = path.with_name(f".{path.name}.partial")
+        with partial.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for width in widths:
+                waiting[width].seek(0)
+                shutil.copyfileobj(waiting[width], file, COPY_BYTES)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    return tuple(key for width in widths for key, *_ in entries[width]), offset
 
 
 def _place(path: Path, key: str, entry: Mapping[str, Any], base: int) -> Stored:
