@@ -125,8 +125,8 @@ def walk_bytes(anatomy: Anatomy, weight_bytes: float) -> float:
             sizes[block] = sizes.get(block, 0) + prod(shape)
     outside = sizes.pop(None, 0)
     table = max((prod(shapes[name]) for name in tables & shapes.keys()), default=0)
-    block = max(sizes.values(), default=0) + largest_layer(anatomy, list(anatomy.linears))
-    return (outside + max(table, block)) * weight_bytes
+    largest = max(sizes.values(), default=0) + largest_layer(anatomy, list(anatomy.linears))
+    return (outside + max(table, largest)) * weight_bytes
 
 
 def calibration_bytes(stage: Calibrated, config: Any, anatomy: Anatomy) -> int:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 RENAMED = {"processes": "--nproc", "overrides": "--override"}
 HIDDEN = ("options", "data")
+# Imported by accelerate and transformers wherever they are installed, these warn of there being no GPU, of
+# kernels built for another Python, and of kernels on a hub, which nothing here uses.
+TALKATIVE = ("DeepSpeed", "torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
 
 
 def documented(cls: type[Any]) -> dict[str, str]:
@@ -245,8 +248,6 @@ def quiet_libraries(*, verbose: bool) -> None:
         logging.basicConfig(level=logging.INFO)
         return
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    # Accelerate imports deepspeed wherever it is installed, and deepspeed then warns that there is no GPU.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
-    # bitsandbytes advises to fetch kernels from a hub, which nothing here uses.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    for name in TALKATIVE:
+        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
