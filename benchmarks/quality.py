@@ -113,25 +113,36 @@ def figures_of(
 ) -> tuple[Figures, dict[str, str]]:
     """The figure of each job, and the versions it was made with.
 
-    Jobs whose checkpoint lies in ``home`` already are not run again, nor scored again on the same text; all
-    others are run in one process.
+    ``home`` is for one model and one calibration. A job whose checkpoint lies there already is not run again,
+    nor scored again on the same text; all others are run in one process.
     """
     home.mkdir(parents=True, exist_ok=True)
-    kept_in, text = home / "figures.json", f"{Path(options.evaluate).name} {options.documents}"
-    kept = json.loads(kept_in.read_text()) if kept_in.is_file() else {"errors": {}, "versions": {}}
-    scored: Figures = kept.setdefault(text, {})
-    chosen = [{**job, "out": str(home / job["name"].replace(" ", "-"))} for job in jobs]
-    todo = [job for job in chosen if job["name"] not in kept["errors"] and not Path(job["out"]).is_dir()]
+    kept_in = home / "figures.json"
+    kept = json.loads(kept_in.read_text()) if kept_in.is_file() else {"scored": {}, "versions": {}}
+    text = f"{digest_of(Path(options.evaluate).read_bytes())} {options.documents}"
+    scored: Figures = kept["scored"].setdefault(text, {})
+    keys = {job["name"]: digest_of(json.dumps(job, sort_keys=True).encode()) for job in jobs}
+    chosen = [{**job, "out": str(home / keys[job["name"]])} for job in jobs]
+    todo = [job for job in chosen if not Path(job["out"]).is_dir()]
+    errors: dict[str, str] = {}
     if todo:
         answer = run_jobs(command, {**task, "threads": default_threads(), "jobs": todo}, home).answer
-        kept["errors"] |= answer["errors"]
-        kept["versions"] = answer["versions"]
+        errors = answer["errors"]
+        kept["versions"] |= {keys[job["name"]]: answer["versions"] for job in todo}
     for job in chosen:
-        name = job["name"]
-        if name not in scored:
-            scored[name] = kept["errors"].get(name) or score(Path(job["out"]), options)
+        key = keys[job["name"]]
+        if key not in scored and job["name"] not in errors:
+            scored[key] = score(Path(job["out"]), options)
             kept_in.write_text(json.dumps(kept, indent=1))
-    return {job["name"]: scored[job["name"]] for job in chosen}, kept["versions"]
+    figures = {name: errors.get(name) or scored[key] for name, key in keys.items()}
+    told = [kept["versions"].get(key, {}) for key in keys.values()]
+    versions = {package: {v[package] for v in told if package in v} for v in told for package in v}
+    return figures, {package: " or ".join(sorted(found)) for package, found in versions.items()}
+
+
+def digest_of(content: bytes) -> str:
+    """A few digits that tell one content from another."""
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def of_model(model: Path, options: argparse.Namespace, python: str | None, place: Path) -> dict[str, Any]:
@@ -160,8 +171,8 @@ def of_model(model: Path, options: argparse.Namespace, python: str | None, place
             for job in jobs
             if job["method"] in PEERS_METHODS and job["scheme"] != "nf4"
         ]
-        tokens = hashlib.sha256(ids.read_bytes()).hexdigest()[:12]
-        home = (options.work or place) / f"peer-{model.name}-{tokens}"
+        weights = b"".join(path.read_bytes() for path in sorted(model.glob("*.safetensors")))
+        home = (options.work or place) / f"peer-{digest_of(weights + ids.read_bytes())}"
         task = {"model": str(model), "ids": str(ids)}
         found["peer"], versions = figures_of([python, str(PEER_JOBS)], task, theirs, options, home)
         found["versions"] |= {f"peer {name}": version for name, version in versions.items()}

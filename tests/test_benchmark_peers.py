@@ -195,7 +195,7 @@ def test_what_falls_short_is_said() -> None:
 
 
 def test_what_is_kept_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor is it scored again on the same text; what failed is not tried again."""
+    """Nor is it scored again on the same text; what failed is tried again."""
     made: list[list[str]] = []
     scored: list[str] = []
 
@@ -213,12 +213,17 @@ def test_what_is_kept_is_not_made_again(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(quality, "run_jobs", run_jobs)
     monkeypatch.setattr(quality, "score", score)
 
-    def ask(*names: str, evaluate: str = "e") -> Any:
-        options = quality.arguments().parse_args(["--model", "m", "--train", "t", "--evaluate", evaluate])
-        return quality.figures_of(["x"], {}, [{"name": name} for name in names], options, tmp_path)
+    def ask(*names: str, text: str = "some", groups: int = 32) -> Any:
+        (tmp_path / "text").write_text(text)
+        typed = ["--model", "m", "--train", "t", "--evaluate", str(tmp_path / "text")]
+        jobs = [{"name": name, "groups": groups} for name in names]
+        return quality.figures_of(["x"], {}, jobs, quality.arguments().parse_args(typed), tmp_path / "home")
 
     assert ask("a 1", "bad") == ({"a 1": 1.5, "bad": "no such scheme"}, {"torch": "2"})
     assert ask("bad", "b") == ({"bad": "no such scheme", "b": 1.5}, {"torch": "2"})
-    ask("a 1", evaluate="other")
-    assert made == [["a 1", "bad"], ["b"]]
-    assert scored == ["a-1", "b", "a-1"]
+    ask("a 1", text="other")
+    ask("a 1", groups=64)
+    assert made == [["a 1", "bad"], ["bad", "b"], ["a 1"]]
+    first, b, again, other = scored
+    assert first == again
+    assert len({first, b, other}) == 3

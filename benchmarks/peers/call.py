@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -139,10 +140,10 @@ def run_jobs(command: Sequence[str], task: Mapping[str, Any], place: Path) -> Wa
     answer.unlink(missing_ok=True)
     pinned = {name: str(task["threads"]) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     began, cpu = time.perf_counter(), _cpu_of_children()
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [*command, str(jobs)], cwd=ROOT, env={**os.environ, **pinned}, stdout=file, stderr=file
-        )
+    # Tokens kept from an earlier run would spare this one the work.
+    with log.open("w") as file, tempfile.TemporaryDirectory(dir=place) as cache:
+        environment = {**os.environ, **pinned, "COMPRESSKIT_CACHE": cache}
+        process = subprocess.Popen([*command, str(jobs)], cwd=ROOT, env=environment, stdout=file, stderr=file)
         peak = _watch(process)
     seconds = time.perf_counter() - began
     if process.returncode:
