@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from compresskit.errors import Fault
-from compresskit.formats.grid import Grid
 from compresskit.modeling import Anatomy, ModelSource
 from compresskit.modeling.checkpoint import listed
-from compresskit.quant.scheme import Scheme
+from compresskit.quant.scheme import Scheme, scheme_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,18 +69,6 @@ def prospect_of(model: ModelSource) -> Prospect:
         tokenizer=model.directory,
         schemes={layer: scheme_of(grid) for layer, grid in grids if grid is not None},
         trust_remote_code=model.trust_remote_code,
-    )
-
-
-def scheme_of(grid: Grid) -> Scheme:
-    """The form of ``grid``."""
-    return Scheme(
-        weight_bits=grid.bits,
-        number=grid.number,
-        group_size=grid.group_size,
-        symmetric=grid.zero_point_OG is None,
-        activation_bits=grid.activation_bits,
-        static=grid.activation_scale is not None,
     )
 
 

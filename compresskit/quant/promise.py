@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from compresskit.formats.grid import Grid, same_grid
+from compresskit.quant.scheme import parse, scheme_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +22,7 @@ class OnGrid:
 
     Attributes:
         layer: qualified module name.
-        scheme: as :func:`compresskit.quant.scheme.parse` reads it; for the reader.
+        scheme: the grid's form, as :func:`compresskit.quant.scheme.parse` reads it.
     """
 
     kind: ClassVar[str] = "grid"
@@ -30,7 +31,7 @@ class OnGrid:
     scheme: str
 
     def broken(self, made: Weights, now: Weights) -> tuple[str, ...]:
-        """Compare the grids, then the weights with the grid, group by group.
+        """Compare the grids, their form with the scheme, then the weights with the grid, group by group.
 
         Args:
             made: the checkpoint of the stage that quantised.
@@ -46,6 +47,8 @@ class OnGrid:
             return ("the grid is gone",)
         if not same_grid(made.grid(self.layer), grid):
             return ("the grid is not the one that was made",)
+        if scheme_of(grid) != parse(self.scheme):
+            return (f"the grid is one of {scheme_of(grid)}, not of {self.scheme}",)
         weight_OI = now.weight_OI(self.layer)
         return _off_grid(weight_OI, grid)
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from compresskit.errors import Fault, SchemeError
 from compresskit.registry import nearest
+
+if TYPE_CHECKING:
+    from compresskit.formats.grid import Grid
 
 DEFAULT_GROUP_SIZE = 128  # what vLLM's and llm-compressor's W4A16 mean
 NF4_GROUP_SIZE = 64  # of bitsandbytes
@@ -124,4 +128,16 @@ def parse(text: str, *, where: str = "scheme") -> Scheme:
         symmetric=last != "asym",
         activation_bits=8 if eight else None,
         static=last == "static",
+    )
+
+
+def scheme_of(grid: Grid) -> Scheme:
+    """The form of ``grid``."""
+    return Scheme(
+        weight_bits=grid.bits,
+        number=grid.number,
+        group_size=grid.group_size,
+        symmetric=grid.zero_point_OG is None,
+        activation_bits=grid.activation_bits,
+        static=grid.activation_scale is not None,
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -70,3 +71,18 @@ def test_a_grid_may_not_change_or_go() -> None:
 
 def test_json() -> None:
     assert promise_from_json(promise_to_json(PROMISE)) == PROMISE
+
+
+@pytest.mark.parametrize("other", ["w4a16-g64", "w4a16-g32-asym", "w4a8-g32", "w8a16", "fp8", "nf4", "w8a8"])
+def test_a_grid_of_another_form_breaks_it(other: str) -> None:
+    done = RoundToNearest().quantize(made().weights["a"], parse(other))
+    held = Held({"a": done.weight_OI}, {"a": done.grid})
+    assert PROMISE.broken(held, held) == (f"the grid is one of {parse(other)}, not of w4a16-g32",)
+    assert OnGrid("a", other).broken(held, held) == ()
+
+
+def test_a_scale_of_inputs_must_be_fixed_where_it_is_promised() -> None:
+    done = RoundToNearest().quantize(made().weights["a"], parse("w8a8"))
+    fixed = Held({"a": done.weight_OI}, {"a": replace(done.grid, activation_scale=torch.ones(1))})
+    assert OnGrid("a", "w8a8-static").broken(fixed, fixed) == ()
+    assert OnGrid("a", "w8a8").broken(fixed, fixed) == ("the grid is one of w8a8-static, not of w8a8",)
