@@ -56,7 +56,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
             raise UnknownMethodError(
                 Fault(
                     where=where,
-                    expected=f"the name of a {self.kind}",
+                    expected=f"the name of {'an' if self.kind[0] in 'aeiou' else 'a'} {self.kind}",
                     got=repr(name),
                     cure=f"Did you mean: {nearest(name, self._targets)}?",
                 )

@@ -29,6 +29,7 @@ class Linear:
         transposed: its parameter is stored (I, O).
         has_bias: whether it adds a bias.
         tied: its weight is another module's too, such as the token embedding's.
+        is_plain: it computes as ``torch.nn.Linear`` does, not as a subclass or Conv1D may.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Linear:
     transposed: bool
     has_bias: bool
     tied: bool
+    is_plain: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,7 @@ def anatomy_of(model: nn.Module) -> Anatomy:
                 transposed=transposed,
                 has_bias=module.bias is not None,
                 tied=f"{name}.weight" in again,
+                is_plain=type(module).forward is nn.Linear.forward,
             )
     head = _name_in(model, "get_output_embeddings")
     return Anatomy(

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from compresskit.errors import Fault, SchemeError
 from compresskit.formats.grid import Grid
 from compresskit.quant.affine import activation_scale, grid_for, least_error_grid
 from compresskit.quant.scheme import Scheme
@@ -114,11 +115,12 @@ def round_in_place(
         observed_passes: training passes whose largest input sets a static activation scale.
 
     Raises:
-        ValueError: the layer's class computes something else than a linear layer does.
-        SchemeError: the scheme does not fit.
+        SchemeError: the scheme does not fit, or the layer's class computes something else than a linear
+            layer does.
     """
     if type(layer).forward is not nn.Linear.forward:
-        raise ValueError(f"{type(layer).__name__} is no ordinary linear layer")
+        cure = "Leave such layers out of the targets."
+        raise SchemeError(Fault("targets", "layers of class torch.nn.Linear", type(layer).__name__, cure))
     layer.__class__ = RoundedLinear
     assert isinstance(layer, RoundedLinear)
     layer.scheme, layer.scales, layer.stored_dtype = scheme, scales, dtype

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from compresskit.calibration.oneshot import as_names
 from compresskit.data.spec import DataSpec
-from compresskit.errors import Fault
-from compresskit.quant.assignment import AUTO, Overrides, freeze_overrides
+from compresskit.errors import Fault, InputError
+from compresskit.quant.assignment import AUTO, NONE, Overrides, freeze_overrides
+from compresskit.quant.scheme import parse
 from compresskit.quant.stage import Quantize
 from compresskit.registry import locate, nearest
 from compresskit.training.fields import TrainingFields
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 SCALES = ("dynamic", "fixed", "learned")
 TEXT_ALONE = "cross_entropy"
-NO_INTEGERS = (AUTO, "fp8", "fp8-dynamic", "nf4")
 LESSON = "compresskit.distill.lesson"
 
 
@@ -112,12 +112,22 @@ class Qat(TrainingFields):
 
     def scheme_faults(self, model: Outlook | ModelSource, where: str) -> list[Fault]:
         """What is wrong with the scheme and the targets alone."""
-        texts = [self.scheme, *(text for _, text in cast(Overrides, self.overrides))]
+        overrides = cast(Overrides, self.overrides)
+        named = [("scheme", self.scheme), *((f"overrides.{pattern}", text) for pattern, text in overrides)]
         cure = "Train with an integer scheme, such as w8a8 or w4a16-g32."
         faults = [
-            Fault(f"{where}.scheme", "integers", text, cure) for text in texts if text.lower() in NO_INTEGERS
+            Fault(f"{where}.{field}", "integers", text, cure)
+            for field, text in named
+            if not _may_be_integers(text)
         ]
-        return faults or self.form.scheme_faults(model, where)
+        faults = faults or self.form.scheme_faults(model, where)
+        if faults:
+            return faults
+        linears = model.anatomy.linears
+        odd = [layer for layer in self.form.schemes(model.anatomy) if not linears[layer].is_plain]
+        expected = "layers that compute as torch.nn.Linear does, which is what can be rounded in training"
+        cure = "Add these layers to ignore, or quantise without training."
+        return [Fault(f"{where}.targets", expected, ", ".join(odd), cure)] if odd else []
 
     def forecast(self, model: Outlook) -> Forecast:
         """What this stage will do to such a ``model``; called only when it has no faults."""
@@ -137,3 +147,13 @@ class Qat(TrainingFields):
         from compresskit.quant.qat_run import run_qat
 
         return run_qat(self, model, context)
+
+
+def _may_be_integers(text: str) -> bool:
+    """False for a scheme of another number; what is no scheme at all is told elsewhere."""
+    if text.strip().lower() in (AUTO, NONE):
+        return text.strip().lower() == NONE
+    try:
+        return parse(text).number == "int"
+    except InputError:
+        return True

@@ -119,3 +119,15 @@ def test_real_models_open(name: str, shared_data: Path) -> None:
     assert source.warnings == ()
     for parameter, tensor in whole.named_parameters(remove_duplicate=False):
         assert torch.equal(source.tensor(parameter), tensor)
+
+
+def test_a_layer_that_computes_otherwise_is_not_plain() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(input)
+
+    class Named(nn.Linear):
+        pass
+
+    linears = anatomy_of(nn.Sequential(nn.Linear(4, 4), Scaled(4, 4), Named(4, 4))).linears
+    assert [linear.is_plain for linear in linears.values()] == [True, False, True]

@@ -180,7 +180,7 @@ def test_a_scheme_that_does_not_fit_is_refused() -> None:
         round_in_place(
             nn.Linear(60, 4), parse("w4a16-g32"), scales="fixed", dtype=torch.float32, observed_passes=0
         )
-    with pytest.raises(ValueError, match="Bilinear"):
+    with pytest.raises(SchemeError, match="Bilinear"):
         round_in_place(
             nn.Bilinear(4, 4, 4),  # type: ignore[arg-type]
             parse("w8a8"),

@@ -15,7 +15,7 @@ from tiny import tiny_llama
 
 import compresskit as ck
 from compresskit.data.spec import DataSpec
-from compresskit.errors import InputError, PlanError, SchemeError
+from compresskit.errors import PlanError, SchemeError
 from compresskit.formats.checkpoint import export_checkpoint
 from compresskit.modeling import ModelSource, open_model
 from compresskit.quant.qat import Qat
@@ -132,12 +132,10 @@ def test_the_converted_model_is_the_trained_one(source: ModelSource, tmp_path: P
     command = [sys.executable, "-c", LOGITS, "-", json.dumps(ids.tolist()), *places]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    plain = open_model(str(source.directory))
     for scheme, logits in expected.items():
         found = torch.load(tmp_path / scheme / "logits.pt")
         worst = float((found - logits).abs().max() / logits.abs().max())
         assert worst < 1e-5, f"{scheme}: {worst}"
-    assert plain.grid("model.layers.0.mlp.up_proj") is None
 
 
 def test_stored_in_bfloat16_it_is_trained_as_it_is_stored(text: DataSpec, tmp_path: Path) -> None:
@@ -235,9 +233,36 @@ def test_faults_come_together(source: ModelSource) -> None:
         "scheme",
     }
     assert "dynamic or fixed or learned" in str(found)
-    for scheme in ("fp8", "nf4", "auto"):
+    for scheme in ("fp8", "nf4", "auto", "fp8_dynamic", "nf4 ", " FP8", "Auto"):
         (fault,) = Qat(scheme=scheme).faults(outlook(source), "s")
+        assert fault.where == "s.scheme"
         assert "integer scheme" in fault.cure
+    for scheme in ("fp8", "fp8_dynamic", "nf4 "):
+        (fault,) = Qat(overrides={"*.q_proj": scheme, "*.k_proj": None}).faults(outlook(source), "s")
+        assert fault.where == "s.overrides.*.q_proj"
+        assert "integer scheme" in fault.cure
+
+
+def test_a_layer_that_computes_otherwise_is_told_before(source: ModelSource) -> None:
+    linears = dict(source.anatomy.linears)
+    name = "model.layers.0.mlp.up_proj"
+    linears[name] = replace(linears[name], is_plain=False)
+    odd = replace(outlook(source), anatomy=replace(source.anatomy, linears=linears))
+    (fault,) = Qat().faults(odd, "s")
+    assert (fault.where, fault.got) == ("s.targets", name)
+    assert Qat(ignore=(name, "lm_head")).faults(odd, "s") == []
+
+
+def test_an_option_that_is_wrong_is_named_by_its_own_name(source: ModelSource, text: DataSpec) -> None:
+    from click.testing import CliRunner
+
+    from compresskit.cli import main
+
+    words = ["qat", str(source.directory), "--data", text.source, "--override", "*.q_proj=fp8", "--dry-run"]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 2
+    assert "--override stages[0].overrides.*.q_proj: expected integers, got fp8" in done.output
+    assert "--scheme" not in done.output
 
 
 @pytest.mark.parametrize(
@@ -330,7 +355,10 @@ def test_the_command_makes_the_recipe(source: ModelSource, text: DataSpec) -> No
     from compresskit.cli import main
 
     arguments = ["qat", str(source.directory), "--scheme", "w4a8-g32", "--data", text.source, "--dry-run"]
-    done = CliRunner().invoke(main, arguments)
+    done = CliRunner().invoke(main, [*arguments, "--steps", "7", "--override", "*.q_proj=w8a8", "--json"])
     assert done.exit_code == 0, done.output
-    assert "1-qat" in done.output
-    assert issubclass(SchemeError, InputError)
+    stage = Qat(scheme="w4a8-g32", steps=7, overrides={"*.q_proj": "w8a8"})
+    recipe = ck.Recipe(model=str(source.directory), data=text, stages=[stage])
+    expected = ck.plan(recipe).to_json()["stages"]
+    found = json.loads(done.stdout.splitlines()[-1])["stages"]
+    assert [{**s, "memory_bytes": 0} for s in found] == [{**s, "memory_bytes": 0} for s in expected]
