@@ -100,8 +100,8 @@ class LayerRecord:
         name: module name.
         zero_fraction: zeros of the weight after the stage, in [0, 1].
         bits: bits of one stored weight after the stage.
-        relative_error: squared norm of the change of the layer's calibration output over the squared norm of
-            that output; None where no calibration ran.
+        relative_error: squared norm of the change of the layer's output, on the inputs it was calibrated on
+            and without its bias, over that of the output; None where no calibration ran.
         note: anything a reader should know, e.g. ``damping raised to 0.1``.
     """
 
