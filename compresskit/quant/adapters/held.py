@@ -56,22 +56,26 @@ class Held:
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output (B, T, O) for an input (B, T, I)."""
         layer: Any = self
-        x = layer.lora_dropout[ADAPTER](x)
+        dropout = layer.lora_dropout[ADAPTER]
+        drops = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+        dropped = dropout(x) if drops else None
         factors = (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
         magnitude_O = None
         if ADAPTER in layer.lora_magnitude_vector:
             magnitude_O = layer.lora_magnitude_vector[ADAPTER].weight
         if self.held_grid is None and magnitude_O is None:
             output: Tensor = layer.base_layer(x)
-            return output + _recomputed(self._add, x, *factors)
-        return _recomputed(self._whole, x, *factors, magnitude_O)
+            return output + _recomputed(self._add, x if dropped is None else dropped, *factors)
+        return _recomputed(self._whole, x, dropped, *factors, magnitude_O)
 
     def _add(self, x: Tensor, a_RI: Tensor, b_OR: Tensor) -> Tensor:
         layer: Any = self
         update_OI = update(a_RI, b_OR, layer.scaling[ADAPTER], self._keep_OI(a_RI, b_OR))
         return F.linear(x, update_OI.to(x.dtype))
 
-    def _whole(self, x: Tensor, a_RI: Tensor, b_OR: Tensor, magnitude_O: Tensor | None) -> Tensor:
+    def _whole(
+        self, x: Tensor, dropped: Tensor | None, a_RI: Tensor, b_OR: Tensor, magnitude_O: Tensor | None
+    ) -> Tensor:
         layer: Any = self
         base = layer.base_layer
         weight_OI = frozen_weight(base).to(a_RI.dtype)
@@ -81,7 +85,11 @@ class Held:
         if self.held_grid is not None:
             snapped_OI = self.held_grid.snap(new_OI.detach()).to(new_OI.dtype)
             new_OI = new_OI + (snapped_OI - new_OI).detach()
-        return F.linear(x, new_OI.to(x.dtype), base.bias)
+        if dropped is None:
+            return F.linear(x, new_OI.to(x.dtype), base.bias)
+        # Dropout is of the adapter's input: the frozen weight sees all of x.
+        changed_OI = (new_OI - weight_OI).to(x.dtype)
+        return F.linear(x, weight_OI.to(x.dtype), base.bias) + F.linear(dropped, changed_OI)
 
     def _keep_OI(self, a_RI: Tensor, b_OR: Tensor) -> Tensor | None:
         if self.keep_bits is None:
