@@ -43,4 +43,6 @@ def merged(
     if magnitude_O is None:
         return merged_OI
     norm_O: Tensor = torch.linalg.norm(merged_OI, dim=1)
-    return merged_OI * (magnitude_O / norm_O)[:, None]
+    # A row of zeros has no direction and stays zero; divided by 1, so that no gradient is 0 / 0 either.
+    share_O = magnitude_O / norm_O.where(norm_O > 0, 1.0)
+    return merged_OI * share_O[:, None]

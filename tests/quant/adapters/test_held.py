@@ -19,8 +19,10 @@ from compresskit.quant.scheme import parse
 O, I, R, SCALING = 24, 40, 4, 2.0  # noqa: E741
 
 
-def lora(base: nn.Linear, *, dora: bool = False) -> Any:
-    config = LoraConfig(r=R, lora_alpha=R * SCALING, target_modules=["layer"], use_dora=dora)
+def lora(base: nn.Linear, *, dora: bool = False, dropout: float = 0.0) -> Any:
+    config = LoraConfig(
+        r=R, lora_alpha=R * SCALING, lora_dropout=dropout, target_modules=["layer"], use_dora=dora
+    )
     layer = inject_adapter_in_model(config, nn.ModuleDict({"other": nn.Linear(1, 1), "layer": base}))["layer"]
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -93,6 +95,59 @@ def test_a_layer_on_a_grid_computes_the_rounded_weight_and_passes_the_gradient(w
         return new_OI + (grid.snap(new_OI.detach()) - new_OI).detach()
 
     check(layer, whole, torch.randn(6, I, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_dropout_in_a_held_layer_is_peft_own(weight_OI: Tensor, dora: bool) -> None:
+    """All weights may move, so that peft's own layer is the oracle; the same inputs are dropped in both."""
+    x = torch.randn(50, I, generator=torch.Generator().manual_seed(1))
+    found = []
+    for held in (False, True):
+        layer = lora(freeze(weight_OI, None, "none", dtype=torch.float32), dora=dora, dropout=0.5).train()
+        with torch.no_grad():
+            layer.lora_A["default"].weight.copy_(torch.linspace(-1, 1, R * I).reshape(R, I))
+        if held:
+            hold(layer, keep_OI=torch.ones(O, I, dtype=torch.bool))
+        torch.manual_seed(0)
+        found.append(layer(x))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["zeros", "grid", "dora"])
+def test_dropout_leaves_the_input_of_the_frozen_weight_alone(weight_OI: Tensor, kind: str) -> None:
+    grid = grid_for(weight_OI, parse("w4a16-g8")) if kind == "grid" else None
+    plain = GridLinear(grid.snap(weight_OI), None, grid) if grid else nn.Linear(I, O, bias=False)
+    layer = lora(plain, dora=kind == "dora", dropout=0.5).train()
+    with torch.no_grad():
+        layer.lora_B["default"].weight.zero_()
+    hold(layer, keep_OI=weight_OI != 0, grid=grid)
+    x = torch.randn(6, I)
+    torch.testing.assert_close(layer(x), plain(x))
+    with torch.no_grad():
+        layer.lora_B["default"].weight.fill_(1.0)
+    drawn = [layer(x) for _ in range(2)]
+    assert not torch.equal(*drawn)
+    assert torch.equal(layer.eval()(x), layer(x))
+
+
+def test_a_row_of_zeros_stays_zero_in_dora_and_no_gradient_is_nan(weight_OI: Tensor) -> None:
+    weight_OI[3] = 0
+    keep_OI = weight_OI != 0
+    layer = lora(freeze(weight_OI, None, "none", dtype=torch.float32), dora=True)
+    hold(layer, keep_OI=keep_OI)
+    x = torch.randn(6, I)
+    y = layer(x)
+    y.square().sum().backward()
+    assert (y[:, 3] == 0).all()
+    assert y.isfinite().all()
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    assert len(trained) == 3
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
+    magnitude_O = layer.lora_magnitude_vector["default"].weight
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    whole_OI = merged(weight_OI, a, b, SCALING, keep_OI=keep_OI, magnitude_O=magnitude_O)
+    assert (whole_OI[3] == 0).all()
+    assert whole_OI.isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 8), (33, 7)])
