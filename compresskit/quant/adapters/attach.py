@@ -109,6 +109,9 @@ def write_adapter(tuned: Any, tensors: Mapping[str, Tensor], out: Path) -> None:
         named = get_peft_model_state_dict(tuned, state_dict=inside, save_embedding_layers=False)
     save_tensors(out / WEIGHTS, {k: v.contiguous() for k, v in sorted(named.items())}, {"format": "pt"})
     before, config.inference_mode = config.inference_mode, True
+    for name, value in list(vars(config).items()):
+        if isinstance(value, set):  # peft writes its members in an order that differs from start to start
+            setattr(config, name, sorted(value))
     config.save_pretrained(str(out))
     config.inference_mode = before
 

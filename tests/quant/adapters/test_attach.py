@@ -1,0 +1,42 @@
+"""What stands in an adapter's directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import projections
+
+from compresskit.modeling import ModelSource
+
+WRITE = """
+import sys
+from pathlib import Path
+from compresskit.modeling import ModelSource, skeleton
+from compresskit.quant.adapters.attach import attach, write_adapter
+source, out, targets = ModelSource(Path(sys.argv[1])), Path(sys.argv[2]), sys.argv[3:]
+for kind in ("lora", "bottleneck"):
+    tuned = attach(
+        skeleton(source), kind, anatomy=source.anatomy, targets=targets, rank=2, alpha=4.0, dropout=0.0
+    )
+    named = tuned.get_base_model().state_dict().items()
+    trained = {n: t.new_zeros(t.shape, device="cpu") for n, t in named if "lora_" in n or "bottle" in n}
+    write_adapter(tuned, trained, out / kind)
+"""
+
+
+def test_the_same_adapter_has_the_same_bytes_on_every_start(dense: ModelSource, tmp_path: Path) -> None:
+    found = []
+    for seed in ("1", "2"):
+        out = tmp_path / seed
+        out.mkdir()
+        command = [sys.executable, "-c", WRITE, str(dense.directory), str(out), *projections(dense)]
+        subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": seed})
+        found.append({str(p.relative_to(out)): p.read_bytes() for p in out.glob("*/*")})
+    assert found[0] == found[1]
+    assert len(found[0]) == 4
+    for kind in ("lora", "bottleneck"):
+        assert len(json.loads(found[0][f"{kind}/adapter_config.json"])["target_modules"]) > 2
