@@ -64,11 +64,15 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def imported(tree: ast.Module) -> Iterator[ast.ImportFrom]:
-    """Every import from this package, except those for type checkers alone and inside functions."""
-    for node in tree.body:
+def imported(tree: ast.AST) -> Iterator[ast.ImportFrom]:
+    """Every import from this package, inside functions too, except those for type checkers alone."""
+    for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("compresskit."):
             yield node
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            yield from imported(ast.Module(node.orelse, []))
+        else:
+            yield from imported(node)
 
 
 @pytest.mark.parametrize("path", modules(), ids=name_of)
@@ -79,6 +83,8 @@ def test_imports_point_down(path: Path) -> None:
     for node in imported(ast.parse(path.read_text())):
         there = (node.module or "").split(".")[1]
         assert here == there or LAYER[there] < LAYER[here], f"{here} may not import {there}"
+        private = [name.name for name in node.names if name.name.startswith("_")]
+        assert here == there or not private, f"{private} are {there}'s own"
 
 
 @pytest.mark.parametrize("path", modules(), ids=name_of)

@@ -73,7 +73,7 @@ class StreamedModel:
         self._changed: set[str] = set()
         self.tables = _tables(self.module, source.anatomy)
         large = {self._stored_name(f"{table}.weight") for table in self.tables}
-        _fill_buffers(self.module, self.device)
+        fill_buffers(self.module, self.device)
         self._load([name for name in self._names[None] if name not in large])
         self.module.requires_grad_(False)
 
@@ -216,7 +216,7 @@ class StreamedModel:
 
     def _set(self, name: str, value: Tensor) -> None:
         exact = value.to(self.device, self.source.dtype(name)).contiguous()
-        _assign(self.module, name, exact.to(self.dtype))
+        assign(self.module, name, exact.to(self.dtype))
         self._changed.add(name)
         if exact.dtype != self.dtype:
             self._exact[name] = exact.to("cpu", copy=True)
@@ -233,11 +233,11 @@ class StreamedModel:
         for name in names:
             tensor = self._written[name].read() if name in self._written else self.source.tensor(name)
             dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
-            _assign(self.module, name, tensor.to(self.device, dtype))
+            assign(self.module, name, tensor.to(self.device, dtype))
 
     def _drop(self, names: list[str]) -> None:
         for name in names:
-            _assign(self.module, name, torch.empty_like(_tensor(self.module, name), device="meta"))
+            assign(self.module, name, torch.empty_like(_tensor(self.module, name), device="meta"))
             self._exact.pop(name, None)
 
     def _current(self, name: str) -> Tensor:
@@ -279,7 +279,7 @@ def _tables(module: nn.Module, anatomy: Anatomy) -> tuple[str, ...]:
     return tuple(name for name in (embeddings if is_plain else None, anatomy.head) if name)
 
 
-def _fill_buffers(module: nn.Module, device: torch.device) -> None:
+def fill_buffers(module: nn.Module, device: torch.device) -> None:
     """Compute the buffers that no checkpoint stores (rotary frequencies, masks), as from_pretrained does."""
     for part in module.modules():
         unsaved = [name for name in part._non_persistent_buffers_set if part._buffers.get(name) is not None]
@@ -298,7 +298,7 @@ def _tensor(module: nn.Module, name: str) -> Tensor:
     return found
 
 
-def _assign(module: nn.Module, name: str, value: Tensor) -> None:
+def assign(module: nn.Module, name: str, value: Tensor) -> None:
     """Replace parameter or buffer ``name`` by ``value`` wherever it stands, tied places included."""
     old = _tensor(module, name)
     is_parameter = isinstance(old, nn.Parameter)

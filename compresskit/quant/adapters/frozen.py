@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from compresskit.formats.grid import Grid
 from compresskit.modeling import ModelSource
 from compresskit.modeling.skeleton import skeleton
+from compresskit.modeling.streaming import assign, fill_buffers
 
-BASES = ("nf4", "int8", "none")
 INT8_STEPS = 127.0
 
 
@@ -144,14 +144,12 @@ def frozen_model(source: ModelSource, layers: frozenset[str], replace: Replace) 
     Returns:
         The module on the CPU, in evaluation mode; what is not replaced has its stored dtype.
     """
-    from compresskit.modeling.streaming import _assign, _fill_buffers
-
     model: nn.Module = skeleton(source)
-    _fill_buffers(model, torch.device("cpu"))
+    fill_buffers(model, torch.device("cpu"))
     for name in source.names():
         layer, _, leaf = name.rpartition(".")
         if layer not in layers:
-            _assign(model, name, source.tensor(name))
+            assign(model, name, source.tensor(name))
         elif leaf == "weight":
             bias = f"{layer}.bias"
             made = replace(layer, source.weight_OI(layer), source.tensor(bias) if bias in source else None)
