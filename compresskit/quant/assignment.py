@@ -83,9 +83,14 @@ def assign(
     return kept
 
 
-def mixture_faults(schemes: Mapping[str, Scheme], where: str) -> list[Fault]:
+def is_named(layer: str, overrides: Overrides) -> bool:
+    """Whether an override says what becomes of ``layer``."""
+    return any(matches(pattern, layer) for pattern, _ in overrides)
+
+
+def mixture_faults(schemes: Iterable[Scheme], where: str) -> list[Fault]:
     """Why no one checkpoint can hold layers of all these ``schemes``; empty where one can."""
-    forms = {str(scheme): scheme for scheme in schemes.values()}
+    forms = {str(scheme): scheme for scheme in schemes}
     nf4 = [scheme for scheme in forms.values() if scheme.number == "nf4"]
     zeros = [scheme for scheme in forms.values() if not scheme.symmetric]
     if len(forms) == 1 or not (nf4 or zeros):

@@ -28,6 +28,7 @@ from compresskit.quant.scheme import Scheme, parse
 
 if TYPE_CHECKING:
     from compresskit.modeling.anatomy import Anatomy
+    from compresskit.quant.known import Known
 
 LOG_PROBABILITIES = 1 << 26
 """How many of the original model's are kept in memory, 4 bytes each."""
@@ -60,42 +61,59 @@ class Chosen:
         return f"{text}: {self.bits:.2f} bits"
 
 
-def candidate_faults(candidates: Sequence[str], target_bits: float, where: str) -> list[Fault]:
+def candidate_faults(candidates: Sequence[str], target_bits: float | None, where: str) -> list[Fault]:
     """What is wrong with candidates and target, whatever the model."""
+    place = f"{where}.candidates"
     faults: list[Fault] = []
     for text in candidates:
+        if "," in text:
+            cure = "Name each scheme by itself: on the command line, repeat the option."
+            faults.append(Fault(place, "one scheme in each entry", repr(text), cure))
+            continue
         try:
-            scheme = parse(text, where=f"{where}.candidates")
+            scheme = parse(text, where=place)
         except SchemeError as error:
             faults += [fault for fault in error.faults if isinstance(fault, Fault)]
             continue
-        if scheme.number == "nf4" or not scheme.symmetric or scheme.static:
+        if scheme.number == "nf4" or not scheme.symmetric:
             cure = "Choose among symmetric schemes, such as w4a16-g128 and w8a16."
-            faults.append(Fault(f"{where}.candidates", "schemes that go together", text, cure))
-    if len(candidates) < 2:
+            faults.append(Fault(place, "schemes that go together", text, cure))
+        elif scheme.activation_bits:
+            expected = "schemes that leave inputs alone, as what rounding those costs is not measured"
+            cure = f"Name {text} as scheme, or in overrides, instead of among the candidates."
+            faults.append(Fault(place, expected, text, cure))
+    if not faults and len(candidates) < 2:
         cure = "Give two or more, or name the one as scheme."
-        faults.append(Fault(f"{where}.candidates", "at least two schemes", str(len(candidates)), cure))
-    if not 0 < target_bits <= 16:
+        faults.append(Fault(place, "at least two schemes", str(len(candidates)), cure))
+    if target_bits is not None and not 0 < target_bits <= 16:
         cure = "Give a number such as 4.5."
         faults.append(Fault(f"{where}.target_bits", "more than 0 and at most 16", str(target_bits), cure))
     return faults
 
 
-def fitting(
-    anatomy: Anatomy, layers: Sequence[str], candidates: Sequence[str], where: str
-) -> dict[str, tuple[Scheme, ...]]:
-    """The candidates that fit each layer, those of the least bits first.
+def possible_faults(
+    possible: Mapping[str, Sequence[Scheme]], known: Known, target_bits: float, where: str
+) -> list[Fault]:
+    """What keeps ``auto`` from choosing among what is ``possible`` for each layer.
 
-    Raises:
-        SchemeError: none fits some layer; all such layers are named.
+    Args:
+        possible: layer -> schemes; none where no candidate fits.
+        known: of the model.
+        target_bits: at most so many on average.
+        where: prefix of each fault.
+
+    Returns:
+        A model without logits; the layers that nothing fits, all named, or else a target that is too low.
     """
-    schemes = sorted((parse(text) for text in candidates), key=lambda s: s.bits_per_weight(1 << 20, 16))
-    found = {n: tuple(s for s in schemes if not s.misfit(anatomy.linears[n].in_features)) for n in layers}
-    if lost := [f"{n} ({anatomy.linears[n].in_features})" for n, fits in found.items() if not fits]:
+    linears, faults = known.anatomy.linears, []
+    if known.anatomy.head is None:
+        cure = "Name a scheme instead of auto."
+        faults.append(Fault(f"{where}.scheme", "a model with logits, for auto to compare", "none", cure))
+    if lost := [f"{n} ({linears[n].in_features})" for n, schemes in possible.items() if not schemes]:
         got = f"in_features of {', '.join(lost)}"
         cure = "Add a candidate with a smaller group or none, such as w8a16, or add the layers to ignore."
-        raise SchemeError(Fault(f"{where}.candidates", "a candidate that fits each layer", got, cure))
-    return found
+        return [*faults, Fault(f"{where}.candidates", "a candidate that fits each layer", got, cure)]
+    return faults + budget_faults(least_bits(known.anatomy, possible, known.scale_bits), target_bits, where)
 
 
 def budget_faults(least_bits: float, target_bits: float, where: str) -> list[Fault]:
@@ -103,7 +121,7 @@ def budget_faults(least_bits: float, target_bits: float, where: str) -> list[Fau
     if least_bits <= target_bits:
         return []
     cure = f"Raise target_bits to at least {least_bits:.2f}, or add a candidate of fewer bits."
-    got = f"{least_bits:.2f} with the smallest candidates"
+    got = f"{least_bits:.2f} with the smallest scheme of each layer"
     return [Fault(f"{where}.target_bits", f"at most {target_bits:g} bits", got, cure)]
 
 

@@ -20,13 +20,12 @@ from compresskit.modeling.streaming import StreamedModel
 from compresskit.progress import say
 from compresskit.quant import QUANTIZERS
 from compresskit.quant.affine import activation_scale
-from compresskit.quant.assignment import AUTO, freeze_overrides
-from compresskit.quant.auto import Chosen, choose, fitting, measure_costs
+from compresskit.quant.auto import Chosen, choose, measure_costs
 from compresskit.quant.balance import balance
 from compresskit.quant.base import Quantized
+from compresskit.quant.known import known
 from compresskit.quant.promise import OnGrid
 from compresskit.stage import LayerRecord, StageResult
-from compresskit.targets import matches
 
 if TYPE_CHECKING:
     from compresskit.data.pack import PackedRows
@@ -62,7 +61,7 @@ def run_oneshot(stage: Quantize, model: ModelSource, context: StageContext) -> S
         raise SchemeError(*faults)
     method = cls(**dict(stage.options))
     rows, spill, warnings = _rows(stage, model, context)
-    chosen = _choose(stage, model, context, cast(Any, rows)) if stage.scheme.lower() == AUTO else None
+    chosen = _choose(stage, model, context, cast(Any, rows)) if stage.is_auto else None
     schemes = stage.schemes(model.anatomy) if chosen is None else chosen.schemes
     layers = [name for name in model.anatomy.linears if name in schemes]
     prepare = balance(method, schemes)
@@ -144,28 +143,24 @@ def _rows(
 
 def _choose(stage: Quantize, model: ModelSource, context: StageContext, rows: Sequence[Row]) -> Chosen:
     """The schemes of ``scheme: auto``; told as they are chosen."""
-    anatomy, fixed = model.anatomy, {}
-    layers = stage.schemes(anatomy)
-    for layer, scheme in layers.items():
-        if any(matches(pattern, layer) for pattern, _ in freeze_overrides(stage.overrides)):
-            fixed[layer] = scheme
-    candidates = fitting(anatomy, [n for n in layers if n not in fixed], stage.candidates, "quantize")
-    dtypes = {n: model.dtype(f"{n}.weight") for n in layers}
-    loaded = load_model(
-        model, dtype=context.dtype, device=context.device, trust_remote_code=context.trust_remote_code
-    )
-    costs = measure_costs(loaded, anatomy, candidates, rows, dtypes)
-    del loaded
-    sizes = {n: (anatomy.linears[n].out_features, anatomy.linears[n].in_features) for n in layers}
+    anatomy, possible = model.anatomy, stage.possible(model.anatomy)
+    free = {layer: schemes for layer, schemes in possible.items() if len(schemes) > 1}
+    costs = {layer: {schemes[0]: 0.0} for layer, schemes in possible.items()}
+    if free:
+        loaded = load_model(
+            model, dtype=context.dtype, device=context.device, trust_remote_code=context.trust_remote_code
+        )
+        costs |= measure_costs(loaded, anatomy, free, rows, {n: model.dtype(f"{n}.weight") for n in free})
+        del loaded
     chosen = choose(
-        {**costs, **{n: {scheme: 0.0} for n, scheme in fixed.items()}},
-        sizes,
+        costs,
+        {n: (anatomy.linears[n].out_features, anatomy.linears[n].in_features) for n in possible},
         cast(float, stage.target_bits),
-        8 * next(iter(dtypes.values())).itemsize,
+        known(model).scale_bits,
         where="quantize",
     )
     say(f"chosen {chosen}")
     for layer, scheme in chosen.schemes.items():
-        tried = ", ".join(f"{s} {cost:.5f}" for s, cost in chosen.costs[layer].items())
-        say(f"  {layer}: {scheme} (nats per token: {tried})")
+        tried = ", ".join(f"{s} {cost:.5f}" for s, cost in costs[layer].items())
+        say(f"  {layer}: {scheme} " + (f"(nats per token: {tried})" if layer in free else "(no other)"))
     return chosen

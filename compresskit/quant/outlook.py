@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, cast
 
 from compresskit.calibration.oneshot import calibration_bytes, largest_layer, walk_bytes
 from compresskit.quant import QUANTIZERS
-from compresskit.quant.assignment import AUTO
-from compresskit.quant.auto import fitting
+from compresskit.quant.known import known
 from compresskit.stage import Forecast, Outlook
 
 if TYPE_CHECKING:
     from compresskit.modeling.anatomy import Anatomy
+    from compresskit.quant.scheme import Scheme
     from compresskit.quant.stage import Quantize
 
 PROBED_BYTES = 1 << 29
@@ -22,9 +22,6 @@ PROBED_BYTES = 1 << 29
 MEASURED = (
     "Each layer's scheme is chosen when the stage runs, with the whole model in memory; sizes here assume "
     "that target_bits is just reached."
-)
-ROUNDED_INPUTS = (
-    "Each layer's input is rounded to 8 bits per token while the model runs, besides its weights."
 )
 
 
@@ -36,12 +33,12 @@ def forecast_rounding(stage: Quantize, model: Outlook) -> Forecast:
         stage: has no faults for ``model``.
         model: what the stage will be given.
     """
-    anatomy, is_auto = model.anatomy, stage.scheme.lower() == AUTO
-    schemes = stage.schemes(anatomy)
-    scale_bits = round(8 * model.weight_bytes)
+    anatomy = model.anatomy
+    possible = stage.possible(anatomy)
+    schemes = {layer: fits[0] for layer, fits in possible.items()}
+    scale_bits = known(model).scale_bits
     bits = {n: s.bits_per_weight(anatomy.linears[n].in_features, scale_bits) for n, s in schemes.items()}
-    named: dict[str, tuple[str, ...]] = {n: (str(s),) for n, s in schemes.items()}
-    notes = (ROUNDED_INPUTS,) if any(s.activation_bits for s in schemes.values()) else ()
+    notes = rounded_inputs(schemes.values())
     # Spread scales and quotient in float32, and the integers, of one layer.
     layer_bytes = largest_layer(anatomy, list(schemes)) * (4 + 4 + 1 + 4)
     if "input_gram" in QUANTIZERS[stage.method].needs:
@@ -53,21 +50,32 @@ def forecast_rounding(stage: Quantize, model: Outlook) -> Forecast:
     memory = walk_bytes(anatomy, model.weight_bytes) + layer_bytes
     if stage.reads_data:
         memory += calibration_bytes(stage, model.config, anatomy)
-    if is_auto:
+    if stage.is_auto:
         bits = dict.fromkeys(schemes, cast(float, stage.target_bits))
-        fits = fitting(anatomy, list(schemes), stage.candidates, "quantize")
-        named = {n: tuple(map(str, candidates)) for n, candidates in fits.items()}
         memory = max(memory, anatomy.num_parameters * model.weight_bytes + PROBED_BYTES)
         notes = (*notes, MEASURED)
     return Forecast(
         after=replace(
             model,
             layer_bits={**model.layer_bits, **bits},
-            layer_schemes={**model.layer_schemes, **named},
+            layer_schemes={**model.layer_schemes, **{n: tuple(map(str, of)) for n, of in possible.items()}},
         ),
         layers=len(schemes),
         memory_bytes=round(memory),
         notes=notes,
+    )
+
+
+def rounded_inputs(schemes: Iterable[Scheme]) -> tuple[str, ...]:
+    """A sentence for each way in which layers of these ``schemes`` round their inputs."""
+    ways: dict[str, None] = {}
+    for scheme in schemes:
+        if scheme.static:
+            ways["8 bits, on one scale for each layer that calibration fixes,"] = None
+        elif scheme.activation_bits:
+            ways["e4m3 per token" if scheme.number == "float" else "8 bits per token"] = None
+    return tuple(
+        f"Inputs of layers are rounded to {way} while the model runs, besides their weights." for way in ways
     )
 
 

@@ -18,8 +18,10 @@ from compresskit.quant.assignment import (
     Overrides,
     assign,
     freeze_overrides,
+    is_named,
     mixture_faults,
 )
+from compresskit.quant.known import Known, known
 from compresskit.quant.scheme import Scheme, parse
 from compresskit.registry import nearest
 
@@ -125,135 +127,142 @@ class Quantize:
     @property
     def reads_data(self) -> bool:
         """Whether this stage runs calibration text through the model."""
-        if self.scheme.lower() == AUTO or QUANTIZERS[self.method].needs:
+        if self.is_auto or QUANTIZERS[self.method].needs:
             return True
         texts = [self.scheme, *(text for _, text in self._overrides)]
         return any(parse(text).static for text in texts if text.lower() != NONE)
 
     @property
-    def _first_scheme(self) -> str:
-        return self.candidates[0] if self.scheme.lower() == AUTO and self.candidates else self.scheme
+    def is_auto(self) -> bool:
+        """Whether schemes are chosen from the candidates when the stage runs."""
+        return self.scheme.lower() == AUTO
 
     @property
     def _overrides(self) -> Overrides:
         return cast(Overrides, self.overrides)
 
-    def schemes(self, anatomy: Anatomy, where: str = "quantize") -> dict[str, Scheme]:
-        """The scheme of each layer this stage quantises; for ``auto`` the first candidate of each.
+    def possible(self, anatomy: Anatomy, where: str = "quantize") -> dict[str, tuple[Scheme, ...]]:
+        """Every scheme that each layer this stage quantises may get.
+
+        Returns:
+            Layer -> its one scheme; for ``auto``, where no override names the layer, all candidates that fit
+            it, those of the least bits first: none where none fits.
 
         Raises:
             InputError: a scheme or a pattern is wrong.
         """
-        scheme = parse(self._first_scheme, where=f"{where}.scheme")
-        return assign(anatomy, scheme, self.targets, self.ignore, self._overrides, where=where)
+        texts = self.candidates if self.is_auto else (self.scheme,)
+        schemes = [parse(text, where=f"{where}.scheme") for text in texts]
+        given = assign(anatomy, schemes[0], self.targets, self.ignore, self._overrides, where=where)
+        found: dict[str, tuple[Scheme, ...]] = {layer: (scheme,) for layer, scheme in given.items()}
+        if not self.is_auto:
+            return found
+        schemes.sort(key=lambda s: s.bits_per_weight(1 << 20, 16))
+        for layer in (n for n in given if not is_named(n, self._overrides)):
+            inputs = anatomy.linears[layer].in_features
+            found[layer] = tuple(s for s in schemes if not s.misfit(inputs))
+        return found
+
+    def schemes(self, anatomy: Anatomy, where: str = "quantize") -> dict[str, Scheme]:
+        """The scheme of each layer this stage quantises; not for ``auto``.
+
+        Raises:
+            InputError: a scheme or a pattern is wrong.
+        """
+        return {layer: schemes[0] for layer, schemes in self.possible(anatomy, where).items()}
 
     def scheme_faults(self, model: Outlook | ModelSource, where: str) -> list[Fault]:
         """What is wrong with the schemes and the targets alone."""
-        linears = model.anatomy.linears
-        faults = self._auto_faults(where)
-        stage = self
+        facts = known(model)
+        linears, faults, possible = facts.anatomy.linears, self._field_faults(where), {}
+        # With a scheme that is none, the patterns are looked at all the same.
+        stage = replace(self, scheme="w8a8") if faults else self
         try:
-            parse(self._first_scheme, where=f"{where}.scheme")
-        except InputError as error:
-            faults += [f for f in error.faults if isinstance(f, Fault)]
-            stage = replace(self, scheme="w8a8")  # so that what else is wrong is told with it
-        try:
-            schemes = stage.schemes(model.anatomy, where)
+            possible = stage.possible(facts.anatomy, where)
         except InputError as error:
             faults += [f for f in error.faults if isinstance(f, Fault)]
         if faults:
             return faults
-        layers = list(schemes)
-        faults += tied_faults(model.anatomy, layers, where)
+        layers = list(possible)
+        faults += tied_faults(facts.anatomy, layers, where)
         if conv := [name for name in layers if linears[name].transposed]:
             faults.append(_transposed_fault(conv, where))
-        if again := [name for name in layers if _has_grid(model, name)]:
+        if again := [name for name in layers if name in facts.quantised]:
             faults.append(_again_fault(again, where))
         if faults:
             return faults
-        faults += self._method_faults(schemes, where)
-        if self.scheme.lower() == AUTO:
-            return faults + self._fitting_faults(model, layers, where)
-        faults += _nf4_faults(model, schemes, where)
-        before = getattr(model, "layer_schemes", {})
-        faults += mixture_faults({**{n: parse(texts[0]) for n, texts in before.items()}, **schemes}, where)
+        faults += self._method_faults(possible, where)
+        faults += _nf4_faults(facts, possible, where)
+        together = [*facts.quantised.values(), *possible.values()]
+        faults += mixture_faults([scheme for schemes in together for scheme in schemes], where)
         cure = (
             "Choose a group size that divides it, use one scale per row (w4a16-channel), or name another "
             "scheme for these layers in overrides."
         )
-        return faults + fit_faults(
+        faults += fit_faults(
             linears,
             layers,
-            lambda ln: schemes[ln.name].misfit(ln.in_features),
+            lambda ln: next((lack for s in possible[ln.name] if (lack := s.misfit(ln.in_features))), ""),
             where=f"{where}.scheme",
             cure=cure,
         )
+        if self.is_auto:
+            from compresskit.quant.auto import possible_faults
 
-    def _method_faults(self, schemes: Mapping[str, Scheme], where: str) -> list[Fault]:
+            faults += possible_faults(possible, facts, cast(float, self.target_bits), where)
+        return faults
+
+    def _method_faults(self, possible: Mapping[str, Sequence[Scheme]], where: str) -> list[Fault]:
         """What is wrong with the schemes for the method alone; one fault for each scheme."""
         misfit = getattr(QUANTIZERS[self.method], "misfit", None)
         if misfit is None:
             return []
-        used: dict[str, str] = {}
-        for name, scheme in schemes.items():
-            used.setdefault(str(scheme), name)
-        if self.scheme.lower() == AUTO:
-            used |= dict.fromkeys(self.candidates, "candidates")
+        used: dict[Scheme, str] = {}
+        for name, schemes in possible.items():
+            for scheme in schemes:
+                used.setdefault(scheme, name)
         cure = (
             f"Choose another scheme or another method than {self.method}, or override these layers with none."
         )
         return [
-            Fault(f"{where}.scheme", expected, f"{text} ({name})", cure)
-            for text, name in used.items()
-            if (expected := misfit(parse(text)))
+            Fault(f"{where}.scheme", expected, f"{scheme} ({name})", cure)
+            for scheme, name in used.items()
+            if (expected := misfit(scheme))
         ]
 
-    def _fitting_faults(self, model: Outlook | ModelSource, layers: Sequence[str], where: str) -> list[Fault]:
-        """What is wrong with the candidates for these layers, and with a target they cannot meet."""
-        from compresskit.quant.auto import budget_faults, fitting, least_bits
+    def _field_faults(self, where: str) -> list[Fault]:
+        """What is wrong with the scheme and the fields of ``auto``, whatever the model."""
+        faults: list[Fault] = []
+        if self.is_auto == (self.target_bits is None):
+            expected = "a number of bits, such as 4.5" if self.is_auto else "nothing, unless scheme is auto"
+            cure = "Set target_bits." if self.is_auto else "Leave target_bits out, or set scheme: auto."
+            faults.append(Fault(f"{where}.target_bits", expected, str(self.target_bits), cure))
+        if self.is_auto:
+            from compresskit.quant.auto import candidate_faults
 
+            return faults + candidate_faults(self.candidates, self.target_bits, where)
         try:
-            fits = fitting(model.anatomy, layers, self.candidates, where)
+            parse(self.scheme, where=f"{where}.scheme")
         except InputError as error:
-            return [f for f in error.faults if isinstance(f, Fault)]
-        scale_bits = round(8 * getattr(model, "weight_bytes", 2))
-        least = least_bits(model.anatomy, fits, scale_bits)
-        return [] if self.overrides else budget_faults(least, cast(float, self.target_bits), where)
-
-    def _auto_faults(self, where: str) -> list[Fault]:
-        """What is wrong with the fields of ``auto``, whatever the model."""
-        is_auto, bits = self.scheme.lower() == AUTO, self.target_bits
-        if is_auto == (bits is None):
-            expected = "a number of bits, such as 4.5" if is_auto else "nothing, unless scheme is auto"
-            cure = "Set target_bits." if is_auto else "Leave target_bits out, or set scheme: auto."
-            return [Fault(f"{where}.target_bits", expected, str(bits), cure)]
-        if not is_auto:
-            return []
-        from compresskit.quant.auto import candidate_faults
-
-        return candidate_faults(self.candidates, cast(float, bits), where)
+            faults += [f for f in error.faults if isinstance(f, Fault)]
+        return faults
 
 
-def _nf4_faults(model: Outlook | ModelSource, schemes: Mapping[str, Scheme], where: str) -> list[Fault]:
+def _nf4_faults(facts: Known, possible: Mapping[str, Sequence[Scheme]], where: str) -> list[Fault]:
     """What keeps bitsandbytes from running the layers that are to be nf4."""
-    layers = [name for name, scheme in schemes.items() if scheme.number == "nf4"]
+    layers = [name for name, schemes in possible.items() if any(s.number == "nf4" for s in schemes)]
     if not layers:
         return []
     if find_spec("bitsandbytes") is None:
         cure = "Install it: pip install 'compresskit[qlora]'."
         return [Fault(f"{where}.scheme", "the package bitsandbytes", "not installed", cure)]
-    linears = model.anatomy.linears
+    linears = facts.anatomy.linears
     odd = [f"{n} ({linears[n].out_features})" for n in layers if linears[n].out_features % NF4_CPU_ROWS]
-    if not odd or getattr(model, "device", "cpu") != "cpu":
+    if not odd or facts.device != "cpu":
         return []
     expected = f"out_features divisible by {NF4_CPU_ROWS}, as bitsandbytes' CPU kernel needs them for nf4"
     cure = "Give these layers an override of none, or quantise them with an integer scheme."
     return [Fault(f"{where}.scheme", expected, ", ".join(odd), cure)]
-
-
-def _has_grid(model: Outlook | ModelSource, layer: str) -> bool:
-    bits = getattr(model, "layer_bits", None)
-    return layer in bits if bits is not None else model.grid(layer) is not None  # type: ignore[union-attr]
 
 
 def _transposed_fault(names: Sequence[str], where: str) -> Fault:

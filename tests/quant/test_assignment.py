@@ -61,8 +61,7 @@ def test_forms_of_overrides() -> None:
 
 def test_mixtures() -> None:
     def said(*schemes: str) -> str:
-        named = {f"layer{i}": parse(scheme) for i, scheme in enumerate(schemes)}
-        return " ".join(map(str, mixture_faults(named, "stages[0]")))
+        return " ".join(map(str, mixture_faults(map(parse, schemes), "stages[0]")))
 
     assert said("w8a8", "w4a16-g32", "fp8") == ""
     assert said("nf4", "nf4") == said("w4a16-asym", "w4a16-asym") == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from tiny import tiny_llama
 from compresskit.errors import SchemeError
 from compresskit.modeling import load_model, open_model
 from compresskit.quant.affine import grid_for
-from compresskit.quant.auto import candidate_faults, choose, fitting, measure_costs
+from compresskit.quant.auto import candidate_faults, choose, measure_costs
 from compresskit.quant.scheme import Scheme, parse
+from compresskit.quant.stage import Quantize
 
 FOUR, EIGHT = parse("w4a16-g32"), parse("w8a16")
 
@@ -47,14 +49,15 @@ def test_bytes_are_weighed_by_size_and_the_budget_holds() -> None:
         choose(costs, sizes, 4.0, 16, where="quantize")
 
 
-def test_a_layer_that_nothing_fits_is_named(tmp_path: Path) -> None:
+def test_what_each_layer_may_get(tmp_path: Path) -> None:
     anatomy = open_model(tiny_llama(tmp_path, intermediate_size=44)).anatomy
-    layers = [n for n in anatomy.linears if n != "lm_head"]
-    found = fitting(anatomy, layers, ("w8a16", "w4a16-g32"), "quantize")
+    stage = Quantize(scheme="auto", candidates=("w8a16", "w4a16-g32"), overrides={"*.q_proj": "w8a8"})
+    found = stage.possible(anatomy)
     assert found["model.layers.0.mlp.down_proj"] == (EIGHT,)
     assert found["model.layers.0.mlp.up_proj"] == (FOUR, EIGHT), "those of the least bits first"
-    with pytest.raises(SchemeError, match=r"layers\.0\.mlp\.down_proj \(44\), .*layers\.1\.mlp\.down_proj"):
-        fitting(anatomy, layers, ("w4a16-g32", "w4a16-g16"), "quantize")
+    assert found["model.layers.0.self_attn.q_proj"] == (parse("w8a8"),)
+    less = replace(stage, candidates=("w4a16-g32", "w4a16-g16")).possible(anatomy)
+    assert less["model.layers.1.mlp.down_proj"] == ()
 
 
 def test_candidates_are_checked() -> None:
@@ -64,6 +67,19 @@ def test_candidates_are_checked() -> None:
     assert "a quantisation scheme, got 'w3a16'" in said
     assert "more than 0 and at most 16, got 20" in said
     assert "at least two schemes" in str(candidate_faults(("w8a16",), 5, "x")[0])
+
+
+@pytest.mark.parametrize("text", ["w8a8", "w8a8-static", "w4a8-g32", "fp8"])
+def test_a_candidate_that_rounds_inputs_is_refused_as_their_rounding_is_not_measured(text: str) -> None:
+    (fault,) = candidate_faults((text, "w8a16"), 9.0, "stages[0]")
+    assert "schemes that leave inputs alone" in str(fault)
+    assert f"got {text}. Name {text} as scheme" in str(fault)
+
+
+def test_candidates_in_one_text_are_one_mistake_told_once() -> None:
+    (fault,) = candidate_faults(("w4a16-g32,w8a16",), 6.0, "stages[0]")
+    assert "got 'w4a16-g32,w8a16'" in str(fault)
+    assert "repeat the option" in str(fault)
 
 
 def test_costs_are_those_of_running_the_whole_model(tmp_path: Path) -> None:

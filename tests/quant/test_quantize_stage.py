@@ -18,8 +18,10 @@ from compresskit.errors import SchemeError
 from compresskit.modeling import ModelSource, load_model, load_tokenizer, open_model
 from compresskit.quant import QUANTIZERS
 from compresskit.quant.base import Quantized
+from compresskit.quant.known import known
+from compresskit.quant.outlook import rounded_inputs
 from compresskit.quant.rtn import RoundToNearest
-from compresskit.quant.scheme import Scheme
+from compresskit.quant.scheme import Scheme, parse
 from compresskit.quant.stage import Quantize
 from compresskit.stage import Outlook, StageContext, StageResult
 
@@ -293,4 +295,80 @@ def test_auto_says_what_it_lacks(model: ModelSource) -> None:
         "expected a candidate that fits each layer, got in_features of model.layers.0.mlp.down_proj" in said
     )
     said = faults(Quantize(scheme="auto", target_bits=4.0, candidates=("w4a16-channel", "w8a16")), look)
-    assert "target_bits: expected at most 4 bits, got 4.95 with the smallest candidates" in said
+    assert "target_bits: expected at most 4 bits, got 4.95 with the smallest scheme of each layer" in said
+    said = faults(Quantize(scheme="auto", candidates=("w4a16-g32,w8a16",), target_bits=6.0), look)
+    assert said.count("\n") == 0, said
+
+
+AUTO = Quantize(scheme="auto", target_bits=8.5, candidates=("w4a16-channel", "w8a16"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "target", "told"),
+    [
+        ({"*.down_proj": "nf4"}, 8.5, "bitsandbytes holds no others, got nf4, w4a16-channel, w8a16"),
+        ({"*.down_proj": "w4a16-g4-asym"}, 8.5, "with zero points holds no others"),
+        ({"*.down_proj": "w4a16-g128"}, 8.5, "divisible by the group size 128, got 44 in model.layers.0.mlp"),
+        ({"*.down_proj": "w8a16"}, 2.0, "target_bits: expected at most 2 bits"),
+        ({"*_proj": "w8a16"}, 8.5, "target_bits: expected at most 8.5 bits, got 8.95"),
+    ],
+)
+def test_auto_looks_at_overrides_before_it_runs(
+    model: ModelSource, overrides: dict[str, str], target: float, told: str
+) -> None:
+    assert told in faults(replace(AUTO, overrides=overrides, target_bits=target), outlook(model))
+
+
+@pytest.mark.parametrize("earlier", ["nf4", "w4a16-g4-asym"])
+def test_auto_looks_at_what_is_quantised_already(model: ModelSource, earlier: str) -> None:
+    layer = "model.layers.0.self_attn.q_proj"
+    look = replace(outlook(model), layer_bits={layer: 4.5}, layer_schemes={layer: (earlier,)})
+    assert "holds no others" in faults(replace(AUTO, targets=("*.v_proj",)), look)
+
+
+def test_auto_leaves_overridden_layers_to_their_scheme(
+    model: ModelSource, tmp_path: Path, text: DataSpec
+) -> None:
+    # No candidate fits down_proj; w8a8 is none of them.
+    stage = replace(
+        AUTO,
+        candidates=("w4a16-g32", "w4a16-g16"),
+        overrides={"*.down_proj": "w8a8"},
+        data=text,
+        samples=2,
+        context_length=64,
+    )
+    look = outlook(model)
+    assert faults(stage, look) == ""
+    foreseen = stage.forecast(look).after.layer_schemes
+    assert foreseen["model.layers.0.mlp.down_proj"] == ("w8a8",)
+    assert set(foreseen["model.layers.0.mlp.up_proj"]) == {"w4a16-g32", "w4a16-g16"}
+    result, made = run(stage, model, tmp_path)
+    assert not [s for p in result.promises for s in p.broken(made, made)]
+    for promise in result.promises:
+        assert promise.scheme in foreseen[promise.layer]  # type: ignore[attr-defined]
+
+
+def test_auto_wants_logits(model: ModelSource) -> None:
+    look = outlook(model)
+    headless = replace(look, anatomy=replace(look.anatomy, head=None))
+    assert "scheme: expected a model with logits" in faults(AUTO, headless)
+    assert faults(replace(AUTO, scheme="w8a16", target_bits=None), headless) == ""
+
+
+def test_a_plan_and_a_run_count_the_bits_of_scales_alike(tmp_path: Path) -> None:
+    made = open_model(tiny_llama(tmp_path, dtype=torch.bfloat16, tie_word_embeddings=False))
+    look = replace(outlook(made), weight_bytes=made.bytes / made.anatomy.num_parameters)
+    assert known(made).scale_bits == known(look).scale_bits == 16
+    assert known(made).quantised == known(look).quantised == {}
+
+
+def test_the_note_says_how_inputs_are_rounded(model: ModelSource) -> None:
+    def said(*schemes: str) -> str:
+        return " ".join(rounded_inputs(map(parse, schemes)))
+
+    assert said("w8a16", "nf4") == ""
+    assert "to 8 bits per token" in said("w8a8", "w4a8")
+    assert "e4m3 per token" in said("fp8")
+    assert "8 bits, on one scale for each layer" in said("w8a8-static")
+    assert "per token" not in said("w8a8-static")
