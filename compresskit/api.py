@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compresskit.artifact import RECORDS, Artifact, check_output, publish
+from compresskit.artifact import EXPORT, RECORDS, Artifact, check_output, publish, write_json
 from compresskit.data import open_corpus
 from compresskit.data.spec import STDLIB, DataSpec
-from compresskit.errors import DataError, Fault, InputError
+from compresskit.errors import DataError, Fault, InputError, OutputError
 from compresskit.modeling import load_model, load_tokenizer, open_model
 from compresskit.pipeline import run as run_plan
 from compresskit.planner import Plan, plan
@@ -144,7 +144,12 @@ def report(*subjects: Artifact | str | Path) -> Report:
 
 
 def export(
-    directory: str | Path, *, to: str, out: str | Path, trust_remote_code: bool = False
+    directory: str | Path,
+    *,
+    to: str,
+    out: str | Path,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> tuple[str, ...]:
     """Write the model in ``directory`` as another runtime loads it.
 
@@ -153,24 +158,29 @@ def export(
         to: ``gguf``, ``onnx``, ``torchao``, ``compressed-tensors``, ``bitsandbytes``, ``dense`` or another
             name of ``compresskit.exports.EXPORTS``.
         out: directory to write; it appears whole or not at all.
+        overwrite: replace an export or an artifact there; never one that holds ``directory`` itself.
         trust_remote_code: whether code in ``directory`` may run.
 
     Returns:
         Sentences about what the target holds only nearly, such as scales rounded to float16.
 
     Raises:
-        OutputError: ``out`` is taken.
+        OutputError: ``out`` is taken, or holds what is not ours, or ``directory`` itself.
         FormatError: the target cannot hold the model; every layer, package or architecture at fault is named.
     """
     from compresskit.exports.run import export_model
 
     out = Path(out).absolute()
-    check_output(out, overwrite=False)
+    check_output(out, overwrite=overwrite)
     source = open_model(directory, trust_remote_code=trust_remote_code)
+    if source.directory.resolve().is_relative_to(out.resolve()):
+        cure = "Choose another output directory."
+        raise OutputError(Fault(str(out), "a directory apart from the model's", "one that holds it", cure))
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
         partial = Path(place) / "export"
         partial.mkdir()
         warnings = export_model(source, to, partial)
+        write_json(partial / EXPORT, {"to": to, "warnings": list(warnings)})
         publish(partial, out)
     return warnings
 

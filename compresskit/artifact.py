@@ -20,6 +20,8 @@ from compresskit.progress import with_progress
 from compresskit.stage import Json, Promise, promise_from_json
 
 MANIFEST = "compresskit.json"
+EXPORT = "compresskit-export.json"
+"""What `compresskit export` says of itself in a directory that it wrote."""
 RECIPE = "recipe.yaml"
 RECORDS = "records"
 STAGES = "stages"
@@ -113,7 +115,7 @@ def _hashed_files(directory: Path) -> Iterator[Path]:
 
 
 def check_output(out: Path, *, overwrite: bool) -> None:
-    """Raise OutputError unless an artifact may be written to ``out``."""
+    """Raise OutputError unless an artifact or export may be written to ``out``."""
     parent = out.absolute().parent
     if not parent.is_dir():
         raise OutputError(Fault(str(out), "a parent directory", "none", f"Make {parent} first."))
@@ -121,18 +123,24 @@ def check_output(out: Path, *, overwrite: bool) -> None:
         raise OutputError(Fault(str(out), "a writable parent directory", "none", "Choose another place."))
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not is_artifact(out):
+    is_export = (out / EXPORT).is_file()
+    if not is_artifact(out) and not is_export:
         raise OutputError(
             Fault(
                 str(out),
-                "a new directory, or an artifact to replace",
+                "a new directory, or an artifact or export to replace",
                 "something that compresskit did not write",
                 "Choose another output directory.",
             )
         )
     if not overwrite:
         raise OutputError(
-            Fault(str(out), "a new directory", "an artifact of another run", "Add --overwrite to replace it.")
+            Fault(
+                str(out),
+                "a new directory",
+                "an export" if is_export else "an artifact of another run",
+                "Add --overwrite to replace it.",
+            )
         )
 
 

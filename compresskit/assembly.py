@@ -16,7 +16,6 @@ from compresskit.artifact import (
 )
 from compresskit.exports.run import export_model
 from compresskit.formats import export
-from compresskit.formats.readback import read_back
 from compresskit.modeling import ModelSource
 from compresskit.modeling.streaming import return_memory
 from compresskit.planner import Plan
@@ -35,8 +34,7 @@ def assemble(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     return_memory()  # of the last stage, before tensors as large as the embeddings are read
-    export(model, partial)
-    packed = read_back(model, partial) if model.is_quantised else 0
+    packed = export(model, partial)
     said = _export_all(plan, model, partial)
     (partial / STATE).unlink(missing_ok=True)
     (partial / RECIPE).write_text(plan.recipe.to_yaml(), encoding="utf-8")

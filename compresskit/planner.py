@@ -22,7 +22,7 @@ from compresskit.data.spec import DataSpec
 from compresskit.data.wording import foresee
 from compresskit.errors import Fault, InputError, OutputError, PlanError
 from compresskit.exports import EXPORTS
-from compresskit.exports.base import Prospect
+from compresskit.exports.base import Prospect, adapter_fault
 from compresskit.formats.checkpoint import ADAPTER
 from compresskit.modeling import ModelSource, load_tokenizer, open_model, resolve_device
 from compresskit.modeling.packed import packed_fault
@@ -39,6 +39,13 @@ PACKAGES = (
     "accelerate",
     "tokenizers",
     "deepspeed",
+    "peft",
+    "bitsandbytes",
+    "torchao",
+    "gguf",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
 )
 DISK_MARGIN_BYTES = 64 << 20
 MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".model")
@@ -127,13 +134,16 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Needed while the chain runs: each stage's dense checkpoint, the artifact, training checkpoints."""
+        """Needed while the chain runs: checkpoints of stages and of training, the artifact, its exports."""
         need = 0
         for stage in self.stages:
             after = stage.forecast.after
             dense = round(after.anatomy.num_parameters * after.weight_bytes)
             need += dense + (2 * 12 * after.anatomy.num_parameters if stage.trains else 0)
-            need += dense if stage is self.stages[-1] else 0
+            need += stage.forecast.scratch_bytes
+            if stage is self.stages[-1]:
+                widths = [max(EXPORTS[to].least_bytes, after.weight_bytes) for to in self.recipe.export]
+                need += dense + round(after.anatomy.num_parameters * sum(widths))
         return need + DISK_MARGIN_BYTES
 
     def check_disk(self, place: Path) -> None:
@@ -264,9 +274,8 @@ def _opened(recipe: Recipe, build_dir: Path) -> tuple[ModelSource, Outlook]:
 def _source_faults(source: ModelSource, recipe: Recipe) -> list[Fault]:
     """What forbids any stage on this model."""
     if recipe.stages and (source.directory / ADAPTER).is_dir():
-        cure = "Train it again with finish merge, or merge it with peft."
         got = f"{source.directory}, which has an adapter beside it that no stage would see"
-        return [Fault("model", "a model whose weights are all of it", got, cure)]
+        return [adapter_fault(got, "model")]
     if not (source.is_compressed and recipe.stages):
         return []
     return [packed_fault(source, "model")]
@@ -312,23 +321,28 @@ def _chain_faults(stage: Stage, before: list[PlannedStage], source: ModelSource,
     return faults
 
 
-def _export_faults(recipe: Recipe, last: Outlook) -> list[Fault]:
-    """What keeps a target of ``recipe.export`` from holding the model that the last stage leaves."""
+def _export_faults(recipe: Recipe, model: Outlook) -> list[Fault]:
+    """What keeps a target of ``recipe.export`` from holding the ``model`` that the last stage leaves."""
     faults: list[Fault] = []
+    last = next((s for s in recipe.stages if getattr(s, "ends_chain", False)), None)
+    if recipe.export and last is not None:
+        got = f"what {last.kind} leaves, an adapter beside the model that no target holds"
+        faults.append(adapter_fault(got, "export"))
     for target in recipe.export:
         try:
             EXPORTS.require(target, where="export")
         except InputError as error:
             faults += [fault for fault in error.faults if isinstance(fault, Fault)]
             continue
-        for index in range(max(map(len, last.layer_schemes.values()), default=1)):
-            schemes = {n: parse(texts[min(index, len(texts) - 1)]) for n, texts in last.layer_schemes.items()}
+        named = model.layer_schemes
+        for index in range(max(map(len, named.values()), default=1)):
+            schemes = {n: parse(texts[min(index, len(texts) - 1)]) for n, texts in named.items()}
             prospect = Prospect(
-                anatomy=last.anatomy,
-                config=last.config,
-                tokenizer=last.tokenizer,
+                anatomy=model.anatomy,
+                config=model.config,
+                tokenizer=model.tokenizer,
                 schemes=schemes,
-                trust_remote_code=last.trust_remote_code,
+                trust_remote_code=model.trust_remote_code,
             )
             faults += EXPORTS[target]().faults(prospect, f"export: {target}")
     return list(dict.fromkeys(faults))

@@ -230,12 +230,14 @@ class Forecast:
         after: the outlook of the next stage.
         layers: how many linear layers are touched.
         memory_bytes: estimated peak memory of one process beyond the bare interpreter with its libraries.
+        scratch_bytes: of disk that it takes while it runs, besides its checkpoint and those of training.
         notes: sentences a user should read before starting, such as that zeros alone are no faster.
     """
 
     after: Outlook
     layers: int
     memory_bytes: int
+    scratch_bytes: int = 0
     notes: tuple[str, ...] = ()
 
 

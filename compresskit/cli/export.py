@@ -14,10 +14,13 @@ from compresskit.exports import EXPORTS
 @click.argument("directory")
 @click.option("--to", required=True, metavar="TARGET", help=f"{', '.join(EXPORTS)}.")
 @click.option("-o", "--out", required=True, metavar="DIR", help="Directory to write.")
+@click.option("--overwrite", is_flag=True, help="Replace an export or artifact there.")
 @click.option("--trust-remote-code", is_flag=True, help="Let code in DIRECTORY run.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, last line.")
 @click.option("-v", "--verbose", is_flag=True, help="Show what the libraries log.")
-def export(directory: str, to: str, out: str, trust_remote_code: bool, as_json: bool, verbose: bool) -> None:
+def export(
+    directory: str, to: str, out: str, overwrite: bool, trust_remote_code: bool, as_json: bool, verbose: bool
+) -> None:
     """Write the model in DIRECTORY as TARGET holds it.
 
     DIRECTORY is a dense checkpoint, a stage's with its grids, or a finished artifact: integers and scales
@@ -28,7 +31,7 @@ def export(directory: str, to: str, out: str, trust_remote_code: bool, as_json: 
     quiet_libraries(verbose=verbose)
     from compresskit import api
 
-    warnings = api.export(directory, to=to, out=out, trust_remote_code=trust_remote_code)
+    warnings = api.export(directory, to=to, out=out, overwrite=overwrite, trust_remote_code=trust_remote_code)
     for warning in warnings:
         click.echo(f"warning: {warning}", err=True)
     files = [path for path in Path(out).rglob("*") if path.is_file()]

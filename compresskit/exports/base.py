@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from compresskit.errors import Fault
 from compresskit.modeling import Anatomy, ModelSource
@@ -34,7 +34,13 @@ class Prospect:
 
 
 class Exporter(Protocol):
-    """A target; it has no state, and each of its files appears in a directory that is not yet published."""
+    """A target; it has no state, and each of its files appears in a directory that is not yet published.
+
+    Attributes:
+        least_bytes: of a parameter that the model itself stores in fewer.
+    """
+
+    least_bytes: ClassVar[int]
 
     def faults(self, model: Prospect, where: str) -> list[Fault]:
         """Everything that keeps the target from holding such a ``model``; reads no weight.
@@ -70,6 +76,12 @@ def prospect_of(model: ModelSource) -> Prospect:
         schemes={layer: scheme_of(grid) for layer, grid in grids if grid is not None},
         trust_remote_code=model.trust_remote_code,
     )
+
+
+def adapter_fault(got: str, where: str) -> Fault:
+    """What to say where a trained adapter would be left out of what is made of the model beside it."""
+    cure = "Train it again with finish merge, or merge it with peft."
+    return Fault(where, "a model whose weights are all of it", got, cure)
 
 
 def package_faults(packages: Iterable[str], extra: str, where: str) -> list[Fault]:

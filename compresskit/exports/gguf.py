@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,12 +39,14 @@ FILE = "model.gguf"
 HALF = "Every matrix that is not quantised is rounded to float16; the largest change of a weight is {:.1e}."
 SCALES = "Scales are rounded to float16; the largest relative change of one is {:.1e}."
 LEAST = "Zero points become float16 minimums: a zero of the model is no longer exactly zero in {} layers."
-INPUTS = "llama.cpp rounds inputs in blocks of 32, not per token as the scheme of {} layers says."
+INPUTS = "llama.cpp rounds inputs in blocks of 32, not as the scheme of {} layers says ({})."
 
 
 @dataclass(frozen=True, slots=True)
 class Gguf:
     """One file, ``model.gguf``, tokenizer included."""
+
+    least_bytes: ClassVar[int] = 2
 
     def faults(self, model: Prospect, where: str) -> list[Fault]:
         """An unknown architecture or tokenizer, a scheme or shape that no block holds, a missing package."""
@@ -98,8 +100,8 @@ class _Changes:
         said += [SCALES.format(self.scale)] if self.scale else []
         if least := sum(not scheme.symmetric for scheme in schemes.values()):
             said.append(LEAST.format(least))
-        if rounded := sum(scheme.activation_bits is not None for scheme in schemes.values()):
-            said.append(INPUTS.format(rounded))
+        if rounded := [str(scheme) for scheme in schemes.values() if scheme.activation_bits]:
+            said.append(INPUTS.format(len(rounded), ", ".join(sorted(set(rounded)))))
         return tuple(said)
 
 

@@ -17,14 +17,15 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from compresskit.errors import Fault
 from compresskit.exports.base import Prospect, layer_faults, package_faults
-from compresskit.exports.plain import set_quantization, tensors_of
+from compresskit.exports.plain import tensors_of
+from compresskit.formats.checkpoint import set_quantization
 from compresskit.formats.grid import Grid
 from compresskit.modeling import ModelSource, copy_sidecars
 from compresskit.modeling.skeleton import model_class
@@ -41,6 +42,8 @@ HALF = "Weights are widened from {} to float32, in which onnxruntime computes."
 @dataclass(frozen=True, slots=True)
 class Onnx:
     """``model.onnx``, any batch and length; configuration and tokenizer beside it."""
+
+    least_bytes: ClassVar[int] = 4
 
     def faults(self, model: Prospect, where: str) -> list[Fault]:
         """No encoder, an architecture or scheme that is not known here, or a missing package."""

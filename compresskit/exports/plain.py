@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,7 @@ from torch import Tensor
 
 from compresskit.errors import Fault
 from compresskit.exports.base import Prospect, layer_faults, package_faults, unquantised_fault
-from compresskit.formats import FORMATS
-from compresskit.formats.checkpoint import CONFIG, write_shards
+from compresskit.formats.checkpoint import pack, set_quantization, write_shards
 from compresskit.modeling import ModelSource, copy_sidecars
 from compresskit.progress import with_progress
 from compresskit.quant.scheme import Scheme
@@ -22,6 +20,8 @@ from compresskit.quant.scheme import Scheme
 @dataclass(frozen=True, slots=True)
 class Dense:
     """Every weight as a plain number in the model's own dtype; a quantised one keeps its value to the bit."""
+
+    least_bytes: ClassVar[int] = 0
 
     def faults(self, model: Prospect, where: str) -> list[Fault]:
         """None: a dense checkpoint holds anything."""
@@ -42,13 +42,16 @@ class Dense:
 class CompressedTensors:
     """Packed for transformers and vLLM."""
 
+    least_bytes: ClassVar[int] = 0
+
     def faults(self, model: Prospect, where: str) -> list[Fault]:
         """No layer is quantised, or one is to NF4."""
         return unquantised_fault(model, where, "w8a8") + layer_faults(model, where, self._judge)
 
     def write(self, model: ModelSource, out: Path) -> tuple[str, ...]:
-        """Pack it; reads back to the bit."""
-        _write_packed("compressed-tensors", model, out)
+        """Pack it, and read it back."""
+        copy_sidecars(model.directory, out)
+        pack(model, out, "compressed-tensors")
         return ()
 
     @staticmethod
@@ -62,6 +65,7 @@ class CompressedTensors:
 class Bitsandbytes:
     """NF4 as bitsandbytes packs it, which transformers and peft load."""
 
+    least_bytes: ClassVar[int] = 0
     GROUP: ClassVar[int] = 64
 
     def faults(self, model: Prospect, where: str) -> list[Fault]:
@@ -70,8 +74,9 @@ class Bitsandbytes:
         return found + package_faults(["bitsandbytes"], "qlora", where)
 
     def write(self, model: ModelSource, out: Path) -> tuple[str, ...]:
-        """Pack it; reads back to the bit."""
-        _write_packed("bitsandbytes", model, out)
+        """Pack it, and read it back."""
+        copy_sidecars(model.directory, out)
+        pack(model, out, "bitsandbytes")
         return ()
 
     @classmethod
@@ -85,21 +90,3 @@ def tensors_of(model: ModelSource, title: str) -> Iterator[tuple[str, Tensor]]:
     """Every parameter of ``model`` by its name, read when asked for."""
     for name in with_progress(model.names(), title, unit="tensors"):
         yield name, model.tensor(name)
-
-
-def set_quantization(out: Path, packing: object | None) -> None:
-    """Write ``packing`` into config.json of ``out`` as its ``quantization_config``; None takes it away."""
-    config = json.loads((out / CONFIG).read_text(encoding="utf-8"))
-    config.pop("quantization_config", None)
-    if packing is not None:
-        config["quantization_config"] = packing
-    (out / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _write_packed(name: str, model: ModelSource, out: Path) -> None:
-    packer = FORMATS[name]()
-    linears = tuple(model.anatomy.linears)
-    grids = {layer: grid for layer in linears if (grid := model.grid(layer)) is not None}
-    write_shards(out, packer.encode(tensors_of(model, "packing"), grids))
-    copy_sidecars(model.directory, out)
-    set_quantization(out, packer.config(grids, [layer for layer in linears if layer not in grids]))

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from compresskit.errors import FormatError
 from compresskit.exports import EXPORTS
-from compresskit.exports.base import prospect_of
+from compresskit.exports.base import adapter_fault, prospect_of
+from compresskit.formats.checkpoint import ADAPTER
 from compresskit.modeling import ModelSource
 from compresskit.modeling.packed import unpacked
 
@@ -29,6 +30,10 @@ def export_model(source: ModelSource, to: str, out: Path) -> tuple[str, ...]:
     EXPORTS.require(to, where="--to")
     exporter = EXPORTS[to]()
     model = unpacked(source)
-    if faults := exporter.faults(prospect_of(model), f"export to {to}"):
+    faults = exporter.faults(prospect_of(model), f"export to {to}")
+    if (source.directory / ADAPTER).is_dir():
+        got = f"{source.directory}, which has an adapter beside it that no target holds"
+        faults.append(adapter_fault(got, f"export to {to}"))
+    if faults:
         raise FormatError(*faults)
     return exporter.write(model, out)

@@ -14,15 +14,15 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from compresskit.errors import Fault
 from compresskit.exports.base import Prospect, layer_faults, package_faults, prospect_of, unquantised_fault
-from compresskit.exports.plain import set_quantization, tensors_of
-from compresskit.formats.checkpoint import write_shards
+from compresskit.exports.plain import tensors_of
+from compresskit.formats.checkpoint import set_quantization, write_shards
 from compresskit.formats.grid import Grid
 from compresskit.modeling import ModelSource, copy_sidecars
 from compresskit.quant.scheme import Scheme
@@ -33,6 +33,8 @@ UNPACKED = "torchao keeps the 4-bit integers of {} layers in a byte each: no sma
 @dataclass(frozen=True, slots=True)
 class Torchao:
     """Loads with plain ``from_pretrained`` as torchao tensors."""
+
+    least_bytes: ClassVar[int] = 0
 
     def faults(self, model: Prospect, where: str) -> list[Fault]:
         """No layer is quantised, a scheme that no tensor class holds, or no torchao."""

@@ -19,8 +19,8 @@ FORMATS: Registry[Format] = Registry(
 )
 
 
-def export(model: Checkpoint, out: Path) -> None:
+def export(model: Checkpoint, out: Path) -> int:
     """Write ``model`` into the directory ``out`` as its users will load it; see formats.checkpoint."""
     from compresskit.formats.checkpoint import export_checkpoint
 
-    export_checkpoint(model, out)
+    return export_checkpoint(model, out)

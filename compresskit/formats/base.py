@@ -11,6 +11,8 @@ from torch import Tensor
 from compresskit.formats.grid import Grid
 from compresskit.formats.shards import Stored
 
+CONFIG = "config.json"
+
 
 class Decoded(NamedTuple):
     """A parameter as the module has it, and for a packed weight the grid it lies on."""

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from compresskit.formats import FORMATS
-from compresskit.formats.base import Checkpoint
+from compresskit.formats.base import CONFIG, Checkpoint
 from compresskit.formats.grid import GRIDS_FILE, Grid
+from compresskit.formats.readback import read_back
 from compresskit.formats.shards import write_stream
 from compresskit.progress import Progress
 
-CONFIG = "config.json"
 ADAPTER = "adapter"
 """Directory of a trained adapter, beside the model that it is for."""
 SINGLE = "model.safetensors"
@@ -26,7 +26,7 @@ SHARD_BYTES = 1 << 30
 WEIGHTS = (".safetensors", INDEX, ".bin", ".pt", ".pth", ".h5", ".gguf", ".msgpack", ".onnx")
 
 
-def export_checkpoint(model: Checkpoint, out: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+def export_checkpoint(model: Checkpoint, out: Path, *, shard_bytes: int = SHARD_BYTES) -> int:
     """Write ``model`` into ``out`` in a form that plain ``from_pretrained`` loads.
 
     Layers with a grid are packed (see :func:`format_for`); a model without any is copied. At most one tensor
@@ -37,26 +37,56 @@ def export_checkpoint(model: Checkpoint, out: Path, *, shard_bytes: int = SHARD_
         out: an existing directory.
         shard_bytes: tensors of at most so many bytes go into one file.
 
+    Returns:
+        How many parameters were packed and read back; 0 where nothing is packed.
+
     Raises:
-        FormatError: a quantised weight does not lie on its grid.
+        FormatError: a quantised weight does not lie on its grid, or does not read back.
     """
-    linears = tuple(model.anatomy.linears)
-    grids = {layer: grid for layer in linears if (grid := model.grid(layer)) is not None}
+    grids = grids_of(model)
     for path in sorted(model.directory.iterdir()):
         if path.is_file() and _belongs(path.name, is_packed=bool(grids)):
             shutil.copyfile(path, out / path.name)
     if (model.directory / ADAPTER).is_dir():
         shutil.copytree(model.directory / ADAPTER, out / ADAPTER)
-    if not grids:
-        return
-    packer = FORMATS[format_for(grids)]()
+    return pack(model, out, format_for(grids), shard_bytes=shard_bytes) if grids else 0
+
+
+def pack(model: Checkpoint, out: Path, form: str, *, shard_bytes: int = SHARD_BYTES) -> int:
+    """Write the weights of ``model`` into ``out``, those on grids packed, and read everything back.
+
+    Args:
+        model: dense, its quantised weights on their grids.
+        out: has the model's config.json, which is changed to say how weights are packed.
+        form: a name of :data:`compresskit.formats.FORMATS`.
+        shard_bytes: tensors of at most so many bytes go into one file.
+
+    Returns:
+        How many parameters were read back.
+
+    Raises:
+        FormatError: a quantised weight does not lie on its grid, or a parameter does not read back.
+    """
+    packer, grids = FORMATS[form](), grids_of(model)
     names = model.names()
     with Progress("packing", len(names), unit="tensors") as progress:
         encoded = packer.encode(_read(model, names, progress), grids)
         write_shards(out, encoded, shard_bytes=shard_bytes)
+    set_quantization(out, packer.config(grids, [n for n in model.anatomy.linears if n not in grids]))
+    return read_back(model, out)
+
+
+def grids_of(model: Checkpoint) -> dict[str, Grid]:
+    """The grid of every layer of ``model`` that has one."""
+    return {layer: grid for layer in model.anatomy.linears if (grid := model.grid(layer)) is not None}
+
+
+def set_quantization(out: Path, packing: object | None) -> None:
+    """Write ``packing`` into config.json of ``out`` as its ``quantization_config``; None takes it away."""
     config = json.loads((out / CONFIG).read_text(encoding="utf-8"))
-    ignore = [layer for layer in linears if layer not in grids]
-    config["quantization_config"] = packer.config(grids, ignore)
+    config.pop("quantization_config", None)
+    if packing is not None:
+        config["quantization_config"] = packing
     (out / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from compresskit.errors import Fault, FormatError
 from compresskit.formats import FORMATS
-from compresskit.formats.base import Checkpoint
-from compresskit.formats.checkpoint import CONFIG
+from compresskit.formats.base import CONFIG, Checkpoint
 from compresskit.formats.grid import same_grid
 from compresskit.formats.shards import read_header
 from compresskit.progress import Progress
@@ -21,7 +20,7 @@ def read_back(model: Checkpoint, out: Path) -> int:
 
     Args:
         model: the dense checkpoint, its quantised weights on their grids.
-        out: what :func:`compresskit.formats.export` wrote.
+        out: what was packed from it.
 
     Returns:
         How many parameters were compared, each a tensor at a time.

@@ -62,4 +62,9 @@ def test_the_command(dense: ModelSource, tmp_path: Path) -> None:
     assert f"warning: {found['warnings'][0]}" in done.stderr
     again = CliRunner().invoke(main, words)
     assert again.exit_code == 2
-    assert "Choose another output directory" in again.stderr
+    assert "an export. Add --overwrite to replace it." in again.stderr
+    (out / "left").touch()
+    over = CliRunner().invoke(main, [*words, "--overwrite"])
+    assert over.exit_code == 0, over.output
+    assert not (out / "left").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "stage"]

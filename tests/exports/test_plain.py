@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch
 import compresskit as ck
 from compresskit.errors import FormatError, OutputError, UnknownMethodError
 from compresskit.exports.plain import Dense
+from compresskit.formats import checkpoint
 from compresskit.formats.grid import same_grid
 from compresskit.modeling import ModelSource, load_model, open_model
 from compresskit.modeling.packed import packed_fault, unpacked
@@ -103,10 +106,10 @@ def test_what_cannot_be_is_told_before_anything_is_written(dense: ModelSource, t
     for source, to, message in cases:
         with pytest.raises(FormatError, match=message):
             ck.export(source.directory, to=to, out=tmp_path / "out")
-    with pytest.raises(UnknownMethodError, match="the name of an export target.*Did you mean: gguf"):
+    with pytest.raises(UnknownMethodError, match=r"the name of an export target.*Did you mean: gguf"):
         ck.export(dense.directory, to="guff", out=tmp_path / "out")
     with pytest.raises(OutputError, match="something that compresskit did not write"):
-        ck.export(dense.directory, to="dense", out=stage.directory)
+        ck.export(dense.directory, to="dense", out=stage.directory, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stage"]
 
 
@@ -131,3 +134,41 @@ def test_nothing_half_written_stays(
     with pytest.raises(RuntimeError, match="no space left"):
         ck.export(dense.directory, to="dense", out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_model_itself_is_never_replaced(dense: ModelSource, tmp_path: Path) -> None:
+    stage = on_grids(dense, tmp_path / "stage", {"proj": "w8a16"})
+    source = packed(stage, tmp_path / "packed", "w8a16")
+    with pytest.raises(OutputError, match="Add --overwrite"):
+        ck.export(stage.directory, to="dense", out=source.directory)
+    with pytest.raises(OutputError, match="one that holds it"):
+        ck.export(source.directory, to="dense", out=source.directory, overwrite=True)
+    assert (source.directory / "compresskit.json").is_file()
+    ck.export(stage.directory, to="dense", out=source.directory, overwrite=True)
+    assert not open_model(source.directory).is_compressed
+
+
+@pytest.mark.parametrize("to", ["dense", "compressed-tensors"])
+def test_a_model_with_an_adapter_is_refused(dense: ModelSource, to: str, tmp_path: Path) -> None:
+    stage = on_grids(dense, tmp_path / "stage", {"proj": "w8a16"})
+    (stage.directory / "adapter").mkdir()
+    with pytest.raises(FormatError, match=r"an adapter beside it that no target holds.*finish merge"):
+        ck.export(stage.directory, to=to, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("start", ["stage", "packed"])
+def test_what_is_packed_is_read_back(
+    dense: ModelSource, start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = on_grids(dense, tmp_path / "stage", {"proj": "w4a16-g32"})
+    packed(stage, tmp_path / "packed", "w4a16-g32")
+    whole = checkpoint.write_shards
+
+    def damage(out: Path, tensors: Iterable[tuple[str, torch.Tensor]], **rest: Any) -> None:
+        whole(out, ((n, t ^ 1 if n.endswith("up_proj.weight_packed") else t) for n, t in tensors), **rest)
+
+    monkeypatch.setattr(checkpoint, "write_shards", damage)
+    with pytest.raises(FormatError, match=r"2 that differ and 0 missing: model.layers.0.mlp.up_proj.weight"):
+        ck.export(tmp_path / start, to="compressed-tensors", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -6,11 +6,15 @@ Shapes: O = out_features, I = in_features, R = rank.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from compresskit.calibration.oneshot import fit_faults, largest_layer, tied_faults
 from compresskit.errors import Fault, InputError
+from compresskit.quant.assignment import AUTO
+from compresskit.quant.qlora import CHOICES, LOW_RANK, Qlora
+from compresskit.quant.scheme import parse
 from compresskit.registry import nearest
 from compresskit.stage import Forecast
 from compresskit.targets import select
@@ -18,16 +22,8 @@ from compresskit.training.outlook import LONGEST_ROW, forecast_training, student
 
 if TYPE_CHECKING:
     from compresskit.modeling.anatomy import Anatomy, Linear
-    from compresskit.quant.qlora import Qlora
     from compresskit.stage import Outlook
 
-CHOICES = {
-    "adapter": ("lora", "dora", "prefix", "bottleneck"),
-    "base": ("nf4", "int8", "none"),
-    "finish": ("adapter", "merge", "grid"),
-    "merge_into": ("trained", "original"),
-}
-LOW_RANK = ("lora", "dora")
 BASE_BYTES = {"nf4": 0.5 + 1 / 64, "int8": 1.0, "none": 4.0}
 """Of one frozen weight; an NF4 block of 64 has one scale of 8 bits."""
 INSTALL = "Install it with `pip install 'compresskit[qlora]'`."
@@ -52,12 +48,15 @@ def qlora_faults(stage: Qlora, model: Outlook, where: str) -> list[Fault]:
         for name, known in CHOICES.items()
         if getattr(stage, name) not in known
     ]
-    faults += _number_faults(stage, where) + _package_faults(stage, where)
+    faults += _number_faults(stage, where)
     try:
         layers = select(model.anatomy, stage.targets, stage.ignore, where=where)
     except InputError as error:
         return faults + [f for f in error.faults if isinstance(f, Fault)]
-    faults += tied_faults(model.anatomy, layers, where)
+    gridded = tuple(layer for layer in layers if layer in model.layer_bits)
+    all_gridded = len(gridded) == len(layers)
+    faults += _package_faults(stage, all_gridded, where)
+    faults += _head_faults(model.anatomy, layers, where)
     if stage.adapter in LOW_RANK:
         cure = "Lower rank, or add these layers to ignore."
         faults += fit_faults(
@@ -68,7 +67,8 @@ def qlora_faults(stage: Qlora, model: Outlook, where: str) -> list[Fault]:
             cure=cure,
         )
     faults += _prefix_faults(stage, model, where) if stage.adapter == "prefix" else []
-    return faults + _loftq_faults(stage, where) + _finish_faults(stage, model, layers, where)
+    faults += _loftq_faults(stage, where) + _idle_faults(stage, all_gridded, where)
+    return faults + _static_faults(stage, model, where) + _finish_faults(stage, model, layers, gridded, where)
 
 
 def _rank_misfit(stage: Qlora, linear: Linear) -> str:
@@ -90,8 +90,17 @@ def _number_faults(stage: Qlora, where: str) -> list[Fault]:
     ]
 
 
-def _package_faults(stage: Qlora, where: str) -> list[Fault]:
-    needed = {"adapter": "peft"} | ({} if stage.base == "none" else {"base": "bitsandbytes"})
+def _head_faults(anatomy: Anatomy, layers: Sequence[str], where: str) -> list[Fault]:
+    """The loss is computed from the head's own weight, a block of tokens at a time: no adapter is seen."""
+    if (faults := tied_faults(anatomy, layers, where)) or anatomy.head not in layers:
+        return faults
+    cure = f"Add {anatomy.head} to ignore."
+    return [Fault(f"{where}.targets", "layers before the output projection", str(anatomy.head), cure)]
+
+
+def _package_faults(stage: Qlora, all_gridded: bool, where: str) -> list[Fault]:
+    freezes = stage.base != "none" and not all_gridded
+    needed = {"adapter": "peft"} | ({"base": "bitsandbytes"} if freezes else {})
     return [
         Fault(f"{where}.{field}", f"the package {package}", "an environment without it", INSTALL)
         for field, package in needed.items()
@@ -134,23 +143,58 @@ def _loftq_faults(stage: Qlora, where: str) -> list[Fault]:
     ]
 
 
-def _finish_faults(stage: Qlora, model: Outlook, layers: Sequence[str], where: str) -> list[Fault]:
-    gridded = tuple(layer for layer in layers if layer in model.layer_bits)
+def _idle_faults(stage: Qlora, all_gridded: bool, where: str) -> list[Fault]:
+    """Fields that were set, though nothing reads them."""
+    grids = "targets that all lie on a grid" if all_gridded else ""
+    other = "" if stage.adapter in LOW_RANK else f"adapter {stage.adapter}"
+    free = f"{other} on base none" if other and stage.base == "none" else ""
+    beside = "finish adapter" if stage.finish == "adapter" else ""
+    idle = {
+        "alpha": other,
+        "dropout": other if stage.adapter == "prefix" else "",
+        "targets": free,
+        "ignore": free,
+        "rounding": "" if stage.scheme is not None else "no scheme for a new grid",
+        "base": grids,
+        "loftq_rounds": grids,
+        "merge_into": beside or grids or ("base none" if stage.base == "none" else ""),
+    }
+    return [
+        Fault(
+            f"{where}.{field.name}",
+            f"nothing beside {idle[field.name]}",
+            repr(getattr(stage, field.name)),
+            "Leave this field out: it would have no effect.",
+        )
+        for field in fields(stage)
+        if idle.get(field.name) and getattr(stage, field.name) != field.default
+    ]
+
+
+def _static_faults(stage: Qlora, model: Outlook, where: str) -> list[Fault]:
+    """Scales of inputs that calibration fixed are those of the model before it was trained."""
+    static = [name for name, texts in model.layer_schemes.items() if any(parse(t).static for t in texts)]
+    if not static:
+        return []
+    got = f"scales fixed by calibration in {len(static)} layers, such as {static[0]}"
+    cure = "Quantise with w8a8 instead of w8a8-static"
+    cure += "." if stage.ends_chain else ", or put this stage before the quantisation."
+    return [Fault(where, "layers that find the scale of an input as the model runs", got, cure)]
+
+
+def _finish_faults(
+    stage: Qlora, model: Outlook, layers: Sequence[str], gridded: tuple[str, ...], where: str
+) -> list[Fault]:
+    if gridded and (stage.adapter != "lora" or stage.finish != "grid"):
+        return [_grid_fault(stage, gridded, where)]
     if stage.adapter not in LOW_RANK and stage.finish != "adapter":
         got = f"finish {stage.finish} of adapter {stage.adapter}, which no weight can take in"
         return [Fault(f"{where}.finish", "adapter", got, "Set finish to adapter, or use lora or dora.")]
     if stage.finish != "grid" and stage.scheme is not None:
         cure = "Set finish to grid, or drop scheme."
         return [Fault(f"{where}.scheme", "none", f"{stage.scheme} with finish {stage.finish}", cure)]
-    if gridded and stage.finish != "grid":
-        got = f"finish {stage.finish} of {len(gridded)} quantised layers, such as {gridded[0]}"
-        cure = "Set finish to grid, or put this stage before the quantisation."
-        return [Fault(f"{where}.finish", "grid, which keeps weights on theirs", got, cure)]
     if stage.finish != "grid":
         return []
-    if gridded and stage.adapter == "dora":
-        cure = "Use adapter lora."
-        return [Fault(f"{where}.adapter", "lora on weights that lie on a grid", "dora", cure)]
     if stage.scheme is None:
         if gridded:
             return []
@@ -159,7 +203,33 @@ def _finish_faults(stage: Qlora, model: Outlook, layers: Sequence[str], where: s
     if len(gridded) == len(layers):
         got = f"{stage.scheme}, where every target is on a grid already"
         return [Fault(f"{where}.scheme", "none", got, "Drop scheme: the grid in force is kept.")]
-    return stage.requantise(gridded).faults(model, where)
+    if stage.scheme.strip().lower() == AUTO:
+        cure = "Name a scheme, or set finish to merge and quantise in a stage of its own."
+        return [Fault(f"{where}.scheme", "one scheme, such as w4a16-g64", stage.scheme, cure)]
+    return [_renamed(fault, where) for fault in stage.requantise(gridded).faults(model, where)]
+
+
+def _grid_fault(stage: Qlora, gridded: Sequence[str], where: str) -> Fault:
+    """Only LoRA that is rounded as it trains can be on weights that lie on a grid."""
+    got = f"{len(gridded)} quantised layers, such as {gridded[0]}, with finish {stage.finish}"
+    cure = "Set finish to grid"
+    if stage.adapter != "lora":
+        got = f"{stage.adapter} on {got}"
+        cure = "Use adapter lora with finish grid"
+    # An adapter that stays beside the model ends the chain, and no quantisation can follow it.
+    last = stage.finish == "adapter" or stage.adapter not in LOW_RANK
+    cure += "." if last else ", or put this stage before the quantisation."
+    name = "finish" if stage.adapter == "lora" else "adapter"
+    return Fault(f"{where}.{name}", "lora with finish grid, which keeps weights on theirs", got, cure)
+
+
+def _renamed(fault: Fault, where: str) -> Fault:
+    """What a stage ``quantize`` would say, in the names of this one's fields."""
+    if fault.where == f"{where}.method":
+        fault = replace(fault, where=f"{where}.rounding")
+    if "overrides" in fault.cure:
+        fault = replace(fault, cure="Choose another scheme, or add these layers to ignore.")
+    return fault
 
 
 def trained_parameters(stage: Qlora, anatomy: Anatomy, config: Any, layers: Iterable[str]) -> int:
@@ -196,12 +266,37 @@ def forecast_qlora(stage: Qlora, model: Outlook) -> Forecast:
     frozen += 2 * 4 * largest_layer(anatomy, layers)
     trained = trained_parameters(stage, anatomy, model.config, layers)
     found = forecast_training(stage, model, trained=trained, other_bytes=round(frozen))
-    after, memory = model, found.memory_bytes
+    notes = (*found.notes, *_notes(stage), *unrounded_inputs(_rounding_inputs(model)))
+    after, memory, scratch = model, found.memory_bytes, 0
     if stage.finish == "grid" and stage.scheme is not None:
         gridded = tuple(name for name in layers if name in model.layer_bits)
         rounding = stage.requantise(gridded).forecast(model)
         after, memory = rounding.after, max(memory, rounding.memory_bytes)
-    return Forecast(after=after, layers=len(layers), memory_bytes=memory, notes=found.notes + _notes(stage))
+        notes += rounding.notes
+        scratch = round(anatomy.num_parameters * model.weight_bytes)  # merged, before it is rounded
+    return Forecast(
+        after=after,
+        layers=len(layers),
+        memory_bytes=memory,
+        scratch_bytes=scratch,
+        notes=notes,
+    )
+
+
+def _rounding_inputs(model: Outlook) -> tuple[str, ...]:
+    """The layers that round their inputs as the model runs, or may come to."""
+    schemes = model.layer_schemes
+    return tuple(name for name, texts in schemes.items() if any(parse(t).activation_bits for t in texts))
+
+
+def unrounded_inputs(layers: Sequence[str]) -> tuple[str, ...]:
+    """What to say of ``layers`` that round their inputs wherever the model runs, but not in training."""
+    if not layers:
+        return ()
+    return (
+        f"{len(layers)} layers, such as {layers[0]}, round their inputs as the model runs; while adapters "
+        "train, no input is rounded.",
+    )
 
 
 def _notes(stage: Qlora) -> tuple[str, ...]:

@@ -1,0 +1,61 @@
+"""Exports that a recipe asks for, as the plan sees them: faults and disk."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import compresskit as ck
+from compresskit.errors import PlanError
+from compresskit.planner import PACKAGES, Plan
+from compresskit.stage import Stage
+from tests.tiny import tiny_llama
+
+STEPS = {"steps": 1, "context_length": 16}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("planned")
+    tiny_llama(place / "model")
+    (place / "text.txt").write_text("A line to read.")
+    return place
+
+
+def planned(place: Path, stage: Stage, *export: str) -> Plan:
+    return ck.plan(
+        ck.Recipe(model=str(place / "model"), data=str(place / "text.txt"), stages=(stage,), export=export)
+    )
+
+
+def test_an_adapter_that_no_target_holds_is_told_before(place: Path) -> None:
+    pytest.importorskip("peft")
+    stage = ck.Qlora(base="none", finish="adapter", rank=4, **STEPS)
+    planned(place, stage)
+    with pytest.raises(PlanError, match="an adapter beside the model that no target holds") as told:
+        planned(place, stage, "dense", "gguf")
+    assert len(told.value.faults) == 1
+    planned(place, replace(stage, finish="merge"), "dense")
+
+
+def test_disk_holds_each_export_and_what_is_merged_before_it_is_rounded(place: Path) -> None:
+    stage = ck.Quantize(scheme="w8a16")
+    alone = planned(place, stage)
+    dense = round(alone.source.anatomy.num_parameters * 4)
+    for count, targets in enumerate((["dense"], ["dense", "compressed-tensors"]), 1):
+        assert planned(place, stage, *targets).disk_bytes == alone.disk_bytes + count * dense
+    pytest.importorskip("peft")
+    merge = ck.Qlora(base="none", finish="merge", rank=4, **STEPS)
+    grid = replace(merge, finish="grid", scheme="w8a16", rounding="rtn")
+    assert planned(place, grid).disk_bytes == planned(place, merge).disk_bytes + dense
+
+
+def test_every_optional_package_shapes_the_plans_digest() -> None:
+    project = tomllib.loads((Path(ck.__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    extras = {n: wanted for n, wanted in project["optional-dependencies"].items() if n not in ("dev", "test")}
+    names = {re.split(r"[<>=\[; ]", text)[0] for wanted in extras.values() for text in wanted}
+    assert names - {"compresskit"} <= set(PACKAGES)
