@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, fields
-from typing import Any, get_type_hints
+from dataclasses import MISSING, dataclass, fields
+from math import inf, isfinite
+from typing import Any, get_args, get_type_hints
 
 from compresskit.errors import Fault
 from compresskit.fields import describe, fit
 from compresskit.registry import nearest
 
 Options = tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Within:
+    """The numbers a method's field may be: ``damping: Annotated[float, Within(0, 1)] = 0.01``.
+
+    Attributes:
+        least: finite, and allowed itself unless ``above``.
+        most: allowed itself, where finite.
+        above: whether only what is greater than ``least`` will do.
+    """
+
+    least: float
+    most: float = inf
+    above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            isfinite(value) and self.least <= value <= self.most and not (self.above and value == self.least)
+        )
+
+    def __str__(self) -> str:
+        text = f"{'above' if self.above else 'at least'} {self.least:g}"
+        return text if self.most == inf else f"{text} and at most {self.most:g}"
 
 
 def freeze_options(options: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> Options:
@@ -32,7 +57,7 @@ def option_faults(
         reserved: fields of ``method`` that the stage fills in by itself.
 
     Returns:
-        One fault per unknown name, missing field or value of another type.
+        One fault per unknown name, missing field or value of another type or out of its bounds.
     """
     hints = get_type_hints(method)
     known = {f.name: f for f in fields(method) if f.name not in set(reserved)}
@@ -48,9 +73,18 @@ def option_faults(
         elif not fit(value, hints[name])[0]:
             wanted = describe(hints[name])
             faults.append(Fault(f"{where}.{name}", wanted, repr(value), f"Write {name} as {wanted}."))
+        elif (bounds := _bounds(method, name)) is not None and value is not None and value not in bounds:
+            cure = f"Leave {name} out, which is {known[name].default!r}, or choose one {bounds}."
+            faults.append(Fault(f"{where}.{name}", f"a number {bounds}", repr(value), cure))
     for name, field in known.items():
         if name not in given and field.default is MISSING and field.default_factory is MISSING:
             faults.append(
                 Fault(where, f"a value for {name}", "none", f"Add {name}: {describe(hints[name])}.")
             )
     return faults
+
+
+def _bounds(method: type[Any], name: str) -> Within | None:
+    """The :class:`Within` that a field is annotated with."""
+    notes = get_args(get_type_hints(method, include_extras=True)[name])
+    return next((note for note in notes if isinstance(note, Within)), None)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
 from compresskit.calibration.statistics import LayerStats
+from compresskit.options import Within
 from compresskit.quant.affine import grid_for
 from compresskit.quant.balance import Reader, share
 from compresskit.quant.base import Quantized
@@ -39,10 +40,10 @@ class ActivationAware:
 
     needs: ClassVar[frozenset[str]] = frozenset({"input_gram", "input_abs_mean"})
 
-    steps: int = 20
+    steps: Annotated[int, Within(0)] = 20
     by_weight: bool = True
-    clip_steps: int = 20
-    least_range: float = 0.5
+    clip_steps: Annotated[int, Within(0)] = 20
+    least_range: Annotated[float, Within(0, 1, above=True)] = 0.5
     gptq: bool = False
 
     def scale(self, readers: Sequence[Reader], channel_I: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch import Tensor
 from compresskit.calibration.statistics import LayerStats
 from compresskit.errors import Fault, StatisticError
 from compresskit.formats.grid import Grid
+from compresskit.options import Within
 from compresskit.quant.affine import grid_for, least_error_grid
 from compresskit.quant.base import Quantized
 from compresskit.quant.scheme import Scheme
@@ -50,7 +51,7 @@ class GPTQ:
 
     needs: ClassVar[frozenset[str]] = frozenset({"input_gram"})
 
-    damping: float = 0.01
+    damping: Annotated[float, Within(0, LARGEST_DAMPING)] = 0.01
     activation_order: bool = True
     search_range: bool = True
 

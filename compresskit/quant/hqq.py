@@ -10,13 +10,14 @@ Shapes: O = out_features, I = in_features, G = groups along I, M = members of a 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
 from compresskit.calibration.statistics import LayerStats
 from compresskit.formats.grid import Grid
+from compresskit.options import Within
 from compresskit.quant.affine import grid_for
 from compresskit.quant.base import Quantized
 from compresskit.quant.scheme import Scheme
@@ -33,16 +34,16 @@ class HalfQuadratic:
         norm: p of the sum of ``|error|**p`` to minimise, above 0. Below 1, as in the paper, outliers hardly
             count; models of under a million parameters were seen to lose more by that than they gain.
         beta: weight of the quadratic half, for errors in steps of the grid; at least 1.
-        growth: factor that raises it from one iteration to the next.
+        growth: factor, at least 1, that raises it from one iteration to the next.
         iterations: of fitting, from each of three ranges; the best grid of all is taken, group by group.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
-    norm: float = 2.4
-    beta: float = 10.0
-    growth: float = 1.01
-    iterations: int = 20
+    norm: Annotated[float, Within(0, above=True)] = 2.4
+    beta: Annotated[float, Within(1)] = 10.0
+    growth: Annotated[float, Within(1)] = 1.01
+    iterations: Annotated[int, Within(0)] = 20
 
     def quantize(self, weight_OI: Tensor, scheme: Scheme, stats: LayerStats | None = None) -> Quantized:
         """Quantise one linear layer's weight; pure, any device.

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
 from compresskit.calibration.statistics import LayerStats
+from compresskit.options import Within
 from compresskit.quant.affine import grid_for
 from compresskit.quant.balance import Reader, share
 from compresskit.quant.base import Quantized
@@ -34,7 +35,7 @@ class SmoothQuant:
 
     needs: ClassVar[frozenset[str]] = frozenset({"input_abs_max"})
 
-    alpha: float = 0.5
+    alpha: Annotated[float, Within(0, 1)] = 0.5
     norms_only: bool = True
 
     @staticmethod
