@@ -47,11 +47,13 @@ def nats(directory: Path, evaluate: str) -> float:
 def best_rate(model: Path, make: Train, rates: list[float], steps: int, train: str) -> dict[str, float]:
     """Validation loss after a sixth of the steps, by learning rate; empty where there is no choice."""
     few = max(1, steps // 6)
-    return {
-        str(rate): outcome(model, (make(steps=few, learning_rate=rate),), train, None)[1] or 0.0
-        for rate in rates
-        if len(rates) > 1
-    }
+    losses: dict[str, float] = {}
+    for rate in rates if len(rates) > 1 else []:
+        _, held_out = outcome(model, (make(steps=few, learning_rate=rate),), train, None)
+        if held_out is None:
+            raise SystemExit(f"{train} has no validation part: give one learning rate, or more text")
+        losses[str(rate)] = held_out
+    return losses
 
 
 def way(name: str, scheme: str, fields: dict[str, Any]) -> tuple[Train, tuple[Stage, ...]]:

@@ -64,6 +64,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
     ("scheme", "kind"),
     [
         ("w8a8", "Q8_0"),
+        ("w8a8-static", "Q8_0"),
         ("w8a16", "Q8_0"),
         ("w4a16-g32", "Q4_0"),
         ("w4a16-channel", "Q4_0"),
@@ -78,6 +79,8 @@ def test_integers_stay_and_only_scales_are_rounded(
     said = " ".join(ck.export(source.directory, to="gguf", out=tmp_path / "out"))
     assert "Scales are rounded to float16; the largest relative change" in said
     assert ("no longer exactly zero" in said) == ("asym" in scheme)
+    assert (f"not as the scheme of 14 layers says ({scheme})." in said) == scheme.startswith("w8a8")
+    assert "per token" not in said
     kinds, values = tensors_in(tmp_path / "out" / "model.gguf")
     assert len(kinds) == len(stage.names())
     for block in range(2):
