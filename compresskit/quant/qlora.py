@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from compresskit.quant.stage import Quantize
     from compresskit.stage import Forecast, Outlook, StageContext, StageResult
 
+CHOICES = {
+    "adapter": ("lora", "dora", "prefix", "bottleneck"),
+    "base": ("nf4", "int8", "none"),
+    "finish": ("adapter", "merge", "grid"),
+    "merge_into": ("trained", "original"),
+}
+LOW_RANK = ("lora", "dora")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Qlora(TrainingFields):
@@ -24,7 +32,7 @@ class Qlora(TrainingFields):
         adapter: ``lora``, ``dora``, ``prefix`` or ``bottleneck``.
         rank: of LoRA and DoRA; width of a bottleneck; virtual tokens of a prefix.
         alpha: LoRA's update is multiplied by alpha / rank.
-        dropout: of the adapter's input, while it trains.
+        dropout: of the adapter's input, while it trains; the frozen weight sees all of it.
         base: ``nf4`` (with double quantisation), ``int8`` or ``none``: how the targets are frozen.
         loftq_rounds: LoftQ's alternations, which start LoRA at the error of freezing; 0 starts it at zero.
         finish: ``adapter`` keeps it beside the model, ``merge`` folds it in, ``grid`` also puts the result on
@@ -33,7 +41,7 @@ class Qlora(TrainingFields):
         scheme: of the new grid, for ``finish: grid`` where none is in force, such as ``w4a16-g64``.
         rounding: the quantizer that puts weights on the new grid, calibrated on the training data.
         targets: which layers are frozen and get LoRA: module names, patterns or ``Linear``.
-        ignore: which of those to leave alone.
+        ignore: which of those to leave alone; the output projection takes no adapter.
         data: text to train on; None takes the recipe's.
     """
 

@@ -27,11 +27,11 @@ from compresskit.quant.adapters.held import ADAPTER, hold
 from compresskit.quant.adapters.loftq import Start, loftq
 from compresskit.quant.adapters.merge import merged
 from compresskit.quant.adapters.prefix import add_prefix
+from compresskit.quant.qlora import LOW_RANK
 from compresskit.training.rules import this_rank
 from compresskit.training.write import write_checkpoint
 
 COMPUTES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LOW_RANK = ("lora", "dora")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,7 +185,9 @@ class Adapted:
                     )
                     module.lora_magnitude_vector[ADAPTER].weight.copy_(torch.linalg.norm(whole_OI, dim=1))
         grid = source.grid(name) if self.finish == "grid" else None
-        if keep_OI is not None or grid is not None:
+        # peft's own DoRA divides the zero norm of a row of zeros by itself.
+        has_dead_row = self.adapter == "dora" and not frozen_weight(module.base_layer).any(dim=1).all()
+        if keep_OI is not None or grid is not None or has_dead_row:
             hold(layer, keep_OI=keep_OI, grid=grid)
 
     def _merged(self, source: ModelSource, layer: str, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -6,8 +6,9 @@ import shutil
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
+from compresskit.errors import Fault, PlanError
 from compresskit.modeling import ModelSource
-from compresskit.quant.adapters.outlook import trained_parameters
+from compresskit.quant.adapters.outlook import trained_parameters, unrounded_inputs
 from compresskit.targets import select
 from compresskit.training.job import Part
 from compresskit.training.rules import this_rank
@@ -26,10 +27,13 @@ def run_qlora(stage: Qlora, model: ModelSource, context: StageContext) -> StageR
     """Train adapters on ``model`` as ``stage`` says, and finish them into ``context.out``.
 
     Raises:
+        PlanError: a row of zeros is to get a DoRA adapter that stays beside the model.
         RunError: training had to stop.
         SchemeError: the new grid does not fit a layer.
     """
     targets = select(model.anatomy, stage.targets, stage.ignore)
+    if stage.adapter == "dora" and stage.finish == "adapter":
+        _require_live_rows(model, targets)
     held = dict.fromkeys(p.layer for p in context.promises if p.kind == "zeros" and p.layer in targets)
     options = {name: value for name, value in asdict(stage).items() if name in FIELDS}
     options |= {"targets": targets, "held": tuple(held), "seed": context.seed}
@@ -47,18 +51,28 @@ def run_qlora(stage: Qlora, model: ModelSource, context: StageContext) -> StageR
     if this_rank():
         return result
     trained = trained_parameters(stage, model.anatomy, model.config, targets)
-    said = _warnings(stage, bool(held))
+    rounding = [n for n in model.anatomy.linears if (g := model.grid(n)) is not None and g.activation_bits]
+    said = _warnings(stage, bool(held)) + unrounded_inputs(rounding)
     metrics = {**result.metrics, "trained_parameters": trained}
     result = replace(result, metrics=metrics, warnings=(*result.warnings, *said))
     if not regrids:
         return result
     merged = ModelSource(training.out, trust_remote_code=context.trust_remote_code)
-    data = stage.data or context.data
-    done = stage.requantise(gridded).run(merged, replace(context, data=data))
+    done = stage.requantise(gridded).run(merged, context)
     shutil.rmtree(training.out)
     return replace(
         done, metrics={**result.metrics, **done.metrics}, warnings=(*result.warnings, *done.warnings)
     )
+
+
+def _require_live_rows(model: ModelSource, targets: tuple[str, ...]) -> None:
+    """Whoever loads the adapter divides by the norm of each row."""
+    for layer in targets:
+        dead = (~model.weight_OI(layer).any(dim=1)).nonzero().flatten().tolist()
+        if dead:
+            got = f"{len(dead)} rows of zeros, the first of them {dead[0]}"
+            cure = "Use adapter lora, set finish to merge, or add this layer to ignore."
+            raise PlanError(Fault(layer, "rows with a norm, which peft's DoRA divides by", got, cure))
 
 
 def _warnings(stage: Qlora, holds: bool) -> tuple[str, ...]:

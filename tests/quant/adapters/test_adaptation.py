@@ -125,6 +125,28 @@ def test_a_merge_keeps_every_zero_of_a_pruned_model(
         torch.testing.assert_close(logits(load_model(made)), logits(done.model), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("held", [True, False], ids=["held", "free"])
+@pytest.mark.parametrize("base", ["nf4", "int8", "none"])
+def test_dora_trains_around_rows_of_zeros(
+    dense: ModelSource, train: Train, tmp_path: Path, base: str, held: bool
+) -> None:
+    layers, place = projections(dense), tmp_path / "dead"
+    tensors = {n: dense.tensor(n).clone() for n in dense.names()}
+    for layer in layers:
+        tensors[f"{layer}.weight"][[1, 5]] = 0
+    place.mkdir()
+    write_checkpoint(dense, place, tensors)
+    source = ModelSource(place)
+    done = train(source, adapter="dora", base=base, held=layers if held else ())
+    made = ModelSource(done.out)
+    assert done.outcome.final_loss < done.outcome.first_loss
+    for layer in layers:
+        assert (made.weight_OI(layer)[[1, 5]] == 0).all()
+        assert not torch.equal(made.weight_OI(layer), source.weight_OI(layer))
+    if base == "none":
+        torch.testing.assert_close(logits(load_model(made)), logits(done.model), rtol=1e-4, atol=1e-4)
+
+
 def test_merging_into_the_original_adds_the_update_to_the_unrounded_weight(
     dense: ModelSource, train: Train
 ) -> None:

@@ -20,6 +20,7 @@ from compresskit.quant.adapters import outlook as adapters_outlook
 from compresskit.quant.adapters.outlook import trained_parameters
 from compresskit.quant.qlora import Qlora
 from compresskit.stage import Outlook, StageContext
+from compresskit.training.write import write_checkpoint
 
 FIELDS: dict[str, Any] = {
     "rank": 4,
@@ -83,6 +84,23 @@ def said(stage: Qlora, model: Outlook) -> str:
         ({"loftq_rounds": 2, "base": "none"}, ["base none, which rounds nothing", "Use base nf4"]),
         ({"loftq_rounds": 2, "finish": "adapter"}, ["finish adapter", "Use finish merge"]),
         ({"loftq_rounds": 2, "merge_into": "original"}, ["Use merge_into trained"]),
+        ({"adapter": "prefix", "finish": "adapter", "alpha": 3}, ["stages[1].alpha", "Leave this field out"]),
+        ({"adapter": "prefix", "finish": "adapter", "dropout": 0.5}, ["stages[1].dropout", "adapter prefix"]),
+        (
+            {"adapter": "bottleneck", "finish": "adapter", "base": "none", "targets": ("q_proj",)},
+            ["stages[1].targets", "adapter bottleneck on base none"],
+        ),
+        ({"rounding": "nonsense"}, ["stages[1].rounding", "no scheme", "Leave this field out"]),
+        ({"merge_into": "original", "base": "none"}, ["stages[1].merge_into", "nothing beside base none"]),
+        (
+            {"finish": "grid", "scheme": "w8a16", "rounding": "gtpq"},
+            ["stages[1].rounding: expected the name of a quantizer", "gptq"],
+        ),
+        (
+            {"finish": "grid", "scheme": "auto"},
+            ["stages[1].scheme: expected one scheme", "quantise in a stage of its own"],
+        ),
+        ({"finish": "grid", "scheme": "w4a16-g48", "rounding": "rtn"}, ["add these layers to ignore"]),
         ({"processes": 2, "strategy": "fsdp"}, ["stages[1].strategy", "base none"]),
         ({"processes": 2, "strategy": "deepspeed", "zero_stage": 3}, ["stages[1].strategy", "base none"]),
         ({"optimizer": "paged_adamw_8bit"}, ["a GPU, whose memory is paged", "adamw_8bit"]),
@@ -120,10 +138,67 @@ def test_an_absent_package_is_told_with_what_installs_it(
 def test_weights_on_a_grid_want_a_finish_that_keeps_them_there(model: Outlook, dense: ModelSource) -> None:
     model = replace(model, layer_bits=dict.fromkeys(projections(dense), 4.5))
     assert "Set finish to grid" in said(Qlora(rank=4), model)
-    assert "Set finish to grid" in said(Qlora(rank=4, finish="adapter"), model)
+    # What ends the chain cannot be put before the quantisation.
+    beside = said(Qlora(rank=4, finish="adapter"), model)
+    assert "Set finish to grid." in beside
+    for adapter, finish in (("prefix", "merge"), ("prefix", "adapter"), ("dora", "adapter")):
+        found = said(Qlora(rank=4, adapter=adapter, finish=finish, context_length=64), model)
+        assert "Use adapter lora with finish grid." in found
+        assert "Set finish" not in found
+    assert "lora with finish grid, or put this stage before" in said(Qlora(rank=4, adapter="dora"), model)
     assert said(Qlora(rank=4, finish="grid"), model) == ""
     assert "Use adapter lora" in said(Qlora(rank=4, finish="grid", adapter="dora"), model)
     assert "the grid in force is kept" in said(Qlora(rank=4, finish="grid", scheme="w8a16"), model)
+
+
+def test_a_field_that_only_new_layers_read_is_a_fault_where_all_lie_on_a_grid(
+    model: Outlook, dense: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = projections(dense)
+    some, every = (replace(model, layer_bits=dict.fromkeys(names, 4.5)) for names in (layers[1:], layers))
+    for changes in ({"loftq_rounds": 2}, {"base": "int8"}, {"merge_into": "original"}):
+        (name,) = changes
+        stage = Qlora(rank=4, finish="grid", **changes)
+        assert f"stages[1].{name}: expected nothing beside targets that all lie on a grid" in said(
+            stage, every
+        )
+        assert said(stage, some) == ""
+    monkeypatch.setattr(adapters_outlook, "find_spec", lambda name: None if name == "bitsandbytes" else 1)
+    assert said(Qlora(rank=4, finish="grid"), every) == ""
+    assert "bitsandbytes" in said(Qlora(rank=4, finish="grid"), some)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"base": "none"}, {"adapter": "prefix", "finish": "adapter"}], ids=str
+)
+def test_the_output_projection_takes_no_adapter(
+    model: Outlook, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    untied = ModelSource(tiny_llama(tmp_path / "untied", tie_word_embeddings=False))
+    model = replace(model, anatomy=untied.anatomy, config=untied.config)
+    fields = {"rank": 4, "context_length": 32} | changes
+    found = said(Qlora(**fields, ignore=("*.q_proj",)), model)
+    assert "before the output projection, got lm_head. Add lm_head to ignore." in found
+    assert said(Qlora(**fields), model) == ""
+
+
+def test_rounded_inputs_are_told_and_fixed_scales_refused(model: Outlook, dense: ModelSource) -> None:
+    layers = projections(dense)
+    stage = Qlora(rank=4, finish="grid")
+
+    def on(scheme: str) -> Outlook:
+        bits, schemes = dict.fromkeys(layers, 8.5), dict.fromkeys(layers, (scheme,))
+        return replace(model, layer_bits=bits, layer_schemes=schemes)
+
+    assert f"fixed by calibration in 14 layers, such as {layers[0]}" in said(stage, on("w8a8-static"))
+    assert "w8a8 instead of w8a8-static, or put this stage before" in said(stage, on("w8a8-static"))
+    # Its input changes with what is trained before it, though its weight stays.
+    one = replace(model, layer_bits={layers[-1]: 8.5}, layer_schemes={layers[-1]: ("w8a8-static",)})
+    assert "in 1 layers" in said(Qlora(rank=4, ignore=("lm_head", layers[-1])), one)
+    for scheme, told in (("w8a8", True), ("w4a8-g32", True), ("fp8", True), ("w8a16", False)):
+        assert said(stage, on(scheme)) == ""
+        notes = "\n".join(stage.forecast(on(scheme)).notes)
+        assert ("while adapters train, no input is rounded" in notes) == told
 
 
 def test_pruned_quantised_trained_keeps_every_zero_and_every_grid(
@@ -142,6 +217,32 @@ def test_pruned_quantised_trained_keeps_every_zero_and_every_grid(
     last = artifact.manifest["stages"][-1]
     assert last["checks"]["zeros"]["checked"] == last["checks"]["grid"]["checked"] == 14
     assert last["result"]["metrics"]["trained_parameters"] > 0
+    assert not [w for w in last["result"]["warnings"] if "input is rounded" in w]
+
+
+def test_adapters_on_weights_whose_inputs_are_rounded_say_so(
+    dense: ModelSource, text: str, tmp_path: Path
+) -> None:
+    stages = [ck.Quantize("rtn", scheme="w8a8"), ck.Qlora(**FIELDS, finish="grid")]
+    recipe = ck.Recipe(model=str(dense.directory), data=text, stages=stages)
+    said = ck.run(recipe, tmp_path / "out", measures=()).manifest["stages"][-1]["result"]["warnings"]
+    assert [w for w in said if w.startswith("14 layers") and "no input is rounded" in w]
+
+
+def test_a_dora_adapter_beside_a_row_of_zeros_is_refused(
+    dense: ModelSource, text: str, tmp_path: Path
+) -> None:
+    place = tmp_path / "dead"
+    place.mkdir()
+    tensors = {n: dense.tensor(n).clone() for n in dense.names()}
+    layer = projections(dense)[3]
+    tensors[f"{layer}.weight"][7] = 0
+    write_checkpoint(dense, place, tensors)
+    stage = ck.Qlora(**FIELDS, adapter="dora", finish="adapter", base="none")
+    recipe = ck.Recipe(model=str(place), data=text, stages=[stage])
+    with pytest.raises(PlanError, match=f"{layer}: .*1 rows of zeros, the first of them 7"):
+        ck.run(recipe, tmp_path / "out", measures=())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_new_grid_is_made_of_the_merged_weights(dense: ModelSource, text: str, tmp_path: Path) -> None:
