@@ -40,6 +40,8 @@ class Adaptation(Protocol):
     def save(self, source: ModelSource, out: Path, tensors: Mapping[str, Tensor]) -> None:
         """Write a complete dense checkpoint, with ``grids.safetensors`` where weights lie on grids.
 
+        Called on the very object whose :meth:`load` made the module, which may have kept what it froze.
+
         Args:
             source: the checkpoint training started from.
             out: an existing empty directory.

@@ -36,7 +36,7 @@ COMPUTES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapted:
-    """A frozen model with adapters.
+    """A frozen model with adapters; keeps the module that it loaded, whose frozen weights a merge needs.
 
     Attributes:
         adapter: ``lora``, ``dora``, ``prefix`` or ``bottleneck``.
