@@ -23,6 +23,7 @@ from compresskit.registry import Registry
 from compresskit.sparse import PRUNERS
 
 ROOT = Path(compresskit.__file__).parent
+FAMILIES = {"quant", "sparse", "distill"}
 ORDER = (
     {"errors"},
     {"registry", "progress", "yaml12"},
@@ -33,7 +34,7 @@ ORDER = (
     {"calibration"},
     {"stage"},
     {"training"},
-    {"quant", "sparse", "distill"},
+    FAMILIES,
     {"exports"},
     {"recipe"},
     {"schema", "artifact"},
@@ -85,6 +86,15 @@ def test_imports_point_down(path: Path) -> None:
         assert here == there or LAYER[there] < LAYER[here], f"{here} may not import {there}"
         private = [name.name for name in node.names if name.name.startswith("_")]
         assert here == there or not private, f"{private} are {there}'s own"
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_siblings_do_not_name_each_others_code_in_texts(family: str) -> None:
+    for path in sorted((ROOT / family).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found = re.fullmatch(r"compresskit\.(\w+)[\w.]*(:\w+)?", node.value)
+                assert not found or found[1] not in FAMILIES - {family}, f"{path}:{node.lineno} {node.value}"
 
 
 @pytest.mark.parametrize("path", modules(), ids=name_of)

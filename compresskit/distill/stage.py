@@ -54,17 +54,17 @@ class Distill(TrainingFields):
         Returns:
             All faults together: of the training fields, the loss, the teacher and its vocabulary.
         """
-        from compresskit.distill.lesson import lesson_faults
+        from compresskit.distill.lesson import TeachersLesson
         from compresskit.training.outlook import student_faults
 
-        return student_faults(self, model, where) + lesson_faults(self, model, where)
+        return student_faults(self, model, where) + TeachersLesson.faults(self, model, where)
 
     def forecast(self, model: Outlook) -> Forecast:
         """What this stage will do to such a ``model``; called only when it has no faults."""
-        from compresskit.distill.lesson import lesson_bytes
+        from compresskit.distill.lesson import TeachersLesson
         from compresskit.training.outlook import forecast_training
 
-        return forecast_training(self, model, teacher_bytes=lesson_bytes(self, model))
+        return forecast_training(self, model, teacher_bytes=TeachersLesson.held_bytes(self, model))
 
     def run(self, model: ModelSource, context: StageContext) -> StageResult:
         """Train ``model`` into ``context.out``.
@@ -74,8 +74,8 @@ class Distill(TrainingFields):
             NumericError: a loss or weight is no longer finite; names the step and the layer.
             WorkerError: a training process died.
         """
-        from compresskit.distill.lesson import lesson
+        from compresskit.distill.lesson import TeachersLesson
         from compresskit.training.stage import run_training
 
-        loss, teacher = lesson(self, model, context)
+        loss, teacher = TeachersLesson.parts(self, model, context)
         return run_training(self, model, context, title="Distilling", objective=loss, teacher=teacher)

@@ -12,8 +12,9 @@ from compresskit.errors import Fault, InputError
 from compresskit.quant.assignment import AUTO, NONE, Overrides, freeze_overrides
 from compresskit.quant.scheme import parse
 from compresskit.quant.stage import Quantize
-from compresskit.registry import locate, nearest
+from compresskit.registry import nearest
 from compresskit.training.fields import TrainingFields
+from compresskit.training.lesson import LESSONS
 
 if TYPE_CHECKING:
     from compresskit.modeling.source import ModelSource
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 SCALES = ("dynamic", "fixed", "learned")
 TEXT_ALONE = "cross_entropy"
-LESSON = "compresskit.distill.lesson"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,8 +100,7 @@ class Qat(TrainingFields):
 
     def _lesson_faults(self, model: Outlook, where: str) -> list[Fault]:
         if self.loss != TEXT_ALONE:
-            found: list[Fault] = locate(f"{LESSON}:lesson_faults")(self, model, where)
-            return found
+            return LESSONS["teacher"].faults(self, model, where)
         unused = {"teacher": None, "temperature": 1.0, "cross_entropy_weight": 0.0}
         cure = "Set loss: forward_kl to learn from a teacher, or leave this field out."
         return [

@@ -15,11 +15,11 @@ from compresskit.quant.affine import activation_scale, grid_for
 from compresskit.quant.fake import DYNAMIC, LEARNED, learned_scale, round_in_place
 from compresskit.quant.outlook import forecast_rounding
 from compresskit.quant.promise import OnGrid
-from compresskit.quant.qat import LESSON, TEXT_ALONE
+from compresskit.quant.qat import TEXT_ALONE
 from compresskit.quant.scheme import parse
-from compresskit.registry import locate
 from compresskit.training.adaptation import Plain
 from compresskit.training.job import Part
+from compresskit.training.lesson import LESSONS
 from compresskit.training.outlook import forecast_training
 from compresskit.training.rules import Setting, launched_processes
 from compresskit.training.stage import CROSS_ENTROPY, run_training
@@ -107,7 +107,7 @@ def forecast_qat(stage: Qat, model: Outlook) -> Forecast:
         alive = max(blocks.values(), default=0)
     # One float32 copy of each weight that is alive in a pass, and what rounds the largest.
     other = 4 * alive + 13 * max(sizes.values(), default=0)
-    taught: int = 0 if stage.loss == TEXT_ALONE else locate(f"{LESSON}:lesson_bytes")(stage, model)
+    taught = 0 if stage.loss == TEXT_ALONE else LESSONS["teacher"].held_bytes(stage, model)
     trained = forecast_training(stage, model, teacher_bytes=taught, other_bytes=other)
     return replace(trained, after=after.after, layers=len(schemes), notes=trained.notes + after.notes)
 
@@ -133,7 +133,7 @@ def run_qat(stage: Qat, model: ModelSource, context: StageContext) -> StageResul
     }
     loss, teacher = CROSS_ENTROPY, None
     if stage.loss != TEXT_ALONE:
-        loss, teacher = locate(f"{LESSON}:lesson")(stage, model, context)
+        loss, teacher = LESSONS["teacher"].parts(stage, model, context)
     return run_training(
         stage,
         model,
