@@ -44,7 +44,7 @@ class Chosen:
 
     Attributes:
         schemes: layer -> scheme.
-        costs: what rounding each layer alone costs.
+        costs: what rounding each layer alone costs; 0, unmeasured, where it had no choice.
         bits: of a stored weight on average, scales included.
     """
 

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from compresskit.modeling.source import ModelSource
 
 
+FLOAT_BITS = (16, 32, 64)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Known:
     """The same answers for both kinds of model.
@@ -21,7 +24,7 @@ class Known:
     Attributes:
         anatomy: its linear layers and their shapes.
         quantised: of each layer that is quantised already the scheme it has, or all of those it may have.
-        scale_bits: of one scale of a grid.
+        scale_bits: of one scale of a grid, which has the dtype of the weights: 16, 32 or 64.
         device: ``cpu`` or ``cuda``, where the stage runs.
     """
 
@@ -38,7 +41,7 @@ def known(model: Outlook | ModelSource) -> Known:
         return Known(
             anatomy=model.anatomy,
             quantised={layer: tuple(map(parse, texts)) for layer, texts in names.items()},
-            scale_bits=round(8 * model.weight_bytes),
+            scale_bits=_float_bits(model.weight_bytes),
             device=model.device,
         )
     from compresskit.modeling import resolve_device
@@ -47,6 +50,11 @@ def known(model: Outlook | ModelSource) -> Known:
     return Known(
         anatomy=model.anatomy,
         quantised={layer: (scheme_of(grid),) for layer, grid in grids if grid is not None},
-        scale_bits=round(8 * model.bytes / max(model.anatomy.num_parameters, 1)),
+        scale_bits=_float_bits(model.bytes / max(model.anatomy.num_parameters, 1)),
         device=resolve_device("auto").type,
     )
+
+
+def _float_bits(weight_bytes: float) -> int:
+    """Of the dtype whose size is nearest: a mean may count tensors of another dtype, or stored twice."""
+    return min(FLOAT_BITS, key=lambda bits: abs(bits - 8 * weight_bytes))

@@ -360,6 +360,7 @@ def test_a_plan_and_a_run_count_the_bits_of_scales_alike(tmp_path: Path) -> None
     made = open_model(tiny_llama(tmp_path, dtype=torch.bfloat16, tie_word_embeddings=False))
     look = replace(outlook(made), weight_bytes=made.bytes / made.anatomy.num_parameters)
     assert known(made).scale_bits == known(look).scale_bits == 16
+    assert known(replace(look, weight_bytes=2.7)).scale_bits == 16, "a head that is stored twice"
     assert known(made).quantised == known(look).quantised == {}
 
 
