@@ -154,7 +154,7 @@ def _idle_faults(stage: Qlora, all_gridded: bool, where: str) -> list[Fault]:
         "dropout": other if stage.adapter == "prefix" else "",
         "targets": free,
         "ignore": free,
-        "rounding": "" if stage.scheme is not None else "no scheme for a new grid",
+        "rounding": "" if stage.scheme is not None else f"finish {stage.finish} without a scheme",
         "base": grids,
         "loftq_rounds": grids,
         "merge_into": beside or grids or ("base none" if stage.base == "none" else ""),

@@ -90,7 +90,10 @@ def said(stage: Qlora, model: Outlook) -> str:
             {"adapter": "bottleneck", "finish": "adapter", "base": "none", "targets": ("q_proj",)},
             ["stages[1].targets", "adapter bottleneck on base none"],
         ),
-        ({"rounding": "nonsense"}, ["stages[1].rounding", "no scheme", "Leave this field out"]),
+        (
+            {"rounding": "nonsense"},
+            ["stages[1].rounding", "finish merge without a scheme", "Leave this field out"],
+        ),
         ({"merge_into": "original", "base": "none"}, ["stages[1].merge_into", "nothing beside base none"]),
         (
             {"finish": "grid", "scheme": "w8a16", "rounding": "gtpq"},
