@@ -85,7 +85,7 @@ class Cut:
         surgery = plan_cut(self, model.config, model.anatomy, model.original, trust_remote_code=trust)
         config = resized(model.config, surgery.changes)
         skeleton = skeleton_of(config, model.original, trust_remote_code=trust)
-        after = replace(model, anatomy=anatomy_of(skeleton), config=config, layer_bits={})
+        after = replace(model, anatomy=anatomy_of(skeleton), config=config, layer_bits={}, layer_schemes={})
         dropped = len(model.anatomy.blocks) - len(surgery.blocks)
         touched = len(surgery.blocks) * (1 + len(surgery.coupling.makers)) if surgery.coupling else 0
         sizes = [4 * prod(shape) for shape in model.anatomy.parameter_shapes.values()]
