@@ -117,7 +117,8 @@ def test_a_process_that_fails_ends_the_benchmark_with_its_log(tmp_path: Path) ->
 
 
 FAKE = """
-import json, pathlib, sys
+import json, pathlib, sys, time
+time.sleep(0.5)  # long enough for its memory to be looked at
 task = json.load(open(sys.argv[1]))
 for job in task["jobs"]:
     pathlib.Path(job["out"]).mkdir()
