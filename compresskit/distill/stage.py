@@ -39,11 +39,6 @@ class Distill(TrainingFields):
         if isinstance(self.data, str):
             object.__setattr__(self, "data", DataSpec(source=self.data))
 
-    @property
-    def reshapes(self) -> bool:
-        """False: training changes values, not shapes."""
-        return False
-
     def faults(self, model: Outlook, where: str) -> list[Fault]:
         """Everything wrong with this stage for such a ``model``; reads no weight.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from compresskit.errors import Fault, FormatError
 from compresskit.formats.grid import Grid
 from compresskit.formats.shards import Stored
 
@@ -38,6 +39,35 @@ class Format(Protocol):
     def decode(self, tensors: Iterable[tuple[str, Tensor]], config: Mapping[str, Any]) -> Iterator[Decoded]:
         """The parameters again, equal to the bit to what was encoded."""
         ...
+
+
+def encode_each(
+    tensors: Iterable[tuple[str, Tensor]],
+    grids: Mapping[str, Grid],
+    encode_weight: Callable[[str, Tensor, Grid], Iterable[tuple[str, Tensor]]],
+) -> Iterator[tuple[str, Tensor]]:
+    """What ``encode_weight`` makes of each weight that has a grid, and every other tensor as it is.
+
+    Args:
+        tensors: (parameter name, tensor); read one at a time, none kept.
+        grids: layer name -> grid.
+        encode_weight: (layer, weight, grid) -> the parts to store.
+
+    Raises:
+        FormatError: a layer of ``grids`` never came.
+    """
+    left = set(grids)
+    for name, tensor in tensors:
+        layer, _, part = name.rpartition(".")
+        if part == "weight" and layer in grids:
+            left.discard(layer)
+            yield from encode_weight(layer, tensor, grids[layer])
+        else:
+            yield name, tensor
+        del tensor  # before the next is made
+    if left:
+        cure = "Write grids for layers of this model only."
+        raise FormatError(Fault("grids", "a weight for each grid", f"none for {sorted(left)[:10]}", cure))
 
 
 class Checkpoint(Protocol):

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from compresskit.errors import Fault, FormatError
-from compresskit.formats.base import Decoded
+from compresskit.formats.base import Decoded, encode_each
 from compresskit.formats.grid import Grid
 
 METHOD = "compressed-tensors"
@@ -93,18 +93,7 @@ class CompressedTensors:
         Raises:
             FormatError: a weight does not lie on its grid, or a layer of ``grids`` never came.
         """
-        left = set(grids)
-        for name, tensor in tensors:
-            layer, _, part = name.rpartition(".")
-            if part == "weight" and layer in grids:
-                left.discard(layer)
-                yield from _encode_weight(layer, tensor, grids[layer])
-            else:
-                yield name, tensor
-            del tensor  # before the next is made
-        if left:
-            cure = "Write grids for layers of this model only."
-            raise FormatError(Fault("grids", "a weight for each grid", f"none for {sorted(left)[:10]}", cure))
+        return encode_each(tensors, grids, _encode_weight)
 
     def decode(self, tensors: Iterable[tuple[str, Tensor]], config: Mapping[str, Any]) -> Iterator[Decoded]:
         """The inverse of :meth:`encode`.

@@ -66,11 +66,6 @@ class Qat(TrainingFields):
             object.__setattr__(self, "data", DataSpec(source=self.data))
 
     @property
-    def reshapes(self) -> bool:
-        """False: training changes values, not shapes."""
-        return False
-
-    @property
     def form(self) -> Quantize:
         """The stage that would put a model onto such grids: it knows which layers, and what fits."""
         return Quantize(

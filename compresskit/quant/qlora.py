@@ -70,11 +70,6 @@ class Qlora(TrainingFields):
             object.__setattr__(self, "data", DataSpec(source=self.data))
 
     @property
-    def reshapes(self) -> bool:
-        """False: training changes values, not shapes."""
-        return False
-
-    @property
     def ends_chain(self) -> bool:
         """Whether no stage may follow: what was trained stands beside the model, not in it."""
         return self.finish == "adapter"

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from compresskit.calibration.statistics import LayerStats
 from compresskit.options import Within
-from compresskit.quant.affine import grid_for
 from compresskit.quant.balance import Reader, share
 from compresskit.quant.base import Quantized
+from compresskit.quant.rtn import RoundToNearest
 from compresskit.quant.scheme import Scheme
 
 
@@ -79,5 +79,4 @@ class SmoothQuant:
         Raises:
             SchemeError: the group size does not divide I, or a weight is not finite.
         """
-        grid = grid_for(weight_OI, scheme)
-        return Quantized(weight_OI=grid.snap(weight_OI), grid=grid)
+        return RoundToNearest().quantize(weight_OI, scheme, stats)

@@ -57,3 +57,8 @@ class TrainingFields:
     strategy: str = "auto"
     zero_stage: int = 2
     deepspeed_config: str | None = None
+
+    @property
+    def reshapes(self) -> bool:
+        """False: training changes values, not shapes."""
+        return False
