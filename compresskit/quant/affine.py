@@ -35,13 +35,23 @@ def grid_for(weight_OI: Tensor, scheme: Scheme, shrink_OG: Tensor | float = 1.0)
     Raises:
         SchemeError: the group size does not divide I, or a weight is not finite.
     """
+    low_OG, high_OG = _range_of(weight_OI, scheme)
+    return _grid_over(low_OG * shrink_OG, high_OG * shrink_OG, scheme, weight_OI.dtype)
+
+
+def _range_of(weight_OI: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """The least and the largest weight of each group, zero counted in; each (O, G), float32 or wider."""
     weight_OGM = _groups(weight_OI, scheme)
-    wide = torch.float64 if weight_OI.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(weight_OI.dtype, torch.float32)
     low_OG, high_OG = weight_OGM.amin(-1).to(wide).clamp(max=0), weight_OGM.amax(-1).to(wide).clamp(min=0)
     if not bool(torch.isfinite(high_OG - low_OG).all()):
         cure = "Check the checkpoint the stage before this one wrote."
         raise SchemeError(Fault(f"scheme {scheme}", "finite weights", "inf or nan", cure))
-    low_OG, high_OG = low_OG * shrink_OG, high_OG * shrink_OG
+    return low_OG, high_OG
+
+
+def _grid_over(low_OG: Tensor, high_OG: Tensor, scheme: Scheme, dtype: torch.dtype) -> Grid:
+    """The grid that covers ``low_OG`` to ``high_OG``, its scales in ``dtype``."""
     largest_OG = torch.maximum(high_OG, -low_OG)
     steps = 2**scheme.weight_bits - 1
     if scheme.number == "nf4":
@@ -50,14 +60,14 @@ def grid_for(weight_OI: Tensor, scheme: Scheme, shrink_OG: Tensor | float = 1.0)
         scale_OG = largest_OG / FLOAT8_MAX
     else:
         scale_OG = (largest_OG * 2 if scheme.symmetric else high_OG - low_OG) / steps
-    scale_OG = scale_OG.to(weight_OI.dtype)
+    scale_OG = scale_OG.to(dtype)
     # Weights so small that their scale underflows still need a scale to divide by.
-    tiny = torch.finfo(weight_OI.dtype).tiny
+    tiny = torch.finfo(dtype).tiny
     scale_OG = scale_OG.where(scale_OG > 0, tiny).where(largest_OG > 0, 1)
     zero_OG = None
     if not scheme.symmetric:
         half = 2 ** (scheme.weight_bits - 1)
-        zero_OG = (-half - low_OG / scale_OG.to(wide)).round().clamp(-half, half - 1).to(torch.int8)
+        zero_OG = (-half - low_OG / scale_OG.to(low_OG)).round().clamp(-half, half - 1).to(torch.int8)
     return Grid(
         bits=scheme.weight_bits,
         scale_OG=scale_OG,
@@ -91,12 +101,13 @@ def least_error_grid(weight_OI: Tensor, scheme: Scheme, importance_I: Tensor | N
 def _least_error_shrink(weight_OI: Tensor, scheme: Scheme, importance_I: Tensor | None) -> Tensor:
     """Of :data:`SHRINKS` the one with the least error in each group, (O, G)."""
     exact_OI = weight_OI.float()
-    shape = (*_groups(weight_OI, scheme).shape[:2], -1)
+    low_OG, high_OG = _range_of(weight_OI, scheme)
     weights_I = torch.ones((), device=weight_OI.device) if importance_I is None else importance_I.sqrt()
     errors = []
     for shrink in SHRINKS:
-        error_OI = grid_for(weight_OI, scheme, shrink).snap(exact_OI).float()
-        errors.append(error_OI.sub_(exact_OI).mul_(weights_I).square_().reshape(shape).sum(-1))
+        grid = _grid_over(low_OG * shrink, high_OG * shrink, scheme, weight_OI.dtype)
+        error_OI = grid.snap(exact_OI).float().sub_(exact_OI).mul_(weights_I).square_()
+        errors.append(error_OI.reshape(*low_OG.shape, -1).sum(-1))
     # The first of equals is the widest range.
     return torch.tensor(SHRINKS, device=weight_OI.device)[torch.stack(errors).argmin(0)]
 
