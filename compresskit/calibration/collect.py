@@ -5,7 +5,6 @@ Shapes: B = documents of a batch, T = tokens, I = in_features.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from types import TracebackType
@@ -26,24 +25,28 @@ class Enough(Exception):
 class Collector:
     """A context in which layers report what they are fed; those fed the very same tensor share a sum.
 
-    If each layer runs once in the first batch, every later one is left by :class:`Enough` when all have run:
-    the last layer's own product, often a block's largest, is spared.
-
     Args:
         module: the whole model.
         layers: to watch.
         needs: names of ``statistics.STATISTICS``; none collects a sample and the number of tokens.
         device: of the sums.
+        once: each layer runs once in a batch, which is left by :class:`Enough` when all have been fed: what
+            the last of them makes, often a block's largest product, is spared.
     """
 
     def __init__(
-        self, module: nn.Module, layers: Iterable[Linear], needs: frozenset[str], device: torch.device
+        self,
+        module: nn.Module,
+        layers: Iterable[Linear],
+        needs: frozenset[str],
+        device: torch.device,
+        *,
+        once: bool = False,
     ) -> None:
         self._module, self._layers = module, list(layers)
         self._needs, self._device = needs, device
         self._keep: Tensor | None = None
-        self._runs: Counter[str] = Counter()
-        self._each_once: bool | None = None
+        self._once, self._unfed = once, set[str]()
         self._sums: dict[str, Accumulator] = {}
         self._leaders: dict[str, str] = {}
         self._last: tuple[Tensor, int, str] | None = None
@@ -68,9 +71,7 @@ class Collector:
 
     def begin(self, mask: Tensor | None) -> None:
         """A batch follows whose tokens count where ``mask`` (B, T) is not 0; all of them without one."""
-        if self._runs and self._each_once is None:
-            self._each_once = all(self._runs[layer.name] == 1 for layer in self._layers)
-        self._runs.clear()
+        self._unfed = {layer.name for layer in self._layers}
         padded = mask is not None and not bool(mask.all())
         self._keep = mask.reshape(-1).bool().to(self._device) if mask is not None and padded else None
 
@@ -85,8 +86,8 @@ class Collector:
     def _hook(self, layer: Linear) -> Any:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._see(layer, args[0] if args else kwargs["input"])
-            self._runs[layer.name] += 1
-            if self._each_once and len(self._runs) == len(self._layers):
+            self._unfed.discard(layer.name)
+            if self._once and not self._unfed:
                 raise Enough
 
         return see

@@ -30,7 +30,7 @@ def add_gram(sum_II: Tensor, input_TI: Tensor) -> None:
     """
     inputs = input_TI.shape[1]
     side = 256 if inputs <= 2048 else 512
-    with _bfloat16_factors(input_TI.dtype == torch.bfloat16):
+    with bfloat16_factors(input_TI.dtype == torch.bfloat16):
         for first in range(0, len(input_TI), MAX_TOKENS):
             x_TI = input_TI[first : first + MAX_TOKENS].float()
             for start in range(0, inputs, side):
@@ -49,7 +49,7 @@ def mirror(sum_II: Tensor) -> None:
 
 
 @contextmanager
-def _bfloat16_factors(wanted: bool) -> Iterator[None]:
+def bfloat16_factors(wanted: bool) -> Iterator[None]:
     """Within, the CPU's float32 matrix products round their factors (not their sums) to bfloat16."""
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision

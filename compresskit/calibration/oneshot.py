@@ -108,9 +108,8 @@ def calibration_rows(
         warnings.append(
             f"Calibration asked for {stage.samples} rows of {length} tokens; {spec.source} holds {len(rows)}."
         )
-    width = model.config.get_text_config().hidden_size
-    spills = len(rows) * rows.context_length * width * 4 > SPILL_BYTES
-    return rows, scratch / "hidden.bin" if spills else None, tuple(warnings)
+    kept = _kept_bytes(len(rows) * rows.context_length, model.config, model.anatomy)
+    return rows, scratch / "hidden.bin" if kept > SPILL_BYTES else None, tuple(warnings)
 
 
 def walk_bytes(anatomy: Anatomy, weight_bytes: float) -> float:
@@ -130,12 +129,28 @@ def walk_bytes(anatomy: Anatomy, weight_bytes: float) -> float:
 
 
 def calibration_bytes(stage: Calibrated, config: Any, anatomy: Anatomy) -> int:
-    """Memory that data adds to a walk: all hidden states, and one batch's values inside a block."""
+    """Memory that data adds to a walk: what is kept between runs, and one batch's values inside a block."""
     length = row_length(stage, config)
     batch = max(length, min(BATCH_TOKENS, stage.samples * length))
-    width = getattr(config.get_text_config(), "hidden_size", 0) or 0
     inner = max((linear.out_features for linear in anatomy.linears.values() if linear.block), default=0)
-    return min(stage.samples * length * width * 4, SPILL_BYTES) + batch * (8 * width + 4 * inner) * 4
+    kept = _kept_bytes(stage.samples * length, config, anatomy)
+    return min(kept, SPILL_BYTES) + batch * (8 * _width(config) + 4 * inner) * 4
+
+
+def spilled_bytes(stage: Calibrated, config: Any, anatomy: Anatomy) -> int:
+    """Disk that data takes during a walk: what is kept between runs, where it is too much for memory."""
+    kept = _kept_bytes(stage.samples * row_length(stage, config), config, anatomy)
+    return kept if kept > SPILL_BYTES else 0
+
+
+def _kept_bytes(tokens: int, config: Any, anatomy: Anatomy) -> int:
+    """Hidden states of ``tokens``, what the last layer of attention reads and what the last layer of all."""
+    inner = max((linear.in_features for linear in anatomy.linears.values() if linear.block), default=0)
+    return tokens * (2 * _width(config) + inner) * 4
+
+
+def _width(config: Any) -> int:
+    return getattr(config.get_text_config(), "hidden_size", 0) or 0
 
 
 def largest_layer(anatomy: Anatomy, layers: Sequence[str]) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compresskit.calibration.gram import add_gram, mirror
+from compresskit.calibration.gram import add_gram, bfloat16_factors, mirror
 from compresskit.errors import Fault, StatisticError
 
 # What a method may name in its ``needs``, and the field of LayerStats that holds it.
@@ -86,10 +86,12 @@ class LayerStats:
             none, or the former output was zero.
         """
         change = former = 0.0
-        for start in range(0, len(former_OI), ROWS):
-            old_OI = former_OI[start : start + ROWS].float()
-            change += self._energy(new_OI[start : start + ROWS].float() - old_OI)
-            former += self._energy(old_OI)
+        # Rounding the factors of bfloat16 models moves sums over so many products by a millionth or so.
+        with bfloat16_factors(former_OI.dtype == torch.bfloat16):
+            for start in range(0, len(former_OI), ROWS):
+                old_OI = former_OI[start : start + ROWS].float()
+                change += self._energy(new_OI[start : start + ROWS].float() - old_OI)
+                former += self._energy(old_OI)
         return max(change, 0.0) / former if former > 0 else None
 
     def _energy(self, weight_OI: Tensor) -> float:

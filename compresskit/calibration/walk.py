@@ -1,8 +1,9 @@
 """One pass through a model, block by block: measure, change, and let the next block see the change.
 
-Each block is loaded once. The data runs twice: through the block as it is, as far as its last layer, to
-collect what the method needs, and through the changed block, whose results are the next block's inputs. At
-any time one block, the statistics of its layers and one set of hidden states are in memory.
+Each block is loaded once. Its layers are measured and changed in steps (see
+:mod:`compresskit.calibration.chain`), each on what the changed layers before it make, and the results of the
+changed block are the next block's inputs. At any time one block, the statistics of one step and one set of
+hidden states are in memory, and what later steps use, which may be in files.
 
 Shapes: T = tokens, D = hidden size, O = out_features, I = in_features.
 """
@@ -10,8 +11,8 @@ Shapes: T = tokens, D = hidden size, O = out_features, I = in_features.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from compresskit.calibration.activations import Activations
+from compresskit.calibration.chain import Replays, Step, find_steps
 from compresskit.calibration.collect import Collector, Enough
 from compresskit.calibration.relay import Relay
 from compresskit.calibration.rows import Batches, Documents, Row
@@ -39,6 +41,9 @@ Prepare = Callable[[int, StreamedModel, Mapping[str, LayerStats]], Mapping[str, 
 Run = Callable[[int, Row], Any]
 """``run(batch, row)`` runs one batch as far as it goes and returns the hidden states."""
 
+PROBE_TOKENS = 8
+"""Run through a block to find its steps."""
+
 
 @dataclass(frozen=True, slots=True)
 class Walked:
@@ -46,8 +51,8 @@ class Walked:
 
     Attributes:
         relative_error: for each layer visited the squared norm of the change of its output over that of its
-            former output, both on the inputs its statistics are of: those that reach it when all blocks
-            before are changed and its own is not. See ``LayerStats.relative_error``; None without data.
+            former output, both on the inputs its statistics are of: those that reach it when the steps
+            before are changed. See ``LayerStats.relative_error``; None without data.
         num_tokens: calibration tokens, padding not counted.
     """
 
@@ -77,9 +82,11 @@ def walk(
         needs: names of ``statistics.STATISTICS`` to collect.
         layers: names of the layers to visit; None is every linear layer inside the blocks.
         prepare: see :data:`Prepare`; called once in each block up to the last with a layer to visit, after
-            the statistics of its layers were collected and before any of them is visited. Not without data.
+            the statistics of its layers were collected and before any of them is visited: the block has a
+            single step. Not without data.
         title: of the progress bar.
-        spill: a file to keep hidden states in, where rows * T * D values are too many for memory.
+        spill: a file to keep hidden states in, where rows * T values of a layer's inputs are too many for
+            memory; what steps keep goes into files beside it, of longer names.
 
     Returns:
         The errors, layer by layer.
@@ -103,14 +110,10 @@ def walk(
     if not documents.num_tokens:
         got = "none" if not len(rows) else "padding only"
         raise DataError(Fault("calibration rows", "tokens", got, "Give more calibration data."))
-    hidden = Activations(spill)
-    try:
-        return Walked(
-            _Walk(streamed, Batches(documents), visit, needs, ordered, hidden, prepare).run(title),
-            documents.num_tokens,
-        )
-    finally:
-        hidden.close()
+    hidden, replays = Activations(spill), Replays(streamed.module, spill, streamed.device)
+    with closing(hidden), closing(replays):
+        state = _Walk(streamed, list(Batches(documents)), visit, needs, ordered, hidden, replays, prepare)
+        return Walked(state.run(title), documents.num_tokens)
 
 
 def _walk_without_data(streamed: StreamedModel, visit: Visit, layers: Sequence[str], title: str) -> Walked:
@@ -145,13 +148,14 @@ class _Walk:
         needs: frozenset[str],
         layers: Sequence[str],
         hidden: Activations,
+        replays: Replays,
         prepare: Prepare | None,
     ) -> None:
         self.streamed, self.batches, self.visit, self.needs = streamed, batches, visit, needs
         self.prepare = prepare
         self.linears = {name: streamed.source.anatomy.linears[name] for name in layers}
         self.relay = Relay(streamed)
-        self.hidden = hidden
+        self.hidden, self.replays = hidden, replays
         self.errors: dict[str, float | None] = {}
 
     def run(self, title: str) -> dict[str, float | None]:
@@ -167,36 +171,82 @@ class _Walk:
         num_rows = sum(len(row["input_ids"]) for row in self.batches)
         with Progress(title, (1 + sum(passes) + max(onward, 0)) * num_rows, unit="rows") as self.progress:
             with _table(self.streamed, anatomy.embeddings):
-                self._change(front, self._embed)
+                self._change(_whole(front), self._embed)
                 self._proceed(self._embed)
             for index in range(end):
                 with self.streamed.block(index):
                     if index == 0:
                         self.relay.learn({key: value[:1] for key, value in self.batches[0].items()})
-                    through = partial(self._through, index)
-                    self._change(by_block[blocks[index]], through, index)
-                    if index < onward:
-                        self._proceed(through)
+                    self._block(index, by_block[blocks[index]], index < onward)
             with _table(self.streamed, anatomy.head, back):
-                self._change(back, self._finish)
+                self._change(_whole(back), self._finish)
         return {name: self.errors[name] for name in self.linears}
 
-    def _change(self, names: list[str], run: Run, block: int | None = None) -> None:
-        """Collect for ``names`` while ``run`` runs the batches, then visit them."""
+    def _block(self, index: int, names: list[str], onward: bool) -> None:
+        """Visit ``names`` of block ``index``, and run the batches on where ``onward``."""
+        steps = self._steps(index, names)
+        last = None if onward else len(steps) - 1
+
+        def run(at: int, batch: int, row: Row) -> Tensor:
+            keeps = steps[at].keeps if at < len(steps) and at != last else ()
+            is_last = at == len(steps) or at == last
+            with self.replays.keeping(keeps, batch), self.replays.standing_in(batch, keeps, last=is_last):
+                return self._through(index, batch, row)
+
+        for at, step in enumerate(steps):
+            prepare = None if self.prepare is None else partial(self.prepare, index, self.streamed)
+            self._change(step, partial(run, at), prepare, (at, len(steps)))
+        if onward:
+            self._proceed(partial(run, len(steps)))
+        self.replays.clear()
+
+    def _steps(self, index: int, names: list[str]) -> tuple[Step, ...]:
+        """The steps in which to visit ``names`` of block ``index``."""
+        if not names:
+            return () if self.prepare is None else (_whole([]),)
+        block, linears = self.streamed.blocks[index], self.streamed.source.anatomy.linears
+        row = {key: value[:1, :PROBE_TOKENS] for key, value in self.batches[0].items()}
+        hidden = self.hidden[0][:1, :PROBE_TOKENS].to(self.streamed.device)
+        inside = [name for name in linears if linears[name].block == block]
+        probe = partial(self.relay.through, index, row, hidden)
+        steps = find_steps(self.streamed.module, block, inside, names, probe, hidden.shape[1])
+        if self.prepare is None:
+            return steps
+        return (_whole(names, once=all(step.once for step in steps)),)
+
+    def _change(
+        self,
+        step: Step,
+        run: Run,
+        prepare: Callable[[Mapping[str, LayerStats]], Mapping[str, LayerStats]] | None = None,
+        turn: tuple[int, int] = (0, 1),
+    ) -> None:
+        """Collect for the layers of ``step`` while ``run`` runs the batches, then visit them.
+
+        Args:
+            step: at present.
+            run: how to.
+            prepare: see :data:`Prepare`.
+            turn: the number of this step among those of its block, and their count.
+        """
         stats: dict[str, LayerStats] = {}
-        if names:
-            layers = [self.linears[name] for name in names]
-            with Collector(self.streamed.module, layers, self.needs, self.streamed.device) as collector:
+        if step.layers:
+            watched = [self.linears[name] for name in step.watched]
+            module, device = self.streamed.module, self.streamed.device
+            with Collector(module, watched, self.needs, device, once=step.once) as collector:
                 for batch, row in enumerate(self.batches):
                     collector.begin(row.get("attention_mask"))
                     with suppress(Enough):
                         run(batch, row)
-                    self.progress.advance(len(row["input_ids"]))
-            stats = collector.finish(names)
+                    size, (at, count) = len(row["input_ids"]), turn
+                    self.progress.advance(size * (at + 1) // count - size * at // count)
+            stats = collector.finish(step.watched)
             return_memory()
-        if self.prepare is not None and block is not None:
-            stats = dict(self.prepare(block, self.streamed, stats))
-        for name in names:
+            shared = stats[step.watched[0]]
+            stats |= {n: replace(shared, layer=n) for n in step.layers if n not in stats}
+        if prepare is not None:
+            stats = dict(prepare(stats))
+        for name in step.layers:
             self._visit(name, stats.pop(name))
 
     def _visit(self, name: str, stats: LayerStats) -> None:
@@ -238,6 +288,11 @@ class _Walk:
 
     def _finish(self, batch: int, row: Row) -> None:
         self.relay.finish(row, self.hidden[batch].to(self.streamed.device))
+
+
+def _whole(names: Sequence[str], *, once: bool = False) -> Step:
+    """One step for all of ``names``."""
+    return Step(tuple(names), tuple(names), once=once)
 
 
 def _by_block(anatomy: Anatomy, layers: Iterable[str]) -> dict[str | None, list[str]]:

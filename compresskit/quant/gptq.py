@@ -129,13 +129,19 @@ def _round_in_order(weight_OI: Tensor, grid: Grid, order_I: Tensor, factor_II: T
 
     def leaf(start: int, stop: int) -> None:
         rounders = _rounders(grid, places[start:stop])
-        keep_BO = weight_OI.t()[order_I[start:stop]] != 0
-        for at, (place, rounded) in enumerate(zip(places[start:stop], rounders, strict=True), start):
-            rounded_O = rounded(left_IO[at]).where(keep_BO[at - start], 0)
-            new_OI[:, place] = rounded_O
+        here_B = order_I[start:stop]
+        keep_BO = weight_OI.t()[here_B] != 0
+        is_dense = bool(keep_BO.all())
+        new_BO = left_IO.new_empty(stop - start, left_IO.shape[1])
+        for at, rounded in enumerate(rounders, start):
+            rounded_O = rounded(left_IO[at])
+            if not is_dense:
+                rounded_O = rounded_O.where(keep_BO[at - start], 0)
+            new_BO[at - start] = rounded_O
             # From here on the row holds the error, which is all that later inputs want of it.
             left_IO[at].sub_(rounded_O).div_(factor_II[at, at])
             left_IO[at + 1 : stop].addr_(factor_II[at, at + 1 : stop], left_IO[at], alpha=-1)
+        new_OI[:, here_B] = new_BO.t().to(new_OI.dtype)
 
     for start, middle, stop in _halves(0, len(places)):
         if middle == stop:

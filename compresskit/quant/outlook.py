@@ -7,7 +7,7 @@ from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, cast
 
-from compresskit.calibration.oneshot import calibration_bytes, largest_layer, walk_bytes
+from compresskit.calibration.oneshot import calibration_bytes, largest_layer, spilled_bytes, walk_bytes
 from compresskit.quant import QUANTIZERS
 from compresskit.quant.known import known
 from compresskit.stage import Forecast, Outlook
@@ -47,9 +47,10 @@ def forecast_rounding(stage: Quantize, model: Outlook) -> Forecast:
     if hasattr(QUANTIZERS[stage.method], "scale"):
         # A float32 copy of a block to find out who may scale whom, or a layer scaled, rounded and compared.
         layer_bytes += 4 * max(_largest_block(anatomy), 3 * largest_layer(anatomy, list(schemes)))
-    memory = walk_bytes(anatomy, model.weight_bytes) + layer_bytes
+    memory, spilled = walk_bytes(anatomy, model.weight_bytes) + layer_bytes, 0
     if stage.reads_data:
         memory += calibration_bytes(stage, model.config, anatomy)
+        spilled = spilled_bytes(stage, model.config, anatomy)
     if stage.is_auto:
         bits = dict.fromkeys(schemes, cast(float, stage.target_bits))
         memory = max(memory, anatomy.num_parameters * model.weight_bytes + PROBED_BYTES)
@@ -62,6 +63,7 @@ def forecast_rounding(stage: Quantize, model: Outlook) -> Forecast:
         ),
         layers=len(schemes),
         memory_bytes=round(memory),
+        scratch_bytes=spilled,
         notes=notes,
     )
 

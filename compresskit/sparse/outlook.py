@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from compresskit.calibration.oneshot import calibration_bytes, largest_layer, walk_bytes
+from compresskit.calibration.oneshot import calibration_bytes, largest_layer, spilled_bytes, walk_bytes
 from compresskit.sparse import PRUNERS
 from compresskit.stage import Forecast, Outlook
 
@@ -24,6 +24,14 @@ def forecast_zeroing(stage: Prune, model: Outlook) -> Forecast:
     anatomy, layers = model.anatomy, stage.layers(model)
     # A score in float32, what selecting among all of a layer needs, and masks.
     memory = walk_bytes(anatomy, model.weight_bytes) + largest_layer(anatomy, layers) * (4 + 12 + 4)
+    spilled = 0
     if PRUNERS[stage.method].needs:
         memory += calibration_bytes(stage, model.config, anatomy)
-    return Forecast(after=model, layers=len(layers), memory_bytes=round(memory), notes=(DENSE,))
+        spilled = spilled_bytes(stage, model.config, anatomy)
+    return Forecast(
+        after=model,
+        layers=len(layers),
+        memory_bytes=round(memory),
+        scratch_bytes=spilled,
+        notes=(DENSE,),
+    )
