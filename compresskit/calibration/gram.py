@@ -20,19 +20,24 @@ SIDE = 256
 """Rows that are mirrored at a time: a copy of the matrix would be as large as it."""
 
 
-def add_gram(sum_II: Tensor, input_TI: Tensor) -> None:
+def add_gram(sum_II: Tensor, input_TI: Tensor, wide_TI: Tensor | None = None) -> None:
     """Add x x^T of every token of ``input_TI`` to ``sum_II``, on and below the diagonal only.
 
     Args:
         sum_II: float32, (I, I), changed in place. What stands above the diagonal is not to be used before
             :func:`mirror`.
         input_TI: any float dtype; products of float16 and float32 are taken in float32.
+        wide_TI: float32, as many rows as there are tokens or :data:`MAX_TOKENS` at least; written over. Fresh
+            memory each time would take longer to get than to fill.
     """
     inputs = input_TI.shape[1]
+    if wide_TI is None:
+        wide_TI = input_TI.new_empty(min(len(input_TI), MAX_TOKENS), inputs, dtype=torch.float32)
     side = 256 if inputs <= 2048 else 512
     with bfloat16_factors(input_TI.dtype == torch.bfloat16):
         for first in range(0, len(input_TI), MAX_TOKENS):
-            x_TI = input_TI[first : first + MAX_TOKENS].float()
+            part_TI = input_TI[first : first + MAX_TOKENS]
+            x_TI = wide_TI[: len(part_TI)].copy_(part_TI)
             for start in range(0, inputs, side):
                 stop = min(start + side, inputs)
                 sum_II[start:stop, :stop].addmm_(x_TI[:, start:stop].t(), x_TI[:, :stop])

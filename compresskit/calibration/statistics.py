@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compresskit.calibration.gram import add_gram, bfloat16_factors, mirror
+from compresskit.calibration.gram import MAX_TOKENS, add_gram, bfloat16_factors, mirror
 from compresskit.errors import Fault, StatisticError
 
 # What a method may name in its ``needs``, and the field of LayerStats that holds it.
@@ -167,6 +167,7 @@ class Accumulator:
         self._gram_II: Tensor | None = None
         if "input_gram" in needs:
             self._gram_II = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self._wide_TI = torch.empty(0, in_features, device=device)
         # Inputs not yet in the Gram matrix, few of which are no work for a product; else the sample.
         self._kept: list[Tensor] = []
         self._keys_N = torch.zeros(0)
@@ -182,13 +183,13 @@ class Accumulator:
             self._add_vectors(input_TI.float())
         if self._gram_II is None:
             self._draw(input_TI)
-        elif not self._kept and len(input_TI) > SAMPLE:
-            add_gram(self._gram_II, input_TI)
+        elif len(input_TI) >= SAMPLE and self.num_tokens > SAMPLE:
+            self._add_kept()
+            self._add_gram(input_TI)
         else:
             self._kept.append(input_TI.clone())
             if sum(map(len, self._kept)) > SAMPLE:
-                add_gram(self._gram_II, torch.cat(self._kept))
-                self._kept.clear()
+                self._add_kept()
 
     def finish(self, layer: str = "") -> LayerStats:
         """The statistics of the layer called ``layer``; call once, the sums are used up."""
@@ -198,14 +199,24 @@ class Accumulator:
                 sums /= tokens
         fields: Any = {STATISTICS[need]: sums.float() for need, sums in self._vectors.items()}
         kept_NI = torch.cat(self._kept) if self._kept else None
-        self._kept.clear()
         if self._gram_II is not None:
-            if kept_NI is not None:
-                add_gram(self._gram_II, kept_NI)
+            self._add_kept()
             kept_NI = kept_NI if self.num_tokens <= SAMPLE else None
             mirror(self._gram_II)
             fields["input_gram_II"] = self._gram_II.div_(tokens)
         return LayerStats(num_tokens=self.num_tokens, sample_NI=kept_NI, layer=layer, **fields)
+
+    def _add_kept(self) -> None:
+        if self._kept:
+            self._add_gram(torch.cat(self._kept))
+            self._kept.clear()
+
+    def _add_gram(self, input_TI: Tensor) -> None:
+        assert self._gram_II is not None
+        tokens = min(len(input_TI), MAX_TOKENS)
+        if tokens > len(self._wide_TI):
+            self._wide_TI = self._wide_TI.new_empty(tokens, self._wide_TI.shape[1])
+        add_gram(self._gram_II, input_TI, self._wide_TI)
 
     def _add_vectors(self, x_TI: Tensor) -> None:
         for need, sums in self._vectors.items():

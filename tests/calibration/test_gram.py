@@ -48,7 +48,7 @@ def test_the_setting_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
 
     class Spy(torch.Tensor):
-        def float(self) -> torch.Tensor:  # type: ignore[override]
+        def __getitem__(self, at: object) -> torch.Tensor:
             seen.append(PRECISION.fp32_precision)
             raise ValueError("mine")
 
