@@ -13,6 +13,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from compresskit.calibration.chain import not_once
+from compresskit.calibration.gram import Workspace
 from compresskit.calibration.statistics import Accumulator, LayerStats
 from compresskit.errors import Fault, StatisticError
 from compresskit.modeling.anatomy import Linear
@@ -30,8 +32,12 @@ class Collector:
         layers: to watch.
         needs: names of ``statistics.STATISTICS``; none collects a sample and the number of tokens.
         device: of the sums.
-        once: each layer runs once in a batch, which is left by :class:`Enough` when all have been fed: what
-            the last of them makes, often a block's largest product, is spared.
+        once: each layer runs once in a batch, with every token. A batch is left by :class:`Enough` when all
+            have been fed: what the last of them makes, often a block's largest product, is spared. Of those
+            that read the same tensor in the first batch one is enough in the others.
+
+    Raises:
+        StatisticError: in a batch of ``once`` a layer runs otherwise.
     """
 
     def __init__(
@@ -46,7 +52,8 @@ class Collector:
         self._module, self._layers = module, list(layers)
         self._needs, self._device = needs, device
         self._keep: Tensor | None = None
-        self._once, self._unfed = once, set[str]()
+        self._workspace = Workspace()
+        self._once, self._unfed, self._tokens = once, set[str](), 0
         self._sums: dict[str, Accumulator] = {}
         self._leaders: dict[str, str] = {}
         self._last: tuple[Tensor, int, str] | None = None
@@ -69,14 +76,22 @@ class Collector:
         """Layers that ran."""
         return frozenset(self._sums) | frozenset(self._leaders)
 
-    def begin(self, mask: Tensor | None) -> None:
-        """A batch follows whose tokens count where ``mask`` (B, T) is not 0; all of them without one."""
-        self._unfed = {layer.name for layer in self._layers}
+    def begin(self, tokens: int, mask: Tensor | None) -> None:
+        """A batch follows.
+
+        Args:
+            tokens: so many it has.
+            mask: (B, T); those count where it is not 0, all of them without one.
+        """
+        self._require_fed()
+        self._tokens = tokens
+        self._unfed = set(self._sums) if self._sums else {layer.name for layer in self._layers}
         padded = mask is not None and not bool(mask.all())
         self._keep = mask.reshape(-1).bool().to(self._device) if mask is not None and padded else None
 
     def finish(self, layers: Iterable[str]) -> dict[str, LayerStats]:
         """Statistics of each of ``layers``; those that never ran have no tokens. Call once."""
+        self._require_fed()
         self._last = None
         made = {name: sums.finish() for name, sums in self._sums.items()}
         self._sums = {}
@@ -85,12 +100,20 @@ class Collector:
 
     def _hook(self, layer: Linear) -> Any:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._see(layer, args[0] if args else kwargs["input"])
+            value = args[0] if args else next(iter(kwargs.values()))
+            if self._once and value[..., 0].numel() != self._tokens:
+                raise StatisticError(not_once(layer.name))
+            self._see(layer, value)
             self._unfed.discard(layer.name)
             if self._once and not self._unfed:
                 raise Enough
 
         return see
+
+    def _require_fed(self) -> None:
+        """In the batch that ends here every layer has run that was to run once."""
+        if self._once and self._unfed:
+            raise StatisticError(*map(not_once, sorted(self._unfed)))
 
     def _see(self, layer: Linear, value: Tensor) -> None:
         name = layer.name
@@ -103,7 +126,9 @@ class Collector:
             raise StatisticError(Fault(name, "the same kind of input each time", got, "Add it to ignore."))
         self._last = (value, value._version, name)
         if name not in self._sums:
-            self._sums[name] = Accumulator(self._needs, layer.in_features, self._device)
+            self._sums[name] = Accumulator(
+                self._needs, layer.in_features, self._device, workspace=self._workspace
+            )
         self._sums[name].add(self._counted(name, value))
 
     def _counted(self, layer: str, value: Tensor) -> Tensor:

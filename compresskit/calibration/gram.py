@@ -20,24 +20,37 @@ SIDE = 256
 """Rows that are mirrored at a time: a copy of the matrix would be as large as it."""
 
 
-def add_gram(sum_II: Tensor, input_TI: Tensor, wide_TI: Tensor | None = None) -> None:
+class Workspace:
+    """Memory for inputs in float32, one of which at a time is looked at.
+
+    Fresh memory each time would take longer to get than to fill.
+    """
+
+    def __init__(self) -> None:
+        self._flat = torch.empty(0, dtype=torch.float32)
+
+    def widened(self, input_TI: Tensor) -> Tensor:
+        """``input_TI`` (T, I) in float32; written over by the next call."""
+        if self._flat.numel() < input_TI.numel() or self._flat.device != input_TI.device:
+            self._flat = torch.empty(input_TI.numel(), dtype=torch.float32, device=input_TI.device)
+        return self._flat[: input_TI.numel()].view(input_TI.shape).copy_(input_TI)
+
+
+def add_gram(sum_II: Tensor, input_TI: Tensor, workspace: Workspace | None = None) -> None:
     """Add x x^T of every token of ``input_TI`` to ``sum_II``, on and below the diagonal only.
 
     Args:
         sum_II: float32, (I, I), changed in place. What stands above the diagonal is not to be used before
             :func:`mirror`.
         input_TI: any float dtype; products of float16 and float32 are taken in float32.
-        wide_TI: float32, as many rows as there are tokens or :data:`MAX_TOKENS` at least; written over. Fresh
-            memory each time would take longer to get than to fill.
+        workspace: to be used; None makes one.
     """
     inputs = input_TI.shape[1]
-    if wide_TI is None:
-        wide_TI = input_TI.new_empty(min(len(input_TI), MAX_TOKENS), inputs, dtype=torch.float32)
+    workspace = workspace or Workspace()
     side = 256 if inputs <= 2048 else 512
     with bfloat16_factors(input_TI.dtype == torch.bfloat16):
         for first in range(0, len(input_TI), MAX_TOKENS):
-            part_TI = input_TI[first : first + MAX_TOKENS]
-            x_TI = wide_TI[: len(part_TI)].copy_(part_TI)
+            x_TI = workspace.widened(input_TI[first : first + MAX_TOKENS])
             for start in range(0, inputs, side):
                 stop = min(start + side, inputs)
                 sum_II[start:stop, :stop].addmm_(x_TI[:, start:stop].t(), x_TI[:, :stop])

@@ -144,9 +144,9 @@ def spilled_bytes(stage: Calibrated, config: Any, anatomy: Anatomy) -> int:
 
 
 def _kept_bytes(tokens: int, config: Any, anatomy: Anatomy) -> int:
-    """Hidden states of ``tokens``, what the last layer of attention reads and what the last layer of all."""
+    """Hidden states of ``tokens``, what attention's last layer and the next read, and the last of all."""
     inner = max((linear.in_features for linear in anatomy.linears.values() if linear.block), default=0)
-    return tokens * (2 * _width(config) + inner) * 4
+    return tokens * (3 * _width(config) + inner) * 4
 
 
 def _width(config: Any) -> int:

@@ -4,15 +4,15 @@ What a block is called with besides its hidden states (masks, rotary embeddings,
 families, and between the blocks of a model with sliding windows. It is never stored: the model itself is run
 with all blocks replaced by stand-ins that hand their input on, and stopped at the block in question. That
 costs a mask, little beside a block, and no memory; it is spared where the last batch was of the same shape
-and the tokens themselves make no difference. While the token embedding is not in memory, zeros of the
-shape of its results stand for them: masks and positions do not depend on what they hold.
+and the tokens themselves make no difference to any. While the token embedding is not in memory, zeros of the
+shape of its results stand for them: masks and positions do not depend on what they hold, which is tried.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from compresskit.calibration.rows import Row
 from compresskit.errors import Fault, ModelError
+from compresskit.modeling.forwards import computing
 from compresskit.modeling.streaming import StreamedModel
 
 HIDDEN = "hidden_states"
+NO_CALIBRATION = "Choose a method that needs no calibration."
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -46,14 +48,15 @@ class Relay:
     def __init__(self, streamed: StreamedModel) -> None:
         self._streamed = streamed
         self._blocks = [streamed.module.get_submodule(name) for name in streamed.blocks]
+        tables = [streamed.module.get_submodule(name).weight for name in streamed.tables]
         self._embeddings = [
             part
-            for name, part in streamed.module.named_modules()
-            if isinstance(part, nn.Embedding) and not streamed.source.anatomy.block_of(name)
+            for part in streamed.module.modules()
+            if isinstance(part, nn.Embedding) and any(part.weight is table for table in tables)
         ]
         self._accepts = inspect.signature(streamed.module.forward).parameters
         self._num_extras: int | None = None
-        self._same_for_any_tokens = False
+        self._alike = False
         self._last: tuple[int, Row, Call] | None = None
         config = streamed.source.config
         if not self._blocks or getattr(config, "is_encoder_decoder", False):
@@ -67,15 +70,28 @@ class Relay:
 
     def call(self, index: int, row: Row, hidden: Tensor) -> Call:
         """The arguments that the model calls block ``index`` with, with ``hidden`` (B, T, D) among them."""
-        rest = {key: value for key, value in row.items() if key != "input_ids"}
-        rest["shape"] = torch.tensor(row["input_ids"].shape)
+        rest = _but_tokens(row)
         if self._last is None or self._last[0] != index or not _same(self._last[1], rest):
             self._last = None  # before another is made
-            call = _with_hidden(self._call_of(row, index), hidden[:0])
-            if not self._same_for_any_tokens:
+            call = self._call_of(row, index)
+            if not self._alike:
                 return _with_hidden(call, hidden)
-            self._last = index, rest, call
+            self._last = index, rest, _with_hidden(call, hidden.new_empty(0))
         return _with_hidden(self._last[2], hidden)
+
+    def enter(self, index: int, rows: Sequence[Row]) -> None:
+        """Find out whether the model calls block ``index`` alike for all of ``rows`` that have one shape.
+
+        Then the arguments are made once for each run of rows of one shape.
+        """
+        self._last, self._alike = None, False
+        former: tuple[Row, Any] | None = None
+        for row in rows:
+            rest, call = _but_tokens(row), _without_hidden(self._call_of(row, index))
+            if former and _same(former[0], rest) and not _same(former[1], call, known_only=True):
+                return
+            former = rest, call
+        self._alike = True
 
     @torch.no_grad()
     def through(self, index: int, row: Row, hidden: Tensor) -> Tensor:
@@ -90,6 +106,23 @@ class Relay:
         with self._stand_ins(lambda index, call: hidden if index == last else _hidden(call)):
             self._run(row)
 
+    def require_independence(self, row: Row) -> None:
+        """What blocks are called with besides hidden states has to be the same with blank embeddings.
+
+        Args:
+            row: to try; the token embedding must be in memory.
+
+        Raises:
+            ModelError: it is not, such as where each block is given an embedding of its own.
+        """
+        real = self._calls(row)
+        with computing(map(self._blank, self._embeddings)):
+            blank = self._calls(row)
+        for index, name in enumerate(self._streamed.blocks):
+            if not _same(real.get(index), blank.get(index)):
+                got = "arguments that depend on the token embedding"
+                raise ModelError(Fault(name, "blocks that are given hidden states only", got, NO_CALIBRATION))
+
     def learn(self, row: Row) -> None:
         """Learn from block 0, which must be in memory, what form the blocks' results have.
 
@@ -97,12 +130,13 @@ class Relay:
             ModelError: blocks hand each other more than hidden states, so they cannot run one by one.
         """
         args, kwargs = self._call_of(row, 0)
+        shape, hidden = row["input_ids"].shape, _hidden((args, kwargs)).shape
+        if hidden[:-1] != shape:
+            got = f"{tuple(hidden)} for {tuple(shape)} tokens"
+            raise ModelError(Fault(self._streamed.blocks[0], "hidden states (B, T, D)", got, NO_CALIBRATION))
         with torch.no_grad():
             output = self._blocks[0](*args, **kwargs)
         self._num_extras = None if isinstance(output, Tensor) else len(output) - 1
-        others = [{**row, "input_ids": torch.full_like(row["input_ids"], token)} for token in (0, 1)]
-        calls = [_without_hidden(self._call_of(other, 0)) for other in others]
-        self._same_for_any_tokens = all(_same(_without_hidden((args, kwargs)), call) for call in calls)
         if len(self._blocks) == 1:
             return
         alone = self._call_of(row, 1)
@@ -112,6 +146,20 @@ class Relay:
             got = "arguments that depend on what the block before computed"
             cure = "Choose a method that needs no calibration: this model's blocks cannot run one by one."
             raise ModelError(Fault(name, "blocks that pass on hidden states only", got, cure))
+
+    def _calls(self, row: Row) -> dict[int, Any]:
+        """What each block is called with, hidden states left out."""
+        found: dict[int, Any] = {}
+
+        def note(at: int, call: Call) -> Tensor:
+            found[at] = _without_hidden(call)
+            if at == len(self._blocks) - 1:
+                raise _Stop(call)
+            return _hidden(call)
+
+        with self._stand_ins(note), suppress(_Stop):
+            self._run(row)
+        return found
 
     def _call_of(self, row: Row, index: int, *, real_first: bool = False) -> Call:
         """The arguments the model calls block ``index`` with."""
@@ -126,9 +174,10 @@ class Relay:
                 self._run(row)
             except _Stop as stop:
                 return stop.call
-        name = self._streamed.blocks[index]
-        cure = "Choose a method that needs no calibration."
-        raise ModelError(Fault(name, "a block that the model runs", "one that it never called", cure))
+        got = "one that it never called"
+        raise ModelError(
+            Fault(self._streamed.blocks[index], "a block that the model runs", got, NO_CALIBRATION)
+        )
 
     @torch.no_grad()
     def _run(self, row: Row) -> None:
@@ -138,28 +187,17 @@ class Relay:
             cure = "Leave them out of the calibration rows."
             raise ModelError(Fault(cls, f"a model that takes {sorted(refused)}", "one that does not", cure))
         extra = {"use_cache": False} if "use_cache" in self._accepts else {}
-        with self._blank_embeddings():
+        with computing(self._blank(e) for e in self._embeddings if e.weight.is_meta):
             self._streamed.module(**inputs, **extra)
 
-    @contextmanager
-    def _blank_embeddings(self) -> Iterator[None]:
-        """Within, embeddings that are not in memory give zeros."""
+    def _blank(self, embedding: nn.Embedding) -> tuple[nn.Embedding, Callable[[Tensor], Tensor]]:
+        """``embedding``, and what gives zeros of the shape of its results."""
+        width, dtype = embedding.embedding_dim, self._streamed.dtype
+        return embedding, lambda input: torch.zeros(*input.shape, width, dtype=dtype, device=input.device)
 
-        def zeros_like(module: nn.Embedding) -> Callable[[Tensor], Tensor]:
-            width, dtype = module.embedding_dim, self._streamed.dtype
-            return lambda input: torch.zeros(*input.shape, width, dtype=dtype, device=input.device)
-
-        replaced: list[nn.Embedding] = [e for e in self._embeddings if e.weight.is_meta]
-        try:
-            for module in replaced:
-                module.forward = zeros_like(module)  # type: ignore[method-assign,assignment]
-            yield
-        finally:
-            for module in replaced:
-                del module.forward
-
-    @contextmanager
-    def _stand_ins(self, hand_on: Callable[[int, Call], Tensor], skip: int = 0) -> Iterator[None]:
+    def _stand_ins(
+        self, hand_on: Callable[[int, Call], Tensor], skip: int = 0
+    ) -> AbstractContextManager[None]:
         """Within, blocks from ``skip`` on return what ``hand_on(index, call)`` does, in a block's form."""
 
         def forward_of(index: int) -> Callable[..., Any]:
@@ -169,15 +207,14 @@ class Relay:
 
             return forward
 
-        replaced: list[nn.Module] = []
-        try:
-            for index, block in enumerate(self._blocks[skip:], skip):
-                block.forward = forward_of(index)  # an attribute of the instance hides the class's method
-                replaced.append(block)
-            yield
-        finally:
-            for block in replaced:
-                del block.forward
+        blocks = enumerate(self._blocks[skip:], skip)
+        return computing((block, forward_of(index)) for index, block in blocks)
+
+
+def _but_tokens(row: Row) -> Row:
+    """What ``row`` has besides its tokens, and their shape."""
+    shape = torch.tensor(row["input_ids"].shape)
+    return {"shape": shape, **{key: value for key, value in row.items() if key != "input_ids"}}
 
 
 def _hidden(call: Call) -> Tensor:
@@ -196,11 +233,15 @@ def _without_hidden(call: Call) -> Call:
     return (args[1:], kwargs) if args else (args, {k: v for k, v in kwargs.items() if k != HIDDEN})
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(one: Any, other: Any, *, known_only: bool = False) -> bool:
+    """Whether two arguments are equal; objects of one type count as equal unless ``known_only``."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return torch.equal(one, other)
     if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
-        return len(one) == len(other) and all(map(_same, one, other))
+        return len(one) == len(other) and all(
+            _same(a, b, known_only=known_only) for a, b in zip(one, other, strict=True)
+        )
     if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_same(one[k], other[k]) for k in one)
-    return type(one) is type(other) and (one == other or hasattr(one, "__dict__"))
+        return one.keys() == other.keys() and all(_same(one[k], other[k], known_only=known_only) for k in one)
+    is_object = not known_only and hasattr(one, "__dict__")
+    return type(one) is type(other) and bool(is_object or one == other)

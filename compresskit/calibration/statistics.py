@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compresskit.calibration.gram import MAX_TOKENS, add_gram, bfloat16_factors, mirror
+from compresskit.calibration.gram import Workspace, add_gram, bfloat16_factors, mirror
 from compresskit.errors import Fault, StatisticError
 
 # What a method may name in its ``needs``, and the field of LayerStats that holds it.
@@ -151,12 +151,20 @@ class Accumulator:
         needs: names of :data:`STATISTICS`.
         in_features: I.
         device: where to keep the sums.
+        workspace: shared with others; None makes one.
 
     Raises:
         KeyError: a name in ``needs`` is no statistic; the fault of a method, not of a user.
     """
 
-    def __init__(self, needs: frozenset[str], in_features: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        needs: frozenset[str],
+        in_features: int,
+        device: torch.device,
+        *,
+        workspace: Workspace | None = None,
+    ) -> None:
         if unknown := needs - STATISTICS.keys():
             raise KeyError(f"no such statistics: {sorted(unknown)}; known are {sorted(STATISTICS)}")
         self.num_tokens = 0
@@ -167,7 +175,7 @@ class Accumulator:
         self._gram_II: Tensor | None = None
         if "input_gram" in needs:
             self._gram_II = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
-        self._wide_TI = torch.empty(0, in_features, device=device)
+        self._workspace = workspace or Workspace()
         # Inputs not yet in the Gram matrix, few of which are no work for a product; else the sample.
         self._kept: list[Tensor] = []
         self._keys_N = torch.zeros(0)
@@ -213,10 +221,7 @@ class Accumulator:
 
     def _add_gram(self, input_TI: Tensor) -> None:
         assert self._gram_II is not None
-        tokens = min(len(input_TI), MAX_TOKENS)
-        if tokens > len(self._wide_TI):
-            self._wide_TI = self._wide_TI.new_empty(tokens, self._wide_TI.shape[1])
-        add_gram(self._gram_II, input_TI, self._wide_TI)
+        add_gram(self._gram_II, input_TI, self._workspace)
 
     def _add_vectors(self, x_TI: Tensor) -> None:
         for need, sums in self._vectors.items():

@@ -10,9 +10,9 @@ Shapes: T = tokens, D = hidden size, O = out_features, I = in_features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from compresskit.calibration.activations import Activations
-from compresskit.calibration.chain import Replays, Step, find_steps
+from compresskit.calibration.chain import Plan, Replay, Replays, Step, build_of, find_steps, whole
 from compresskit.calibration.collect import Collector, Enough
 from compresskit.calibration.relay import Relay
 from compresskit.calibration.rows import Batches, Documents, Row
@@ -41,9 +41,6 @@ Prepare = Callable[[int, StreamedModel, Mapping[str, LayerStats]], Mapping[str, 
 Run = Callable[[int, Row], Any]
 """``run(batch, row)`` runs one batch as far as it goes and returns the hidden states."""
 
-PROBE_TOKENS = 8
-"""Run through a block to find its steps."""
-
 
 @dataclass(frozen=True, slots=True)
 class Walked:
@@ -54,10 +51,12 @@ class Walked:
             former output, both on the inputs its statistics are of: those that reach it when the steps
             before are changed. See ``LayerStats.relative_error``; None without data.
         num_tokens: calibration tokens, padding not counted.
+        warnings: which blocks were measured in one step, and why.
     """
 
     relative_error: Mapping[str, float | None]
     num_tokens: int
+    warnings: tuple[str, ...] = ()
 
 
 def walk(
@@ -113,7 +112,7 @@ def walk(
     hidden, replays = Activations(spill), Replays(streamed.module, spill, streamed.device)
     with closing(hidden), closing(replays):
         state = _Walk(streamed, list(Batches(documents)), visit, needs, ordered, hidden, replays, prepare)
-        return Walked(state.run(title), documents.num_tokens)
+        return Walked(state.run(title), documents.num_tokens, state.warnings)
 
 
 def _walk_without_data(streamed: StreamedModel, visit: Visit, layers: Sequence[str], title: str) -> Walked:
@@ -157,6 +156,8 @@ class _Walk:
         self.relay = Relay(streamed)
         self.hidden, self.replays = hidden, replays
         self.errors: dict[str, float | None] = {}
+        self.plans: dict[Hashable, tuple[str, Plan]] = {}  # by build, with the block that it was made for
+        self.in_one_step: dict[str, list[str]] = {}
 
     def run(self, title: str) -> dict[str, float | None]:
         """Walk; the errors in the order the layers have in the model."""
@@ -171,79 +172,92 @@ class _Walk:
         num_rows = sum(len(row["input_ids"]) for row in self.batches)
         with Progress(title, (1 + sum(passes) + max(onward, 0)) * num_rows, unit="rows") as self.progress:
             with _table(self.streamed, anatomy.embeddings):
-                self._change(_whole(front), self._embed)
+                self._change(whole(front), self._embed)
                 self._proceed(self._embed)
             for index in range(end):
                 with self.streamed.block(index):
                     if index == 0:
-                        self.relay.learn({key: value[:1] for key, value in self.batches[0].items()})
+                        first = {key: value[:1] for key, value in self.batches[0].items()}
+                        self.relay.learn(first)
+                        with _table(self.streamed, anatomy.embeddings):
+                            self.relay.require_independence(first)
                     self._block(index, by_block[blocks[index]], index < onward)
             with _table(self.streamed, anatomy.head, back):
-                self._change(_whole(back), self._finish)
+                self._change(whole(back), self._finish)
         return {name: self.errors[name] for name in self.linears}
 
     def _block(self, index: int, names: list[str], onward: bool) -> None:
         """Visit ``names`` of block ``index``, and run the batches on where ``onward``."""
+        self.relay.enter(index, self.batches)
         steps = self._steps(index, names)
-        last = None if onward else len(steps) - 1
-
-        def run(at: int, batch: int, row: Row) -> Tensor:
-            keeps = steps[at].keeps if at < len(steps) and at != last else ()
-            is_last = at == len(steps) or at == last
-            with self.replays.keeping(keeps, batch), self.replays.standing_in(batch, keeps, last=is_last):
-                return self._through(index, batch, row)
-
+        prepare = None if self.prepare is None else partial(self.prepare, index, self.streamed)
         for at, step in enumerate(steps):
-            prepare = None if self.prepare is None else partial(self.prepare, index, self.streamed)
-            self._change(step, partial(run, at), prepare, (at, len(steps)))
+            is_last = not onward and at == len(steps) - 1
+            run = partial(self._through, index, () if is_last else step.keeps, is_last)
+            self._change(step, run, prepare, at, len(steps))
         if onward:
-            self._proceed(partial(run, len(steps)))
+            self._proceed(partial(self._through, index, (), True))
         self.replays.clear()
 
     def _steps(self, index: int, names: list[str]) -> tuple[Step, ...]:
         """The steps in which to visit ``names`` of block ``index``."""
         if not names:
-            return () if self.prepare is None else (_whole([]),)
+            return () if self.prepare is None else (whole([]),)
         block, linears = self.streamed.blocks[index], self.streamed.source.anatomy.linears
-        row = {key: value[:1, :PROBE_TOKENS] for key, value in self.batches[0].items()}
-        hidden = self.hidden[0][:1, :PROBE_TOKENS].to(self.streamed.device)
-        inside = [name for name in linears if linears[name].block == block]
-        probe = partial(self.relay.through, index, row, hidden)
-        steps = find_steps(self.streamed.module, block, inside, names, probe, hidden.shape[1])
-        if self.prepare is None:
-            return steps
-        return (_whole(names, once=all(step.once for step in steps)),)
+        key = build_of(self.streamed.module.get_submodule(block)), tuple(n.removeprefix(block) for n in names)
+        if key not in self.plans:
+            longest = max(range(len(self.batches)), key=lambda n: self.batches[n]["input_ids"].shape[1])
+            row = {name: value[:1] for name, value in self.batches[longest].items()}
+            hidden = self.hidden[longest][:1].to(self.streamed.device)
+
+            def probe(number: int) -> Tensor:
+                return self.relay.through(index, row, hidden.flip(-1) if number else hidden)
+
+            inside = [name for name in linears if linears[name].block == block]
+            tokens = row["input_ids"].numel()
+            plan = find_steps(self.streamed.module, block, inside, names, probe, tokens)
+            self.plans[key] = block, plan
+        former, plan = self.plans[key]
+        if self.prepare is not None:
+            return (whole(names, once=all(step.once for step in plan.steps)),)
+        if plan.reason:
+            self.in_one_step.setdefault(plan.reason, []).append(block)
+        return tuple(step.moved(former, block) for step in plan.steps)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """A sentence for each reason to measure blocks in one step."""
+        return tuple(
+            f"{len(blocks)} blocks, {blocks[0]} the first, were measured before any of their layers was"
+            f" changed: {reason}."
+            for reason, blocks in self.in_one_step.items()
+        )
 
     def _change(
         self,
         step: Step,
         run: Run,
         prepare: Callable[[Mapping[str, LayerStats]], Mapping[str, LayerStats]] | None = None,
-        turn: tuple[int, int] = (0, 1),
+        at: int = 0,
+        steps: int = 1,
     ) -> None:
         """Collect for the layers of ``step`` while ``run`` runs the batches, then visit them.
 
-        Args:
-            step: at present.
-            run: how to.
-            prepare: see :data:`Prepare`.
-            turn: the number of this step among those of its block, and their count.
+        It is number ``at`` of its block's ``steps``, which make up one unit of progress for each row.
         """
         stats: dict[str, LayerStats] = {}
         if step.layers:
-            watched = [self.linears[name] for name in step.watched]
+            layers = [self.linears[name] for name in step.layers]
             module, device = self.streamed.module, self.streamed.device
-            with Collector(module, watched, self.needs, device, once=step.once) as collector:
+            with Collector(module, layers, self.needs, device, once=step.once) as collector:
                 for batch, row in enumerate(self.batches):
-                    collector.begin(row.get("attention_mask"))
+                    collector.begin(row["input_ids"].numel(), row.get("attention_mask"))
                     with suppress(Enough):
                         run(batch, row)
-                    size, (at, count) = len(row["input_ids"]), turn
-                    self.progress.advance(size * (at + 1) // count - size * at // count)
-            stats = collector.finish(step.watched)
+                    size = len(row["input_ids"])
+                    self.progress.advance(size * (at + 1) // steps - size * at // steps)
+            stats = collector.finish(step.layers)
             return_memory()
-            shared = stats[step.watched[0]]
-            stats |= {n: replace(shared, layer=n) for n in step.layers if n not in stats}
         if prepare is not None:
             stats = dict(prepare(stats))
         for name in step.layers:
@@ -283,16 +297,12 @@ class _Walk:
     def _embed(self, batch: int, row: Row) -> Tensor:
         return self.relay.embed(row)
 
-    def _through(self, index: int, batch: int, row: Row) -> Tensor:
-        return self.relay.through(index, row, self.hidden[batch].to(self.streamed.device))
+    def _through(self, index: int, keeps: Sequence[Replay], is_last: bool, batch: int, row: Row) -> Tensor:
+        with self.replays.during(batch, row["input_ids"].numel(), keeps, is_last=is_last):
+            return self.relay.through(index, row, self.hidden[batch].to(self.streamed.device))
 
     def _finish(self, batch: int, row: Row) -> None:
         self.relay.finish(row, self.hidden[batch].to(self.streamed.device))
-
-
-def _whole(names: Sequence[str], *, once: bool = False) -> Step:
-    """One step for all of ``names``."""
-    return Step(tuple(names), tuple(names), once=once)
 
 
 def _by_block(anatomy: Anatomy, layers: Iterable[str]) -> dict[str | None, list[str]]:

@@ -12,8 +12,8 @@ Shapes: T = tokens, V = vocabulary, O = out_features, I = in_features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from compresskit.calibration.rows import Documents, Row
 from compresskit.errors import Fault, ModelError, SchemeError
+from compresskit.modeling.forwards import computing
 from compresskit.progress import Progress
 from compresskit.quant.affine import grid_for
 from compresskit.quant.scheme import Scheme, parse
@@ -268,15 +269,9 @@ class _Probe:
             raise ModelError(Fault("scheme: auto", "a model with logits", cls, cure))
         return logits.float().reshape(-1, logits.shape[-1])  # type: ignore[no-any-return]
 
-    @contextmanager
-    def _standing_in(self, start: int, at: int | None) -> Iterator[None]:
+    def _standing_in(self, start: int, at: int | None) -> AbstractContextManager[None]:
         """Within, the blocks before ``start`` do no work; all return what the last of them gave before."""
-        stand_ins = self.blocks[:start] if at is not None and self.given else []
+        is_on = at is not None and bool(self.given)
         output = self.given[at] if at is not None and self.given else None
-        try:
-            for block in stand_ins:
-                block.forward = lambda *args, **kwargs: output
-            yield
-        finally:
-            for block in stand_ins:
-                del block.forward
+        blocks = self.blocks[:start] if is_on else []
+        return computing((block, lambda *args, **kwargs: output) for block in blocks)

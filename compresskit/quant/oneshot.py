@@ -100,7 +100,7 @@ def run_oneshot(stage: Quantize, model: ModelSource, context: StageContext) -> S
         promises=tuple(OnGrid(layer=layer, scheme=str(schemes[layer])) for layer in layers),
         layers=tuple(replace(log.records[n], relative_error=walked.relative_error[n]) for n in layers),
         metrics=metrics,
-        warnings=warnings + (prepare.warnings if prepare is not None else ()),
+        warnings=(*warnings, *walked.warnings) + (prepare.warnings if prepare is not None else ()),
     )
 
 

@@ -79,7 +79,7 @@ def run_oneshot(stage: Prune, model: ModelSource, context: StageContext) -> Stag
         promises=tuple(Zeros(layer=layer, pattern=str(stage.pattern)) for layer in layers),
         layers=tuple(_with_error(records[layer], walked.relative_error[layer]) for layer in layers),
         metrics={"zero_fraction": counts[0] / counts[1], "calibration_tokens": walked.num_tokens},
-        warnings=tuple(warnings),
+        warnings=(*warnings, *walked.warnings),
     )
 
 

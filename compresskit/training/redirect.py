@@ -7,13 +7,14 @@ computes is replaced, for the length of the call. Engines gather its weight as f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from compresskit.modeling.forwards import computing
 from compresskit.training.objective import (
     Head,
     Objective,
@@ -59,26 +60,12 @@ def redirected(
         with torch.autocast(kind, dtype=AUTOCAST.get(precision), enabled=precision in AUTOCAST):
             base: nn.Module = model.base_model  # type: ignore[assignment]
             hidden = base(input_ids=input_ids, position_ids=position_ids, use_cache=False)[0]
-            with _computing(head, project):
+            with computing([(head, project)]):
                 sums: Mapping[str, Tensor] = head(hidden)
         return sums
 
-    with _computing(model, forward):
+    with computing([(model, forward)]):
         yield
-
-
-@contextmanager
-def _computing(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
-    """Let ``module`` compute ``forward`` when it is called, its hooks untouched."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            module.__dict__.pop("forward", None)
-        else:
-            module.forward = before
 
 
 def _narrow(hidden: Tensor, precision: str) -> Tensor:

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import T5Config, T5EncoderModel
+from transformers.models.llama.modeling_llama import LlamaModel, LlamaRotaryEmbedding
 
+from compresskit.calibration.rows import Batches
 from compresskit.calibration.statistics import STATISTICS, LayerStats
 from compresskit.calibration.walk import Walked, walk
 from compresskit.errors import DataError, InputError, ModelError, StatisticError
@@ -360,7 +362,7 @@ def test_faults_of_the_request_are_told(model: Model, tmp_path: Path) -> None:
 
 
 def test_each_layer_runs_once_in_all_steps(model: Model, tmp_path: Path) -> None:
-    """Once for each batch, and once more to find the steps; the last product of all is needed by nobody."""
+    """Steps are looked for in the first block alone; nothing needs the very last product."""
     (tmp_path / "out").mkdir()
     source = open_model(model("llama"))
     runs: dict[str, int] = {}
@@ -369,13 +371,68 @@ def test_each_layer_runs_once_in_all_steps(model: Model, tmp_path: Path) -> None
             count = lambda *_, name=name: runs.update({name: runs.get(name, 0) + 1})  # noqa: E731
             streamed.module.get_submodule(name).register_forward_hook(count)
         walk(streamed, some_rows(8, 7, 6), weight_of, EVERY)
-    looks = {0: 2, 1: 0, 2: 0}  # at the form of the first block's result
     for name, linear in source.anatomy.linears.items():
-        if linear.block is not None:
-            block = int(linear.block.rsplit(".", 1)[1])
-            batches = 0 if name == "model.layers.2.mlp.down_proj" else 3
-            assert runs[name] == 1 + batches + looks[block], name
+        if linear.block in ("model.layers.1", "model.layers.2"):
+            # In the first batch all layers of a step are watched, up to the last.
+            again = name.endswith(("q_proj", "k_proj", "gate_proj"))
+            assert runs.get(name, 0) == (0 if name == "model.layers.2.mlp.down_proj" else 3) + again, name
     assert "lm_head" not in runs
+
+
+def test_masks_that_depend_on_the_tokens_are_made_for_each_batch(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two batches of one shape, one of which has tokens that the model itself masks."""
+    forward = LlamaModel.forward
+
+    def masking(self: Any, input_ids: Tensor, attention_mask: Any = None, **more: Any) -> Any:
+        mask = (input_ids != 5).long() if attention_mask is None else attention_mask
+        return forward(self, input_ids=input_ids, attention_mask=mask, **more)
+
+    monkeypatch.setattr(LlamaModel, "forward", masking)
+    monkeypatch.setattr("compresskit.calibration.rows.BATCH_TOKENS", 8)
+    monkeypatch.setattr(Batches.__init__, "__defaults__", (8,))
+    rows = [{"input_ids": torch.tensor([1, 2, 3, 4, 6, 7, 8, 9])}]
+    rows.append({"input_ids": torch.tensor([1, 5, 5, 4, 5, 7, 8, 9])})
+    check_against_the_slow_way("llama", model("llama"), tmp_path / "out", rows)
+
+
+def test_blocks_that_are_given_more_of_the_embeddings_are_refused(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = LlamaRotaryEmbedding.forward
+
+    def shifted(self: Any, x: Tensor, position_ids: Tensor) -> Any:
+        return tuple(part + x.mean() for part in forward(self, x, position_ids))
+
+    monkeypatch.setattr(LlamaRotaryEmbedding, "forward", shifted)
+    (tmp_path / "out").mkdir()
+    with (
+        pytest.raises(
+            ModelError, match=r"model\.layers\.0: expected blocks that are given hidden states only"
+        ),
+        StreamedModel(open_model(model("llama")), tmp_path / "out") as streamed,
+    ):
+        walk(streamed, some_rows(8), weight_of, EVERY)
+
+
+def test_blocks_measured_in_one_step_are_named(model: Model, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with StreamedModel(open_model(model("gemma2")), tmp_path / "out") as streamed:
+        walked = walk(streamed, some_rows(8), weight_of, EVERY)
+    (said,) = walked.warnings
+    assert said.startswith("3 blocks, model.layers.0 the first, were measured before any of their layers")
+    (tmp_path / "llama").mkdir()
+    with StreamedModel(open_model(model("llama")), tmp_path / "llama") as streamed:
+        assert walk(streamed, some_rows(8), weight_of, EVERY).warnings == ()
+
+
+def test_progress_ends_at_its_total(model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").mkdir()
+    with StreamedModel(open_model(model("llama")), tmp_path / "out") as streamed:
+        walk(streamed, some_rows(8, 8, 8, 7, 3), weight_of, EVERY)
+    total = 5 * (1 + 3 + 2)  # the embedding, and each block twice but the last
+    assert f"Calibrating {total}/{total} rows" in capsys.readouterr().err
 
 
 def test_activations_that_overflow_are_told_by_layer(model: Model, tmp_path: Path) -> None:
