@@ -13,8 +13,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from compresskit.calibration.chain import not_once
 from compresskit.calibration.gram import Workspace
+from compresskit.calibration.replay import not_once
 from compresskit.calibration.statistics import Accumulator, LayerStats
 from compresskit.errors import Fault, StatisticError
 from compresskit.modeling.anatomy import Linear

@@ -20,9 +20,10 @@ from typing import Any
 from torch import Tensor
 
 from compresskit.calibration.activations import Activations
-from compresskit.calibration.chain import Plan, Replay, Replays, Step, build_of, find_steps, whole
+from compresskit.calibration.chain import Plan, Step, build_of, find_steps, whole
 from compresskit.calibration.collect import Collector, Enough
 from compresskit.calibration.relay import Relay
+from compresskit.calibration.replay import Replay, Replays
 from compresskit.calibration.rows import Batches, Documents, Row
 from compresskit.calibration.statistics import LayerStats
 from compresskit.errors import DataError, Fault, InputError, StatisticError

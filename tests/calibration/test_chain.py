@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compresskit.calibration.chain import Plan, Replay, Replays, Step, build_of, find_steps
+from compresskit.calibration.chain import Plan, Step, build_of, find_steps
+from compresskit.calibration.replay import Replay, Replays
 from compresskit.errors import StatisticError
 
 WIDTH, TOKENS = 4, 3
