@@ -137,6 +137,16 @@ def calibration_bytes(stage: Calibrated, config: Any, anatomy: Anatomy) -> int:
     return min(kept, SPILL_BYTES) + batch * (8 * _width(config) + 4 * inner) * 4
 
 
+def gram_bytes(anatomy: Anatomy, layers: Sequence[str]) -> int:
+    """The Gram matrices of a block's ``layers`` that are alive together, and the factor of one."""
+    blocks: dict[str | None, set[int]] = {}
+    for layer in layers:
+        linear = anatomy.linears[layer]
+        blocks.setdefault(linear.block, set()).add(linear.in_features)
+    widest = max((max(widths) for widths in blocks.values()), default=0)
+    return 4 * (max((sum(w**2 for w in widths) for widths in blocks.values()), default=0) + widest**2)
+
+
 def spilled_bytes(stage: Calibrated, config: Any, anatomy: Anatomy) -> int:
     """Disk that data takes during a walk: what is kept between runs, where it is too much for memory."""
     kept = _kept_bytes(stage.samples * row_length(stage, config), config, anatomy)

@@ -5,14 +5,12 @@ Generative Pre-trained Transformers", ICLR 2023, https://arxiv.org/abs/2210.1732
 zero stays zero and its neighbours make up for that too, as in Frantar & Alistarh, "SparseGPT", 2023,
 https://arxiv.org/abs/2301.00774, section 3.5: one pass, one Hessian, for both.
 
-Errors are spread block by block, and blocks are halves of blocks: nearly all work is in large products.
-
 Shapes: O = out_features, I = in_features, B = inputs of the smallest block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, ClassVar
@@ -21,19 +19,12 @@ import torch
 from torch import Tensor
 
 from compresskit.calibration.statistics import LayerStats
-from compresskit.errors import Fault, StatisticError
+from compresskit.calibration.sweep import LARGEST_DAMPING, Change, inverse_factor, raised, sweep
 from compresskit.formats.grid import Grid
 from compresskit.options import Within
 from compresskit.quant.affine import grid_for, least_error_grid
 from compresskit.quant.base import Quantized
 from compresskit.quant.scheme import Scheme
-
-RAISE = 10.0
-LARGEST_DAMPING = 1.0
-LEAF = 32
-"""Inputs of a block that is not halved again."""
-CHUNK = 512
-"""Rows of the Gram matrix that are put in order at a time: nothing of its size is made but the result."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,11 +65,6 @@ class GPTQ:
         """
         gram_II = stats.require("input_gram", weight_OI.shape[1])
         importance_I = gram_II.diagonal()
-        if not bool((importance_I > 0).any()):
-            got = "zero for every token"
-            raise StatisticError(
-                Fault(stats.layer or "layer", "inputs to measure", got, "Add the layer to ignore.")
-            )
         if self.search_range and scheme.number != "float":
             grid = least_error_grid(weight_OI, scheme, importance_I)
         else:
@@ -88,82 +74,29 @@ class GPTQ:
             order_I = importance_I.argsort(descending=True, stable=True)
         key = ("gptq", self.damping, self.activation_order)
         if key not in stats.shared:
-            stats.shared[key] = _inverse_factor(gram_II, order_I, self.damping, stats.layer)
+            stats.shared[key] = inverse_factor(gram_II, self.damping, order_I=order_I, layer=stats.layer)
         factor_II, damping = stats.shared[key]
         new_OI = _round_in_order(weight_OI, grid, order_I, factor_II)
-        raised = damping > self.damping
-        note = f"damping raised from {self.damping:g} to {damping:g}" if raised else ""
-        return Quantized(weight_OI=new_OI, grid=grid, note=note)
-
-
-def _inverse_factor(gram_II: Tensor, order_I: Tensor, damping: float, layer: str) -> tuple[Tensor, float]:
-    """The upper Cholesky factor (I, I) of the damped Hessian's inverse in ``order_I``, and its damping."""
-    diagonal_I = gram_II.diagonal()
-    mean = float(diagonal_I[diagonal_I > 0].mean())
-    # An input that was always zero gets the mean: it is tied to no other, so nothing is passed on.
-    dead_I = diagonal_I[order_I] == 0
-    info = torch.empty((), dtype=torch.int32, device=gram_II.device)
-    work_II = torch.empty_like(gram_II).mT  # columns first, as LAPACK has it, which then works in place
-    while damping <= LARGEST_DAMPING:
-        for start in range(0, len(order_I), CHUNK):
-            rows = slice(start, start + CHUNK)
-            work_II[:, rows] = gram_II[order_I[rows]].index_select(1, order_I).mT
-        work_II.diagonal().add_(dead_I * mean + damping * mean)
-        torch.linalg.cholesky_ex(work_II, out=(work_II, info))
-        if not info:
-            torch.cholesky_inverse(work_II, out=work_II)
-            torch.linalg.cholesky_ex(work_II, upper=True, out=(work_II, info))
-            if not info and bool(work_II.diagonal().isfinite().all()):
-                return work_II, damping
-        damping = max(damping * RAISE, 1e-4)
-    cure = "Give more calibration rows, or quantise this layer with rtn."
-    got = f"none with a damping up to {LARGEST_DAMPING:g}"
-    raise StatisticError(Fault(layer or "layer", "a Hessian with a Cholesky factor", got, cure))
+        return Quantized(weight_OI=new_OI, grid=grid, note=raised(self.damping, damping))
 
 
 def _round_in_order(weight_OI: Tensor, grid: Grid, order_I: Tensor, factor_II: Tensor) -> Tensor:
     """The rounded weight (O, I): each input in turn, its error spread over those that follow."""
-    left_IO = weight_OI.t()[order_I].float()
     new_OI = torch.empty_like(weight_OI)
     places = order_I.tolist()
 
-    def leaf(start: int, stop: int) -> None:
+    def begin(start: int, stop: int) -> Change:
         rounders = _rounders(grid, places[start:stop])
-        here_B = order_I[start:stop]
-        keep_BO = weight_OI.t()[here_B] != 0
-        is_dense = bool(keep_BO.all())
-        new_BO = left_IO.new_empty(stop - start, left_IO.shape[1])
-        for at, rounded in enumerate(rounders, start):
-            rounded_O = rounded(left_IO[at])
-            if not is_dense:
-                rounded_O = rounded_O.where(keep_BO[at - start], 0)
-            new_BO[at - start] = rounded_O
-            # From here on the row holds the error, which is all that later inputs want of it.
-            left_IO[at].sub_(rounded_O).div_(factor_II[at, at])
-            left_IO[at + 1 : stop].addr_(factor_II[at, at + 1 : stop], left_IO[at], alpha=-1)
-        new_OI[:, here_B] = new_BO.t().to(new_OI.dtype)
+        keep_BO = weight_OI.t()[order_I[start:stop]] != 0
+        if bool(keep_BO.all()):
+            return lambda at, left_O: rounders[at - start](left_O)
+        return lambda at, left_O: rounders[at - start](left_O).where(keep_BO[at - start], 0)
 
-    for start, middle, stop in _halves(0, len(places)):
-        if middle == stop:
-            leaf(start, stop)
-        else:
-            factor_BB = factor_II[start:middle, middle:stop]
-            left_IO[middle:stop].addmm_(factor_BB.t(), left_IO[start:middle], alpha=-1)
+    def end(start: int, stop: int, new_BO: Tensor) -> None:
+        new_OI[:, order_I[start:stop]] = new_BO.t().to(new_OI.dtype)
+
+    sweep(weight_OI.t()[order_I].float(), factor_II, begin, end)
     return new_OI
-
-
-def _halves(start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """The leaves (start, stop, stop) in order, and (start, middle, stop) between the halves of each range.
-
-    Not a function within the one that rounds: calling itself, it would keep that one's tensors in a cycle.
-    """
-    if stop - start <= LEAF:
-        yield start, stop, stop
-        return
-    middle = start + (stop - start + 1) // 2
-    yield from _halves(start, middle)
-    yield start, middle, stop
-    yield from _halves(middle, stop)
 
 
 def _rounders(grid: Grid, places: list[int]) -> list[Callable[[Tensor], Tensor]]:

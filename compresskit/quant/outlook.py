@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, cast
 
-from compresskit.calibration.oneshot import calibration_bytes, largest_layer, spilled_bytes, walk_bytes
+from compresskit.calibration.oneshot import (
+    calibration_bytes,
+    gram_bytes,
+    largest_layer,
+    spilled_bytes,
+    walk_bytes,
+)
 from compresskit.quant import QUANTIZERS
 from compresskit.quant.known import known
 from compresskit.stage import Forecast, Outlook
@@ -42,8 +48,7 @@ def forecast_rounding(stage: Quantize, model: Outlook) -> Forecast:
     # Spread scales and quotient in float32, and the integers, of one layer.
     layer_bytes = largest_layer(anatomy, list(schemes)) * (4 + 4 + 1 + 4)
     if "input_gram" in QUANTIZERS[stage.method].needs:
-        widths = {n: anatomy.linears[n].in_features for n in schemes}
-        layer_bytes += 4 * (_grams(anatomy, widths) + max(widths.values()) ** 2)  # and one's factor
+        layer_bytes += gram_bytes(anatomy, list(schemes))
     if hasattr(QUANTIZERS[stage.method], "scale"):
         # A float32 copy of a block to find out who may scale whom, or a layer scaled, rounded and compared.
         layer_bytes += 4 * max(_largest_block(anatomy), 3 * largest_layer(anatomy, list(schemes)))
@@ -79,14 +84,6 @@ def rounded_inputs(schemes: Iterable[Scheme]) -> tuple[str, ...]:
     return tuple(
         f"Inputs of layers are rounded to {way} while the model runs, besides their weights." for way in ways
     )
-
-
-def _grams(anatomy: Anatomy, widths: Mapping[str, int]) -> int:
-    """Entries of the Gram matrices of one block that are alive together, at least one for each width."""
-    blocks: dict[str | None, set[int]] = {}
-    for layer, width in widths.items():
-        blocks.setdefault(anatomy.linears[layer].block, set()).add(width)
-    return max(sum(width**2 for width in found) for found in blocks.values())
 
 
 def _largest_block(anatomy: Anatomy) -> int:

@@ -18,10 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """A pruned weight (O, I) and its bool keep-mask (O, I); zero wherever the mask is False."""
+    """A pruned weight (O, I) and its bool keep-mask (O, I); zero wherever the mask is False.
+
+    ``note`` is a sentence for the layer's record; empty where nothing was out of the ordinary.
+    """
 
     weight_OI: Tensor
     keep_OI: Tensor
+    note: str = ""
 
 
 class Pruner(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
@@ -53,14 +54,17 @@ def run_oneshot(stage: Prune, model: ModelSource, context: StageContext) -> Stag
 
     def visit(layer: str, weight_OI: Tensor, stats: LayerStats) -> Tensor:
         grid = model.grid(layer)
-        new_OI: Tensor = method.prune(weight_OI, stats).weight_OI
+        done = method.prune(weight_OI, stats)
+        new_OI: Tensor = done.weight_OI
         if grid is not None:
             new_OI = grid.snap(new_OI).to(weight_OI.device)
         zeros = int((new_OI == 0).sum())
         counts[0] += zeros
         counts[1] += new_OI.numel()
         bits = 8.0 * weight_OI.element_size() if grid is None else grid.bits_per_weight(weight_OI.shape[1])
-        records[layer] = LayerRecord(name=layer, zero_fraction=zeros / new_OI.numel(), bits=bits)
+        records[layer] = LayerRecord(
+            name=layer, zero_fraction=zeros / new_OI.numel(), bits=bits, note=done.note
+        )
         return new_OI
 
     rows, spill, warnings = None, None, _skipped(stage, model, layers)
@@ -77,7 +81,7 @@ def run_oneshot(stage: Prune, model: ModelSource, context: StageContext) -> Stag
         )
     return StageResult(
         promises=tuple(Zeros(layer=layer, pattern=str(stage.pattern)) for layer in layers),
-        layers=tuple(_with_error(records[layer], walked.relative_error[layer]) for layer in layers),
+        layers=tuple(replace(records[n], relative_error=walked.relative_error[n]) for n in layers),
         metrics={"zero_fraction": counts[0] / counts[1], "calibration_tokens": walked.num_tokens},
         warnings=(*warnings, *walked.warnings),
     )
@@ -90,9 +94,3 @@ def _skipped(stage: Prune, model: ModelSource, layers: tuple[str, ...]) -> list[
     if not left:
         return []
     return [f"{stage.pattern} does not fit {len(left)} layers, which stay dense: {', '.join(left)}."]
-
-
-def _with_error(record: LayerRecord, error: float | None) -> LayerRecord:
-    return LayerRecord(
-        name=record.name, zero_fraction=record.zero_fraction, bits=record.bits, relative_error=error
-    )

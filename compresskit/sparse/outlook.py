@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from compresskit.calibration.oneshot import calibration_bytes, largest_layer, spilled_bytes, walk_bytes
+from compresskit.calibration.oneshot import (
+    calibration_bytes,
+    gram_bytes,
+    largest_layer,
+    spilled_bytes,
+    walk_bytes,
+)
 from compresskit.sparse import PRUNERS
 from compresskit.stage import Forecast, Outlook
 
@@ -25,6 +31,8 @@ def forecast_zeroing(stage: Prune, model: Outlook) -> Forecast:
     # A score in float32, what selecting among all of a layer needs, and masks.
     memory = walk_bytes(anatomy, model.weight_bytes) + largest_layer(anatomy, layers) * (4 + 12 + 4)
     spilled = 0
+    if "input_gram" in PRUNERS[stage.method].needs:
+        memory += gram_bytes(anatomy, layers)
     if PRUNERS[stage.method].needs:
         memory += calibration_bytes(stage, model.config, anatomy)
         spilled = spilled_bytes(stage, model.config, anatomy)

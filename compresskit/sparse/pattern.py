@@ -30,8 +30,22 @@ class Pattern(Protocol):
         """What the shape would have to be, e.g. ``in_features divisible by 4``; empty if it fits."""
         ...
 
+    @property
+    def unit(self) -> int:
+        """Inputs that have to be decided on together; 1 where any number may be."""
+        ...
+
     def keep_largest(self, score_OI: Tensor) -> Tensor:
         """Return the bool keep-mask (O, I) of the highest scores this pattern allows."""
+        ...
+
+    def keep_part(self, score_OB: Tensor, start: int) -> Tensor:
+        """The same for inputs ``start`` to ``start + B`` alone; the parts of a weight make a mask of it.
+
+        Args:
+            score_OB: (O, B); ``start`` and B are multiples of :attr:`unit`.
+            start: how many inputs have been decided on.
+        """
         ...
 
     def missing(self, zero_OI: Tensor) -> tuple[str, ...]:
@@ -64,13 +78,22 @@ class NM:
 
     def keep_largest(self, score_OI: Tensor) -> Tensor:
         """Keep the ``keep`` highest scores of each group; PatternError if ``of`` does not divide I."""
-        _require(self, score_OI)
+        require_fit(self, score_OI)
         score_OGM = score_OI.reshape(score_OI.shape[0], -1, self.of)
         return ~smallest(score_OGM, self.of - self.keep).flatten(1)
 
+    @property
+    def unit(self) -> int:
+        """A group."""
+        return self.of
+
+    def keep_part(self, score_OB: Tensor, start: int) -> Tensor:
+        """Groups know nothing of each other."""
+        return self.keep_largest(score_OB)
+
     def missing(self, zero_OI: Tensor) -> tuple[str, ...]:
         """Check each group."""
-        _require(self, zero_OI)
+        require_fit(self, zero_OI)
         count_OG = zero_OI.reshape(zero_OI.shape[0], -1, self.of).sum(-1)
         short = (count_OG < self.of - self.keep).nonzero()
         return at_most(
@@ -100,8 +123,18 @@ class RowUnstructured:
 
     def keep_largest(self, score_OI: Tensor) -> Tensor:
         """Keep the highest scores of each row; the zero count is rounded to the nearest."""
-        _require(self, score_OI)
+        require_fit(self, score_OI)
         return ~smallest(score_OI, round(self.zero_fraction * score_OI.shape[1]))
+
+    @property
+    def unit(self) -> int:
+        """Any inputs will do."""
+        return 1
+
+    def keep_part(self, score_OB: Tensor, start: int) -> Tensor:
+        """Each row has its share of zeros by then, to the nearest."""
+        stop = start + score_OB.shape[1]
+        return ~smallest(score_OB, round(self.zero_fraction * stop) - round(self.zero_fraction * start))
 
     def missing(self, zero_OI: Tensor) -> tuple[str, ...]:
         """Check each row."""
@@ -129,9 +162,21 @@ class LayerUnstructured:
 
     def keep_largest(self, score_OI: Tensor) -> Tensor:
         """Keep the highest scores of the layer; the zero count is rounded to the nearest."""
-        _require(self, score_OI)
+        require_fit(self, score_OI)
         zero = smallest(score_OI.flatten(), round(self.zero_fraction * score_OI.numel()))
         return ~zero.view(score_OI.shape)
+
+    @property
+    def unit(self) -> int:
+        """Any inputs will do."""
+        return 1
+
+    def keep_part(self, score_OB: Tensor, start: int) -> Tensor:
+        """The layer has its share of zeros by then, to the nearest."""
+        before = start * len(score_OB)
+        after = before + score_OB.numel()
+        count = round(self.zero_fraction * after) - round(self.zero_fraction * before)
+        return ~smallest(score_OB.flatten(), count).view(score_OB.shape)
 
     def missing(self, zero_OI: Tensor) -> tuple[str, ...]:
         """Check the layer's count."""
@@ -164,6 +209,20 @@ def parse_pattern(text: str, *, where: str = "pattern") -> Pattern:
     if not 0 < zero_fraction < 1:
         _refuse(where, text, "more than 0% and less than 100%")
     return LayerUnstructured(zero_fraction) if scope == "layer" else RowUnstructured(zero_fraction)
+
+
+def require_fit(pattern: Pattern, tensor_OI: Tensor) -> None:
+    """Raise PatternError unless ``pattern`` fits a weight of the shape of ``tensor_OI`` (O, I)."""
+    expected = pattern.misfit(tensor_OI.shape[0], tensor_OI.shape[1])
+    if expected:
+        raise PatternError(
+            Fault(
+                where=f"pattern {pattern}",
+                expected=expected,
+                got=f"a weight of shape {tuple(tensor_OI.shape)}",
+                cure="Choose another pattern, or add the layer to ignore.",
+            )
+        )
 
 
 def at_most(sentences: Iterable[str], total: int) -> tuple[str, ...]:
@@ -199,19 +258,6 @@ def _smallest_of_many(score: Tensor, count: int) -> Tensor:
     below, equal = score < threshold, score == threshold
     still = count - below.sum(-1, keepdim=True)
     return below | (equal & (equal.cumsum(-1, dtype=torch.int32) <= still))
-
-
-def _require(pattern: Pattern, tensor_OI: Tensor) -> None:
-    expected = pattern.misfit(tensor_OI.shape[0], tensor_OI.shape[1])
-    if expected:
-        raise PatternError(
-            Fault(
-                where=f"pattern {pattern}",
-                expected=expected,
-                got=f"a weight of shape {tuple(tensor_OI.shape)}",
-                cure="Choose another pattern, or add the layer to ignore.",
-            )
-        )
 
 
 def _rounding_misfit(zero_fraction: float, size: int, scope: str) -> str:

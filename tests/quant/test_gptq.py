@@ -44,7 +44,7 @@ def slow(weight: torch.Tensor, scheme: str, x: torch.Tensor, order: list[int]) -
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("scheme", ["w4a16-g32", "w4a16-channel", "w8a8", "w4a16-g32-asym"])
 def test_it_is_the_slow_loop(scheme: str, ordered: bool, leaf: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compresskit.quant.gptq.LEAF", leaf)
+    monkeypatch.setattr("compresskit.calibration.sweep.LEAF", leaf)
     x = inputs()
     weight = torch.randn(16, 64).where(torch.rand(16, 64) > 0.3, 0)
     order = x.square().mean(0).argsort(descending=True).tolist() if ordered else list(range(64))

@@ -19,7 +19,9 @@ PATTERNS: list[Pattern] = [NM(2, 4), RowUnstructured(0.5), LayerUnstructured(0.5
 
 
 def stats_of(x: torch.Tensor) -> LayerStats:
-    return LayerStats(num_tokens=len(x), input_sq_mean_I=x.pow(2).mean(0))
+    return LayerStats(
+        num_tokens=len(x), input_sq_mean_I=x.pow(2).mean(0), input_gram_II=x.t() @ x / len(x), layer="fc"
+    )
 
 
 def pruner(name: str, pattern: Pattern) -> Any:
