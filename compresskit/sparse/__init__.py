@@ -15,6 +15,7 @@ PRUNERS: Registry[Pruner] = Registry(
         "magnitude": "compresskit.sparse.magnitude:Magnitude",
         "wanda": "compresskit.sparse.wanda:Wanda",
         "sparsegpt": "compresskit.sparse.sparsegpt:SparseGPT",
+        "alps": "compresskit.sparse.alps:Alps",
     },
 )
 
