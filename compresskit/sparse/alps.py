@@ -80,7 +80,7 @@ class Alps:
             stats.shared[key] = hessian_II, *torch.linalg.eigh(hessian_II)
         hessian_II, values_I, vectors_II = stats.shared[key]
         dense_OI = (weight_OI.float() * scale_I).contiguous()
-        alive_OI = weight_OI != 0
+        alive_OI = (weight_OI != 0).contiguous()
         keep_OI = self._support(dense_OI, alive_OI, hessian_II, values_I, vectors_II)
         best_OI = _solve_on(keep_OI, dense_OI, hessian_II, self.refinements)
         new_OI = (best_OI / scale_I).to(weight_OI.dtype).where(keep_OI, 0)
