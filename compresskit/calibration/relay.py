@@ -82,11 +82,11 @@ class Relay:
     def enter(self, index: int, rows: Sequence[Row]) -> None:
         """Find out whether the model calls block ``index`` alike for all of ``rows`` that have one shape.
 
-        Then the arguments are made once for each run of rows of one shape.
+        Then the arguments are made once for each run of rows of one shape, the first following the last.
         """
         self._last, self._alike = None, False
         former: tuple[Row, Any] | None = None
-        for row in rows:
+        for row in (*rows, rows[0]):
             rest, call = _but_tokens(row), _without_hidden(self._call_of(row, index))
             if former and _same(former[0], rest) and not _same(former[1], call, known_only=True):
                 return

@@ -379,8 +379,9 @@ def test_each_layer_runs_once_in_all_steps(model: Model, tmp_path: Path) -> None
     assert "lm_head" not in runs
 
 
+@pytest.mark.parametrize("between", [[], [7]])
 def test_masks_that_depend_on_the_tokens_are_made_for_each_batch(
-    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    between: list[int], model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two batches of one shape, one of which has tokens that the model itself masks."""
     forward = LlamaModel.forward
@@ -390,9 +391,9 @@ def test_masks_that_depend_on_the_tokens_are_made_for_each_batch(
         return forward(self, input_ids=input_ids, attention_mask=mask, **more)
 
     monkeypatch.setattr(LlamaModel, "forward", masking)
-    monkeypatch.setattr("compresskit.calibration.rows.BATCH_TOKENS", 8)
     monkeypatch.setattr(Batches.__init__, "__defaults__", (8,))
     rows = [{"input_ids": torch.tensor([1, 2, 3, 4, 6, 7, 8, 9])}]
+    rows += [{"input_ids": torch.tensor([1, 2, 3, 4, 6, 7, 8])} for _ in between]
     rows.append({"input_ids": torch.tensor([1, 5, 5, 4, 5, 7, 8, 9])})
     check_against_the_slow_way("llama", model("llama"), tmp_path / "out", rows)
 
