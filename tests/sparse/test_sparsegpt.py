@@ -83,6 +83,14 @@ def test_damping_is_raised_step_by_step_and_said() -> None:
     assert SparseGPT(pattern=NM(2, 4)).prune(torch.randn(4, 8), stats_of(x)).note == ""
 
 
+def test_an_input_that_was_always_zero_asks_for_no_damping() -> None:
+    x = inputs()
+    x[:, 5] = 0
+    got = SparseGPT(pattern=NM(2, 4), damping=0).prune(torch.randn(12, 48), stats_of(x))
+    assert got.note == ""
+    assert got.weight_OI.isfinite().all()
+
+
 def test_faults_are_told() -> None:
     with pytest.raises(PatternError, match=r"divisible by 4.*\(4, 6\)"):
         SparseGPT(pattern=NM(2, 4)).prune(torch.randn(4, 6), stats_of(torch.randn(9, 6)))
