@@ -33,9 +33,9 @@ STEPS = {
         ("intermediate.dense",),
         ("output.dense",),
     ),
-    # Its attention returns its weights too, so that nothing can stand in for it.
-    "gemma2": (("",),),
 }
+# Where attention returns its weights too, nothing can stand in for it.
+EAGER = (("",),)
 Row = Mapping[str, Tensor]
 
 
@@ -84,11 +84,11 @@ def stats_of(x_TI: Tensor) -> LayerStats:
     )
 
 
-def steps_of(block: str, family: str, layers: Sequence[str]) -> list[list[str]]:
+def steps_of(block: str, family: str, layers: Sequence[str], *, is_eager: bool) -> list[list[str]]:
     """Those of ``layers`` in ``block``, step by step."""
     here = [name for name in layers if name.startswith(f"{block}.")]
     steps = []
-    for ends in STEPS.get(family.removesuffix("-bare"), LLAMA):
+    for ends in EAGER if is_eager else STEPS.get(family.removesuffix("-bare"), LLAMA):
         steps.append([name for name in here if name.endswith(ends)])
         here = [name for name in here if name not in steps[-1]]
     assert not here
@@ -103,7 +103,10 @@ def slow_walk(
     errors: dict[str, float] = {}
     outside = [n for n in layers if anatomy.linears[n].block is None]
     front = [n for n in outside if "project_in" in n]
-    steps = [front, *(step for block in anatomy.blocks for step in steps_of(block, family, layers))]
+    is_eager = model.config._attn_implementation == "eager"
+    steps = [front]
+    for block in anatomy.blocks:
+        steps += steps_of(block, family, layers, is_eager=is_eager)
     for here in [*steps, [n for n in outside if n not in front]]:
         inputs = inputs_of(model, here, rows)
         stats = {name: stats_of(x) for name, x in inputs.items()}
@@ -417,15 +420,17 @@ def test_blocks_that_are_given_more_of_the_embeddings_are_refused(
         walk(streamed, some_rows(8), weight_of, EVERY)
 
 
-def test_blocks_measured_in_one_step_are_named(model: Model, tmp_path: Path) -> None:
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_blocks_measured_in_one_step_are_named(attention: str, model: Model, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with StreamedModel(open_model(model("gemma2")), tmp_path / "out") as streamed:
-        walked = walk(streamed, some_rows(8), weight_of, EVERY)
-    (said,) = walked.warnings
+    with StreamedModel(open_model(model("llama")), tmp_path / "out") as streamed:
+        streamed.module.set_attn_implementation(attention)
+        warnings = walk(streamed, some_rows(8), weight_of, EVERY).warnings
+    if attention == "sdpa":
+        assert warnings == ()
+        return
+    (said,) = warnings
     assert said.startswith("3 blocks, model.layers.0 the first, were measured before any of their layers")
-    (tmp_path / "llama").mkdir()
-    with StreamedModel(open_model(model("llama")), tmp_path / "llama") as streamed:
-        assert walk(streamed, some_rows(8), weight_of, EVERY).warnings == ()
 
 
 def test_progress_ends_at_its_total(model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
