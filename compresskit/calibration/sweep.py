@@ -49,13 +49,9 @@ def inverse_factor(
     Raises:
         StatisticError: the matrix is zero, or has no factor however it is damped.
     """
-    diagonal_I = gram_II.diagonal()
-    if not bool((diagonal_I > 0).any()):
-        cure = "Add the layer to ignore."
-        raise StatisticError(Fault(layer or "layer", "inputs to measure", "zero for every token", cure))
+    diagonal_I, mean = gram_II.diagonal(), mean_square(gram_II, layer)
     if order_I is None:
         order_I = torch.arange(len(diagonal_I), device=gram_II.device)
-    mean = float(diagonal_I[diagonal_I > 0].mean())
     # An input that was always zero gets the mean: it is tied to no other, so nothing is passed on.
     dead_I = diagonal_I[order_I] == 0
     info = torch.empty((), dtype=torch.int32, device=gram_II.device)
@@ -75,6 +71,19 @@ def inverse_factor(
     cure = "Give more calibration rows, or choose a method that needs no inverse for this layer."
     got = f"none with a damping up to {LARGEST_DAMPING:g}"
     raise StatisticError(Fault(layer or "layer", "a Hessian with a Cholesky factor", got, cure))
+
+
+def mean_square(gram_II: Tensor, layer: str) -> float:
+    """The mean of what is positive on the diagonal: what damping is a fraction of.
+
+    Raises:
+        StatisticError: nothing is; every input was zero for every token.
+    """
+    diagonal_I = gram_II.diagonal()
+    if not bool((diagonal_I > 0).any()):
+        cure = "Add the layer to ignore."
+        raise StatisticError(Fault(layer or "layer", "inputs to measure", "zero for every token", cure))
+    return float(diagonal_I[diagonal_I > 0].mean())
 
 
 def raised(damping: float, used: float) -> str:

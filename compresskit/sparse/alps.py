@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compresskit.calibration.statistics import LayerStats
-from compresskit.errors import Fault, StatisticError
+from compresskit.calibration.sweep import mean_square
 from compresskit.options import Within
 from compresskit.sparse.base import Pruned
 from compresskit.sparse.pattern import Pattern, require_fit
@@ -65,12 +65,7 @@ class Alps:
         """
         require_fit(self.pattern, weight_OI)
         gram_II = stats.require("input_gram", weight_OI.shape[1])
-        mean = float(gram_II.diagonal().mean())
-        if not mean > 0:
-            cure = "Add the layer to ignore."
-            raise StatisticError(
-                Fault(stats.layer or "layer", "inputs to measure", "zero for every token", cure)
-            )
+        mean = mean_square(gram_II, stats.layer)
         scale_I = (gram_II.diagonal() + (self.damping or 1e-7) * mean).sqrt()
         key = ("alps", self.damping)
         if key not in stats.shared:
