@@ -206,8 +206,7 @@ class _Trace:
         for at, found in self._replays:
             inside = self._inside(found.module)
             size = len(inside) - found.applies_layer
-            fits = at == index and self.runs[found.module] == 1 and inside <= done
-            if fits and size > (best[0] if best else 0):
+            if at == index and inside <= done and size > (best[0] if best else 0):
                 best = size, found
         return None if best is None else best[1]
 

@@ -142,6 +142,22 @@ def test_modules_that_hand_each_other_more_than_they_return_are_one_step() -> No
     assert "more than what they return" in plan.reason
 
 
+def test_a_module_with_layers_that_run_after_its_result_is_made_runs() -> None:
+    """A layer that nothing reads runs last: a replay of its module would never show what it is fed."""
+
+    class Aside(Part):
+        def forward(self, x: Tensor) -> Tensor:
+            first, second, aside = self.children()
+            result = second(first(x).tanh())
+            aside(result)
+            return result
+
+    steps = steps_of(Block(one=Aside("a", "b", "aside"), two=Part("a", "b")))
+    fed = [name for step in steps for name in step.layers]
+    assert "block.one.aside" in fed
+    assert all(replay.layer != "block.one.b" for step in steps for replay in step.keeps)
+
+
 def test_what_a_later_replay_replaces_is_forgotten(tmp_path: Path) -> None:
     """The result of a module is read by a layer behind it, so that two replays name the module."""
 

@@ -11,7 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import T5Config, T5EncoderModel
-from transformers.models.llama.modeling_llama import LlamaModel, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaMLP,
+    LlamaModel,
+    LlamaRotaryEmbedding,
+)
 
 from compresskit.calibration.rows import Batches
 from compresskit.calibration.statistics import STATISTICS, LayerStats
@@ -431,6 +436,24 @@ def test_blocks_measured_in_one_step_are_named(attention: str, model: Model, tmp
         return
     (said,) = warnings
     assert said.startswith("3 blocks, model.layers.0 the first, were measured before any of their layers")
+
+
+def test_modules_that_leave_something_behind_are_measured_in_one_step(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attend, project = LlamaAttention.forward, LlamaMLP.forward
+    left: list[Tensor] = []
+
+    def leave(self: Any, hidden_states: Tensor, *args: Any, **more: Any) -> Any:
+        left[:] = [hidden_states.mean(-1, keepdim=True)]
+        return attend(self, hidden_states, *args, **more)
+
+    monkeypatch.setattr(LlamaAttention, "forward", leave)
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: project(self, x) * left[0])
+    (tmp_path / "out").mkdir()
+    with StreamedModel(open_model(model("llama")), tmp_path / "out") as streamed:
+        (said,) = walk(streamed, some_rows(8, 8), weight_of, EVERY).warnings
+    assert "more than what they return" in said
 
 
 def test_progress_ends_at_its_total(model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,6 +60,8 @@ def test_zeros_stay_and_count() -> None:
     got = Alps(pattern=NM(2, 4)).prune(weight, stats_of(x))
     assert not got.weight_OI[weight == 0].any()
     assert NM(2, 4).missing(got.weight_OI == 0) == ()
+    alive, kept = (mask.reshape(12, -1, 4).sum(-1) for mask in (weight != 0, got.keep_OI))
+    assert torch.equal(kept, alive.clamp(max=2)), "zeros that are there are counted first"
 
 
 def test_inputs_that_were_always_zero_do_no_harm() -> None:
