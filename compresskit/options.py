@@ -9,9 +9,27 @@ from typing import Any, get_args, get_type_hints
 
 from compresskit.errors import Fault
 from compresskit.fields import describe, fit
-from compresskit.registry import nearest
+from compresskit.registry import Registry, nearest
 
 Options = tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A name of a table and that class's own fields, as a recipe writes it: ``owl``, or
+    ``{method: owl, spread: 0.1}``.
+
+    Attributes:
+        method: the name.
+        options: from :func:`freeze_options`.
+    """
+
+    method: str
+    options: Options = ()
+
+    def to_json(self) -> Any:
+        """As a recipe writes it."""
+        return {"method": self.method, **dict(self.options)} if self.options else self.method
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +62,30 @@ def freeze_options(options: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> Op
     return tuple(sorted((name, tuple(v) if isinstance(v, list) else v) for name, v in pairs))
 
 
+def choice_of(value: str | Mapping[str, Any] | Choice) -> Choice:
+    """What a recipe writes, as a :class:`Choice`; a mapping that names no method has the method ``""``."""
+    if isinstance(value, Choice):
+        return value
+    given = {"method": value} if isinstance(value, str) else dict(value)
+    return Choice(str(given.pop("method", "")), freeze_options(given))
+
+
+def choice_faults(choice: Choice, table: Registry[Any], *, where: str) -> list[Fault]:
+    """What is wrong with ``choice`` as a name of ``table`` and fields of the class of that name."""
+    if choice.method not in table:
+        got = repr(choice.method) if choice.method else "a mapping without the key method"
+        cure = f"Did you mean: {nearest(choice.method, table)}?"
+        return [Fault(where, f"the name of a {table.kind}", got, cure)]
+    return option_faults(table[choice.method], choice.options, where=where)
+
+
 def option_faults(
-    method: type[Any], options: Options, *, where: str, stage: type[Any], reserved: Iterable[str] = ()
+    method: type[Any],
+    options: Options,
+    *,
+    where: str,
+    stage: type[Any] | None = None,
+    reserved: Iterable[str] = (),
 ) -> list[Fault]:
     """What is wrong with ``options`` as keyword arguments of the dataclass ``method``.
 
@@ -53,7 +93,7 @@ def option_faults(
         method: a method's class; its fields are its configuration.
         options: from :func:`freeze_options`.
         where: the stage, e.g. ``stages[0]``; an option stands in a recipe beside the stage's own fields.
-        stage: its class, whose fields may have been meant.
+        stage: its class, whose fields may have been meant; None where they stand elsewhere.
         reserved: fields of ``method`` that the stage fills in by itself.
 
     Returns:
@@ -65,8 +105,10 @@ def option_faults(
     faults = []
     for name, value in given.items():
         if name not in known:
-            meant = {*known, *(f.name for f in fields(stage) if f.name != "options")}
-            expected = f"a field of {stage.__name__} or of its method {method.__name__}"
+            meant, expected = set(known), f"a field of {method.__name__}"
+            if stage is not None:
+                meant |= {f.name for f in fields(stage) if f.name != "options"}
+                expected = f"a field of {stage.__name__} or of its method {method.__name__}"
             faults.append(
                 Fault(f"{where}.{name}", expected, repr(name), f"Did you mean: {nearest(name, meant)}?")
             )

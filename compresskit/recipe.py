@@ -24,6 +24,7 @@ from typing import Any, get_type_hints
 from compresskit.data.spec import STDLIB, DataSpec
 from compresskit.errors import Fault, RecipeError
 from compresskit.fields import coerce
+from compresskit.options import Choice
 from compresskit.registry import Registry, nearest
 from compresskit.stage import Json, Stage
 from compresskit.yaml12 import dump_yaml, parse_yaml
@@ -142,6 +143,8 @@ def stage_to_json(stage: Stage) -> dict[str, Json]:
 
 
 def _plain(value: Any) -> Json:
+    if isinstance(value, Choice):
+        return value.to_json()
     if is_dataclass(value) and not isinstance(value, type):
         return {name: _plain(part) for name, part in asdict(value).items()}
     return [_plain(v) for v in value] if isinstance(value, tuple) else value

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 BATCH_TOKENS = 1024  # run through a block at once
 MAX_CONTEXT = 2048
 SPILL_BYTES = 1 << 26
+PROBED_BYTES = 1 << 29
+"""Of the log-probabilities, and what is made of them, while sensitivity is measured."""
 
 
 class Calibrated(Protocol):
@@ -151,6 +153,31 @@ def spilled_bytes(stage: Calibrated, config: Any, anatomy: Anatomy) -> int:
     """Disk that data takes during a walk: what is kept between runs, where it is too much for memory."""
     kept = _kept_bytes(stage.samples * row_length(stage, config), config, anatomy)
     return kept if kept > SPILL_BYTES else 0
+
+
+def probe_bytes(anatomy: Anatomy, weight_bytes: float) -> float:
+    """Memory of measuring what changing layers costs: the whole model, and what it said."""
+    return anatomy.num_parameters * weight_bytes + PROBED_BYTES
+
+
+def refine_bytes(stage: Calibrated, config: Any, anatomy: Anatomy, layers: Sequence[str]) -> tuple[int, int]:
+    """Memory and disk that retraining component after component adds to a walk over ``layers``."""
+    from compresskit.calibration.refine import components
+
+    sizes = {name: linear.out_features * linear.in_features for name, linear in anatomy.linears.items()}
+    largest = 0
+    for block in anatomy.blocks:
+        inside = [name for name in layers if anatomy.linears[name].block == block]
+        for of in components(block, inside).values():
+            largest = max(largest, sum(sizes[name] for name in of))
+    length = row_length(stage, config)
+    batch = max(length, min(BATCH_TOKENS, stage.samples * length))
+    inner = max((linear.out_features for linear in anatomy.linears.values() if linear.block), default=0)
+    # Weights in float32, those in training, gradients, two moments; what a backward pass needs of a batch.
+    memory = largest * 4 * 5 + batch * (8 * _width(config) + 6 * inner) * 4
+    # The dense model's hidden states, what it gave in two components, and what reaches one.
+    kept = 4 * stage.samples * length * _width(config) * 4
+    return memory + min(kept, SPILL_BYTES), kept if kept > SPILL_BYTES else 0
 
 
 def _kept_bytes(tokens: int, config: Any, anatomy: Anatomy) -> int:

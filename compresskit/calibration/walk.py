@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 from compresskit.calibration.activations import Activations
 from compresskit.calibration.chain import Plan, Step, build_of, find_steps, whole
 from compresskit.calibration.collect import Collector, Enough
+from compresskit.calibration.refine import Refine, Refining
 from compresskit.calibration.relay import Relay
 from compresskit.calibration.replay import Replay, Replays
 from compresskit.calibration.rows import Batches, Documents, Row
@@ -32,8 +33,9 @@ from compresskit.modeling.streaming import StreamedModel, return_memory
 from compresskit.progress import Progress
 from compresskit.registry import nearest
 
-Visit = Callable[[str, Tensor, LayerStats], Tensor]
-"""``visit(layer, weight_OI, stats)`` returns the new weight (O, I); it must not change ``weight_OI``."""
+Visit = Callable[[str, Tensor, LayerStats], Tensor | None]
+"""``visit(layer, weight_OI, stats)`` returns the new weight (O, I), None where it stays as it is; it must not
+change ``weight_OI``."""
 
 Prepare = Callable[[int, StreamedModel, Mapping[str, LayerStats]], Mapping[str, LayerStats]]
 """``prepare(index, streamed, stats)`` may change block ``index`` without changing what it computes, through
@@ -52,7 +54,7 @@ class Walked:
             former output, both on the inputs its statistics are of: those that reach it when the steps
             before are changed. See ``LayerStats.relative_error``; None without data.
         num_tokens: calibration tokens, padding not counted.
-        warnings: which blocks were measured in one step, and why.
+        warnings: which blocks were measured in one step, and why; which components were not refined.
     """
 
     relative_error: Mapping[str, float | None]
@@ -68,6 +70,8 @@ def walk(
     *,
     layers: Collection[str] | None = None,
     prepare: Prepare | None = None,
+    refine: Refine | None = None,
+    true_sequential: bool = True,
     title: str = "Calibrating",
     spill: Path | None = None,
 ) -> Walked:
@@ -84,6 +88,9 @@ def walk(
         prepare: see :data:`Prepare`; called once in each block up to the last with a layer to visit, after
             the statistics of its layers were collected and before any of them is visited: the block has a
             single step. Not without data.
+        refine: see :mod:`compresskit.calibration.refine`. Not without data.
+        true_sequential: measure each layer on what the changed layers before it make, also within its block;
+            else all layers of a block are measured before any of them is changed.
         title: of the progress bar.
         spill: a file to keep hidden states in, where rows * T values of a layer's inputs are too many for
             memory; what steps keep goes into files beside it, of longer names.
@@ -110,9 +117,19 @@ def walk(
     if not documents.num_tokens:
         got = "none" if not len(rows) else "padding only"
         raise DataError(Fault("calibration rows", "tokens", got, "Give more calibration data."))
-    hidden, replays = Activations(spill), Replays(streamed.module, spill, streamed.device)
-    with closing(hidden), closing(replays):
-        state = _Walk(streamed, list(Batches(documents)), visit, needs, ordered, hidden, replays, prepare)
+    batches = list(Batches(documents))
+    state = _Walk(
+        streamed,
+        batches,
+        visit,
+        needs,
+        ordered,
+        prepare=prepare,
+        refining=None if refine is None else Refining(streamed, batches, refine, spill),
+        true_sequential=true_sequential,
+        spill=spill,
+    )
+    with closing(state):
         return Walked(state.run(title), documents.num_tokens, state.warnings)
 
 
@@ -123,7 +140,9 @@ def _walk_without_data(streamed: StreamedModel, visit: Visit, layers: Sequence[s
         def change(names: Iterable[str]) -> None:
             for name in names:
                 weight = streamed.weight_OI(name)
-                streamed.set_weight(name, visit(name, weight, LayerStats(num_tokens=0, layer=name)))
+                new = visit(name, weight, LayerStats(num_tokens=0, layer=name))
+                if new is not None:
+                    streamed.set_weight(name, new)
                 return_memory()
                 progress.advance(note=name)
 
@@ -147,18 +166,28 @@ class _Walk:
         visit: Visit,
         needs: frozenset[str],
         layers: Sequence[str],
-        hidden: Activations,
-        replays: Replays,
+        *,
         prepare: Prepare | None,
+        refining: Refining | None,
+        true_sequential: bool,
+        spill: Path | None,
     ) -> None:
         self.streamed, self.batches, self.visit, self.needs = streamed, batches, visit, needs
-        self.prepare = prepare
+        self.prepare, self.refining = prepare, refining
+        self.in_turn = true_sequential and prepare is None
         self.linears = {name: streamed.source.anatomy.linears[name] for name in layers}
         self.relay = Relay(streamed)
-        self.hidden, self.replays = hidden, replays
+        self.hidden, self.replays = Activations(spill), Replays(streamed.module, spill, streamed.device)
         self.errors: dict[str, float | None] = {}
         self.plans: dict[Hashable, tuple[str, Plan]] = {}  # by build, with the block that it was made for
         self.in_one_step: dict[str, list[str]] = {}
+
+    def close(self) -> None:
+        """Remove all files."""
+        self.hidden.close()
+        self.replays.close()
+        if self.refining is not None:
+            self.refining.close()
 
     def run(self, title: str) -> dict[str, float | None]:
         """Walk; the errors in the order the layers have in the model."""
@@ -170,11 +199,16 @@ class _Walk:
         # What leaves the last block matters to the layers behind the blocks alone.
         onward = end if back else end - 1
         passes = [bool(names) for names in (front, back, *(by_block[b] for b in blocks[:end]))]
+        count = 1 + sum(passes) + max(onward, 0)
+        if self.refining is not None:
+            count += self.refining.passes({block: by_block[block] for block in blocks[:end]})
         num_rows = sum(len(row["input_ids"]) for row in self.batches)
-        with Progress(title, (1 + sum(passes) + max(onward, 0)) * num_rows, unit="rows") as self.progress:
+        with Progress(title, count * num_rows, unit="rows") as self.progress:
             with _table(self.streamed, anatomy.embeddings):
                 self._change(whole(front), self._embed)
                 self._proceed(self._embed)
+            if self.refining is not None:
+                self.refining.begin(self.relay, self.hidden, self.progress)
             for index in range(end):
                 with self.streamed.block(index):
                     if index == 0:
@@ -191,11 +225,17 @@ class _Walk:
         """Visit ``names`` of block ``index``, and run the batches on where ``onward``."""
         self.relay.enter(index, self.batches)
         steps = self._steps(index, names)
+        if self.refining is not None:
+            self.refining.enter(index, names)
+            # What is refined is another input than what a replay would have kept.
+            steps = tuple(replace(step, keeps=()) for step in steps)
         prepare = None if self.prepare is None else partial(self.prepare, index, self.streamed)
         for at, step in enumerate(steps):
             is_last = not onward and at == len(steps) - 1
             run = partial(self._through, index, () if is_last else step.keeps, is_last)
             self._change(step, run, prepare, at, len(steps))
+            if self.refining is not None:
+                self.refining.after(step.layers)
         if onward:
             self._proceed(partial(self._through, index, (), True))
         self.replays.clear()
@@ -219,7 +259,7 @@ class _Walk:
             plan = find_steps(self.streamed.module, block, inside, names, probe, tokens)
             self.plans[key] = block, plan
         former, plan = self.plans[key]
-        if self.prepare is not None:
+        if not self.in_turn:
             return (whole(names, once=all(step.once for step in plan.steps)),)
         if plan.reason:
             self.in_one_step.setdefault(plan.reason, []).append(block)
@@ -227,8 +267,9 @@ class _Walk:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """A sentence for each reason to measure blocks in one step."""
-        return tuple(
+        """A sentence for each reason to measure blocks in one step, and one on what was not refined."""
+        left_out = () if self.refining is None else self.refining.warnings
+        return left_out + tuple(
             f"{len(blocks)} blocks, {blocks[0]} the first, were measured before any of their layers was"
             f" changed: {reason}."
             for reason, blocks in self.in_one_step.items()
@@ -271,8 +312,10 @@ class _Walk:
             raise StatisticError(Fault(name, "inputs to measure", got, f"Add {name} to ignore."))
         former = self.streamed.weight_OI(name)
         new = self.visit(name, former, stats)
-        self.streamed.set_weight(name, new)
-        self.errors[name] = stats.relative_error(former, new)
+        self.errors[name] = None
+        if new is not None:
+            self.streamed.set_weight(name, new)
+            self.errors[name] = stats.relative_error(former, new)
         return_memory()
         self.progress.advance(0, note=name)
 

@@ -13,27 +13,21 @@ Shapes: T = tokens, V = vocabulary, O = out_features, I = in_features.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from compresskit.calibration.rows import Documents, Row
-from compresskit.errors import Fault, ModelError, SchemeError
-from compresskit.modeling.forwards import computing
-from compresskit.progress import Progress
+from compresskit.calibration.rows import Row
+from compresskit.calibration.sensitivity import measure_costs
+from compresskit.errors import Fault, SchemeError
 from compresskit.quant.affine import grid_for
 from compresskit.quant.scheme import Scheme, parse
 
 if TYPE_CHECKING:
     from compresskit.modeling.anatomy import Anatomy
     from compresskit.quant.known import Known
-
-LOG_PROBABILITIES = 1 << 26
-"""How many of the original model's are kept in memory, 4 bytes each."""
-MAX_TOKENS = 4096
 
 Costs = Mapping[str, Mapping[Scheme, float]]
 """Layer -> candidate -> nats per token."""
@@ -176,7 +170,7 @@ def choose(
         spent += added
 
 
-def measure_costs(
+def measure_roundings(
     model: nn.Module,
     anatomy: Anatomy,
     candidates: Mapping[str, Sequence[Scheme]],
@@ -189,89 +183,15 @@ def measure_costs(
         model: whole, in evaluation mode; its weights are as before when this returns.
         anatomy: of the model.
         candidates: layer -> schemes.
-        rows: calibration rows; as many are read as :data:`MAX_TOKENS` and :data:`LOG_PROBABILITIES` allow.
+        rows: calibration rows.
         dtypes: layer -> the type its weight is stored in, which rounds its scales.
 
     Raises:
         ModelError: the model has no logits.
     """
-    probe = _Probe(model, anatomy.blocks, rows)
-    costs: dict[str, dict[Scheme, float]] = {layer: {} for layer in candidates}
-    places = [*anatomy.blocks, None]
-    with Progress("measuring sensitivity", sum(map(len, candidates.values())), unit="roundings") as bar:
-        for index, block in enumerate(places):
-            for layer in (n for n in candidates if anatomy.linears[n].block == block):
-                weight = model.get_parameter(f"{layer}.weight")
-                former = weight.detach().clone()
-                exact_OI = former.to(dtypes[layer])
-                for scheme in candidates[layer]:
-                    with torch.no_grad():
-                        weight.copy_(grid_for(exact_OI, scheme).snap(exact_OI))
-                    costs[layer][scheme] = probe.divergence(index if block is not None else 0)
-                    bar.advance(note=layer)
-                with torch.no_grad():
-                    weight.copy_(former)
-            if block is not None:
-                probe.pass_block(index)
-    return costs
 
+    def rounded(layer: str, weight_OI: Tensor, scheme: Scheme) -> Tensor:
+        exact_OI = weight_OI.to(dtypes[layer])
+        return grid_for(exact_OI, scheme).snap(exact_OI)
 
-class _Probe:
-    """The original model's log-probabilities, and how far a changed one's are from them.
-
-    Blocks before the one that changed are not run again: the last of them gives back what it gave before.
-    """
-
-    def __init__(self, model: nn.Module, blocks: Sequence[str], rows: Sequence[Row]) -> None:
-        self.model = model
-        self.blocks = [model.get_submodule(name) for name in blocks]
-        self.given: list[Any] = []
-        self.documents: list[Row] = []
-        self.expected: list[Tensor] = []
-        tokens = 0
-        for document in Documents(rows):
-            logits_TV = self._logits(document, 0, None)
-            tokens += len(logits_TV)
-            if self.documents and (tokens > MAX_TOKENS or tokens * logits_TV.shape[1] > LOG_PROBABILITIES):
-                break
-            self.documents.append(document)
-            self.expected.append(logits_TV.log_softmax(-1))
-
-    def divergence(self, index: int) -> float:
-        """Nats per token between the original model and the one at hand, whose blocks before ``index`` are
-        as they were."""
-        total, tokens = 0.0, 0
-        start = index if self.given else 0
-        for at, document in enumerate(self.documents):
-            got_TV = self._logits(document, start, at).log_softmax(-1)
-            want_TV = self.expected[at]
-            total += float((want_TV.exp() * (want_TV - got_TV)).sum(dtype=torch.float64))
-            tokens += len(got_TV)
-        return total / tokens
-
-    def pass_block(self, index: int) -> None:
-        """Remember what block ``index`` gives; it is as it was."""
-        given: list[Any] = []
-        handle = self.blocks[index].register_forward_hook(lambda _m, _a, output: given.append(output))
-        for at, document in enumerate(self.documents):
-            self._logits(document, index, at)
-        handle.remove()
-        self.given = given
-
-    @torch.no_grad()
-    def _logits(self, document: Row, start: int, at: int | None) -> Tensor:
-        device = next(self.model.parameters()).device
-        inputs = {key: value.to(device) for key, value in document.items()}
-        with self._standing_in(start, at):
-            logits = getattr(self.model(**inputs), "logits", None)
-        if logits is None:
-            cls, cure = type(self.model).__name__, "Name a scheme instead of auto."
-            raise ModelError(Fault("scheme: auto", "a model with logits", cls, cure))
-        return logits.float().reshape(-1, logits.shape[-1])  # type: ignore[no-any-return]
-
-    def _standing_in(self, start: int, at: int | None) -> AbstractContextManager[None]:
-        """Within, the blocks before ``start`` do no work; all return what the last of them gave before."""
-        is_on = at is not None and bool(self.given)
-        output = self.given[at] if at is not None and self.given else None
-        blocks = self.blocks[:start] if is_on else []
-        return computing((block, lambda *args, **kwargs: output) for block in blocks)
+    return measure_costs(model, anatomy, candidates, rows, rounded, unit="roundings")

@@ -20,7 +20,7 @@ from compresskit.modeling.streaming import StreamedModel
 from compresskit.progress import say
 from compresskit.quant import QUANTIZERS
 from compresskit.quant.affine import activation_scale
-from compresskit.quant.auto import Chosen, choose, measure_costs
+from compresskit.quant.auto import Chosen, choose, measure_roundings
 from compresskit.quant.balance import balance
 from compresskit.quant.base import Quantized
 from compresskit.quant.known import known
@@ -150,7 +150,7 @@ def _choose(stage: Quantize, model: ModelSource, context: StageContext, rows: Se
         loaded = load_model(
             model, dtype=context.dtype, device=context.device, trust_remote_code=context.trust_remote_code
         )
-        costs |= measure_costs(loaded, anatomy, free, rows, {n: model.dtype(f"{n}.weight") for n in free})
+        costs |= measure_roundings(loaded, anatomy, free, rows, {n: model.dtype(f"{n}.weight") for n in free})
         del loaded
     chosen = choose(
         costs,

@@ -11,6 +11,7 @@ from compresskit.calibration.oneshot import (
     calibration_bytes,
     gram_bytes,
     largest_layer,
+    probe_bytes,
     spilled_bytes,
     walk_bytes,
 )
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from compresskit.quant.scheme import Scheme
     from compresskit.quant.stage import Quantize
 
-PROBED_BYTES = 1 << 29
-"""Of the log-probabilities, and what is made of them, while sensitivity is measured."""
 MEASURED = (
     "Each layer's scheme is chosen when the stage runs, with the whole model in memory; sizes here assume "
     "that target_bits is just reached."
@@ -58,7 +57,7 @@ def forecast_rounding(stage: Quantize, model: Outlook) -> Forecast:
         spilled = spilled_bytes(stage, model.config, anatomy)
     if stage.is_auto:
         bits = dict.fromkeys(schemes, cast(float, stage.target_bits))
-        memory = max(memory, anatomy.num_parameters * model.weight_bytes + PROBED_BYTES)
+        memory = max(memory, probe_bytes(anatomy, model.weight_bytes))
         notes = (*notes, MEASURED)
     return Forecast(
         after=replace(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from compresskit.registry import Registry
 
 if TYPE_CHECKING:  # keeps torch out of `compresskit --help`
-    from compresskit.sparse.base import Pruner, StructuredPruner
+    from compresskit.sparse.base import Allocation, Pruner, Recovery, StructuredPruner
 
 PRUNERS: Registry[Pruner] = Registry(
     "pruner",
@@ -24,5 +24,24 @@ STRUCTURED_PRUNERS: Registry[StructuredPruner] = Registry(
     "structured pruner",
     {
         "cut": "compresskit.sparse.cut:Cut",
+    },
+)
+
+# How many zeros each layer gets of those that an unstructured pattern asks of all of them.
+ALLOCATIONS: Registry[Allocation] = Registry(
+    "allocation",
+    {
+        "uniform": "compresskit.sparse.allocation.uniform:Uniform",
+        "global": "compresskit.sparse.allocation.overall:Overall",
+        "owl": "compresskit.sparse.allocation.owl:Owl",
+        "sensitivity": "compresskit.sparse.allocation.sensitivity:Sensitivity",
+    },
+)
+
+# What may follow at once upon pruning a component of a block.
+RECOVERIES: Registry[Recovery] = Registry(
+    "recovery",
+    {
+        "reconstruct": "compresskit.sparse.recover.reconstruct:Reconstruct",
     },
 )

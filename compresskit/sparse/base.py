@@ -1,12 +1,14 @@
-"""The contracts of pruners. O = out_features, I = in_features."""
+"""The contracts of pruners, allocations and recoveries. O = out_features, I = in_features."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from torch import Tensor
 
+from compresskit.calibration.refine import Component
 from compresskit.calibration.statistics import LayerStats
 from compresskit.errors import Fault
 from compresskit.sparse.pattern import Pattern
@@ -36,6 +38,69 @@ class Pruner(Protocol):
 
     def prune(self, weight_OI: Tensor, stats: LayerStats) -> Pruned:
         """Return the pruned copy of ``weight_OI``; never modify it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What an allocation may look at.
+
+    Attributes:
+        sizes: layer -> (out_features, in_features), of the layers to prune, in the model's order.
+        blocks: layer -> name of its block; None outside the blocks.
+        zero_fraction: to reach over all of these layers together, in (0, 1).
+        score: layer -> float (O, I): what the method, or Wanda where it has no scores, holds of each weight.
+        cost: ``cost(levels)`` measures the loss of the model with one layer alone pruned to each of its
+            ``levels``, zero fractions: layer -> level -> nats per token.
+    """
+
+    sizes: Mapping[str, tuple[int, int]]
+    blocks: Mapping[str, str | None]
+    zero_fraction: float
+    score: Callable[[str], Tensor]
+    cost: Callable[[Mapping[str, Sequence[float]]], Mapping[str, Mapping[float, float]]]
+
+
+class Allocation(Protocol):
+    """A frozen dataclass whose one verb divides zeros among layers."""
+
+    reads: ClassVar[str]
+    """The most that it looks at: ``sizes``, ``scores`` or ``costs``."""
+
+    def fault(self, zero_fraction: float) -> str:
+        """What ``zero_fraction`` would have to be for it; empty if it will do."""
+        ...
+
+    def fractions(self, survey: Survey) -> Mapping[str, float]:
+        """Layer -> zero fraction in [0, 1); together they come to about ``survey.zero_fraction``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What retraining a component came to.
+
+    Attributes:
+        parameters: new values by qualified name, in the shape and dtype that the module has them.
+        before: squared norm of the difference to the dense model's output over that of the latter.
+        after: the same with the new values.
+    """
+
+    parameters: Mapping[str, Tensor]
+    before: float
+    after: float
+
+
+class Recovery(Protocol):
+    """A frozen dataclass that makes up for what pruning a component did to it; zeros stay zero."""
+
+    @property
+    def passes(self) -> int:
+        """How often it goes through the examples of a component."""
+        ...
+
+    def recover(self, component: Component) -> Recovered:
+        """The values that ``component``, which is not changed, had better have."""
         ...
 
 

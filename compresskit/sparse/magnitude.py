@@ -44,3 +44,7 @@ class Magnitude:
         """
         keep_OI = self.pattern.keep_largest(weight_OI.abs())
         return Pruned(weight_OI=weight_OI.where(keep_OI, 0), keep_OI=keep_OI)
+
+    def score(self, weight_OI: Tensor, stats: LayerStats | None = None) -> Tensor:
+        """What each weight matters: its absolute value, float32 (O, I)."""
+        return weight_OI.float().abs()

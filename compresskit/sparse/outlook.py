@@ -8,10 +8,12 @@ from compresskit.calibration.oneshot import (
     calibration_bytes,
     gram_bytes,
     largest_layer,
+    probe_bytes,
+    refine_bytes,
     spilled_bytes,
     walk_bytes,
 )
-from compresskit.sparse import PRUNERS
+from compresskit.sparse import ALLOCATIONS, PRUNERS
 from compresskit.stage import Forecast, Outlook
 
 if TYPE_CHECKING:
@@ -33,9 +35,14 @@ def forecast_zeroing(stage: Prune, model: Outlook) -> Forecast:
     spilled = 0
     if "input_gram" in PRUNERS[stage.method].needs:
         memory += gram_bytes(anatomy, layers)
-    if PRUNERS[stage.method].needs:
+    if stage.reads_data:
         memory += calibration_bytes(stage, model.config, anatomy)
         spilled = spilled_bytes(stage, model.config, anatomy)
+    if stage.recover is not None:
+        more, on_disk = refine_bytes(stage, model.config, anatomy, layers)
+        memory, spilled = memory + more, spilled + on_disk
+    if ALLOCATIONS[stage.division.method].reads == "costs":
+        memory = max(memory, probe_bytes(anatomy, model.weight_bytes))
     return Forecast(
         after=model,
         layers=len(layers),

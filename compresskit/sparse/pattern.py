@@ -115,7 +115,7 @@ class RowUnstructured:
         _require_fraction(self.zero_fraction)
 
     def __str__(self) -> str:
-        return f"{self.zero_fraction * 100:.10g}%"
+        return percent(self.zero_fraction)
 
     def misfit(self, out_features: int, in_features: int) -> str:
         """Rounding has to leave at least one zero and one weight in each row."""
@@ -154,7 +154,7 @@ class LayerUnstructured:
         _require_fraction(self.zero_fraction)
 
     def __str__(self) -> str:
-        return f"{self.zero_fraction * 100:.10g}%:layer"
+        return f"{percent(self.zero_fraction)}:layer"
 
     def misfit(self, out_features: int, in_features: int) -> str:
         """Rounding has to leave at least one zero and one weight."""
@@ -209,6 +209,11 @@ def parse_pattern(text: str, *, where: str = "pattern") -> Pattern:
     if not 0 < zero_fraction < 1:
         _refuse(where, text, "more than 0% and less than 100%")
     return LayerUnstructured(zero_fraction) if scope == "layer" else RowUnstructured(zero_fraction)
+
+
+def percent(fraction: float) -> str:
+    """``0.5`` as ``50%``, to ten places."""
+    return f"{fraction * 100:.10f}".rstrip("0").rstrip(".") + "%"
 
 
 def require_fit(pattern: Pattern, tensor_OI: Tensor) -> None:

@@ -9,17 +9,26 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from compresskit.calibration.oneshot import as_names, fit_faults, length_faults, number_faults, tied_faults
 from compresskit.data.spec import DataSpec
 from compresskit.errors import Fault, InputError
-from compresskit.options import Options, freeze_options, option_faults
+from compresskit.options import (
+    Choice,
+    Options,
+    choice_faults,
+    choice_of,
+    freeze_options,
+    option_faults,
+)
 from compresskit.registry import nearest
-from compresskit.sparse import PRUNERS, STRUCTURED_PRUNERS
+from compresskit.sparse import ALLOCATIONS, PRUNERS, RECOVERIES, STRUCTURED_PRUNERS
 
 if TYPE_CHECKING:
     from compresskit.modeling.anatomy import Linear
     from compresskit.modeling.source import ModelSource
+    from compresskit.sparse.base import Recovery
     from compresskit.sparse.pattern import Pattern
     from compresskit.stage import Forecast, Outlook, StageContext, StageResult
 
 ON_INDIVISIBLE = ("error", "skip")
+UNIFORM = "uniform"
 
 
 @dataclass(frozen=True)
@@ -30,11 +39,17 @@ class Prune:
         method: a name of ``compresskit.sparse.PRUNERS`` or ``STRUCTURED_PRUNERS``.
         pattern: where zeros may go: ``50%`` or ``0.5`` (of each row), ``50%:layer`` (of the whole layer),
             ``2:4`` (keep 2 of every 4 inputs). A structured method has no use for it.
+        allocation: how an unstructured pattern's zeros are divided among layers: a name of
+            ``compresskit.sparse.ALLOCATIONS``, or a mapping of ``method`` and its own fields.
+        recover: what follows upon pruning each component: a name of ``compresskit.sparse.RECOVERIES``, or a
+            mapping of ``method`` and its own fields; None does nothing.
         targets: which layers: module names, fnmatch patterns, ``re:`` patterns or ``Linear``.
         ignore: which of those to leave alone.
         data: calibration text; None takes the recipe's.
         samples: calibration rows, for a method that needs any.
         context_length: tokens per calibration row; None is the model's own maximum, 2048 at most.
+        true_sequential: calibrate each layer on what the pruned layers before it make, also within its block;
+            else only on what the pruned blocks before it make.
         on_indivisible: what to do about layers the pattern does not fit: ``error``, or ``skip`` them, which
             is told in the result's warnings.
         options: the method's own fields, e.g. ``{"layers": 3, "ffn": 0.5}`` for ``cut``.
@@ -46,11 +61,14 @@ class Prune:
     method: str = "wanda"
     _: KW_ONLY
     pattern: str | float = "50%"
+    allocation: str | Mapping[str, Any] = UNIFORM
+    recover: str | Mapping[str, Any] | None = None
     targets: tuple[str, ...] = ("Linear",)
     ignore: tuple[str, ...] = ("lm_head",)
     data: DataSpec | None = None
     samples: int = 128
     context_length: int | None = None
+    true_sequential: bool = True
     on_indivisible: str = "error"
     options: Mapping[str, Any] | Options = ()
 
@@ -62,6 +80,9 @@ class Prune:
         if isinstance(self.data, str):
             object.__setattr__(self, "data", DataSpec(source=self.data))
         object.__setattr__(self, "options", freeze_options(self.options))
+        object.__setattr__(self, "allocation", choice_of(self.allocation))
+        if self.recover is not None:
+            object.__setattr__(self, "recover", choice_of(self.recover))
 
     @property
     def reshapes(self) -> bool:
@@ -88,9 +109,11 @@ class Prune:
         faults += self._number_faults(where)
         if self.reshapes:
             return faults or list(method(**dict(self._options)).faults(model, where))
-        if method.needs:
+        faults += (wrong := self._choice_faults(where))
+        if not wrong and self.reads_data:
             faults += length_faults(self, model.config, where)
-        return faults + self.pattern_faults(model, where)
+        faults += self.pattern_faults(model, where)
+        return faults if faults else self._division_faults(model, where)
 
     def forecast(self, model: Outlook) -> Forecast:
         """What this stage will do to such a ``model``; called only when it has no faults."""
@@ -136,8 +159,62 @@ class Prune:
         return tuple(n for n in chosen if not pattern.misfit(linears[n].out_features, linears[n].in_features))
 
     @property
+    def reads_data(self) -> bool:
+        """Whether this stage runs calibration text through the model; its choices have no faults."""
+        method = PRUNERS[self.method]
+        if method.needs or self.recover is not None:
+            return True
+        reads = ALLOCATIONS[self.division.method].reads
+        return reads == "costs" or (reads == "scores" and not hasattr(method, "score"))
+
+    @property
+    def recovery(self) -> Recovery | None:
+        """What follows upon pruning a component; its fields have no faults."""
+        if self.recover is None:
+            return None
+        choice = cast(Choice, self.recover)
+        recovery: Recovery = RECOVERIES[choice.method](**dict(choice.options))
+        return recovery
+
+    @property
+    def division(self) -> Choice:
+        """The allocation and its fields."""
+        return cast(Choice, self.allocation)
+
+    @property
     def _options(self) -> Options:
         return cast(Options, self.options)
+
+    def _choice_faults(self, where: str) -> list[Fault]:
+        """What is wrong with the names and fields of allocation and recovery."""
+        faults = choice_faults(self.division, ALLOCATIONS, where=f"{where}.allocation")
+        if self.recover is not None:
+            faults += choice_faults(cast(Choice, self.recover), RECOVERIES, where=f"{where}.recover")
+        return faults
+
+    def _division_faults(self, model: Outlook, where: str) -> list[Fault]:
+        """What allocation and recovery cannot do for such a pattern and ``model``."""
+        from compresskit.sparse.pattern import NM, parse_pattern
+
+        faults, pattern = [], parse_pattern(str(self.pattern))
+        allocation = ALLOCATIONS[self.division.method](**dict(self.division.options))
+        if self.division.method != UNIFORM:
+            if isinstance(pattern, NM):
+                got = f"{self.division.method} with {pattern}, whose groups all have the same zeros"
+                cure = "Leave allocation out, or choose a pattern such as 60%."
+                faults.append(Fault(f"{where}.allocation", UNIFORM, got, cure))
+            elif expected := allocation.fault(pattern.zero_fraction):
+                cure = "Choose another pattern, or another allocation."
+                faults.append(Fault(f"{where}.pattern", expected, str(pattern), cure))
+        if allocation.reads == "costs" and model.anatomy.head is None:
+            cure = "Choose another allocation."
+            faults.append(Fault(f"{where}.allocation", "a model with logits, to measure costs", "none", cure))
+        quantised = [name for name in self.layers(model) if name in model.layer_schemes]
+        if self.recover is not None and quantised:
+            cure = "Prune and recover first, then quantise; or leave recover out."
+            expected = "layers without a grid, since retraining moves weights"
+            faults.append(Fault(f"{where}.recover", expected, ", ".join(quantised), cure))
+        return faults
 
     def _number_faults(self, where: str) -> list[Fault]:
         faults = number_faults(self, where)

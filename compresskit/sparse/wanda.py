@@ -46,8 +46,11 @@ class Wanda:
             StatisticError: ``input_sq_mean_I`` is missing, misshapen or not finite.
             PatternError: ``pattern`` does not fit (O, I). The plan checks this first.
         """
-        sq_mean_I = stats.require_input_sq_mean(weight_OI.shape[1])
-        # The paper's ||x_j|| is a sum over tokens; the mean ranks a row's weights alike.
-        score_OI = weight_OI.float().abs() * sq_mean_I.sqrt()
-        keep_OI = self.pattern.keep_largest(score_OI)
+        keep_OI = self.pattern.keep_largest(self.score(weight_OI, stats))
         return Pruned(weight_OI=weight_OI.where(keep_OI, 0), keep_OI=keep_OI)
+
+    def score(self, weight_OI: Tensor, stats: LayerStats) -> Tensor:
+        """What each weight matters: float32 (O, I), in weight times activation units; see :meth:`prune`."""
+        sq_mean_I = stats.require_input_sq_mean(weight_OI.shape[1])
+        # The paper's ||x_j|| is a sum over tokens; the mean ranks weights alike.
+        return weight_OI.float().abs() * sq_mean_I.sqrt()

@@ -1,0 +1,1 @@
+"""Winning back quality right after pruning, without training the whole model."""

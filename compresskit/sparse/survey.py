@@ -1,0 +1,134 @@
+"""What an allocation sees of a model, and the patterns that come of the fractions it names.
+
+Shapes: O = out_features, I = in_features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from compresskit.calibration.rows import Row
+from compresskit.calibration.sensitivity import measure_costs
+from compresskit.calibration.statistics import LayerStats
+from compresskit.calibration.walk import walk
+from compresskit.modeling import load_model, resolve_device
+from compresskit.modeling.streaming import StreamedModel
+from compresskit.sparse.base import Survey
+from compresskit.sparse.pattern import Pattern, RowUnstructured, parse_pattern, percent
+from compresskit.sparse.wanda import Wanda
+
+if TYPE_CHECKING:
+    from compresskit.modeling.source import ModelSource
+    from compresskit.stage import StageContext
+
+SHIFTS = 60
+"""Halvings of an interval of 2: as exact as a float is."""
+
+
+def scorer_of(method: Any) -> Any:
+    """``method`` where it has scores that are known before anything is pruned, else Wanda."""
+    return method if hasattr(method, "score") else Wanda(pattern=method.pattern)
+
+
+def survey(
+    model: ModelSource,
+    layers: Sequence[str],
+    method: Any,
+    rows: Sequence[Row] | None,
+    context: StageContext,
+    spill: Path | None,
+) -> Survey:
+    """Look at ``model`` as it is, which is walked through once where scores take calibration.
+
+    Args:
+        model: a dense checkpoint.
+        layers: to prune.
+        method: the pruner; its pattern is unstructured.
+        rows: to calibrate on; None where :func:`scorer_of` ``method`` needs none and no cost is asked for.
+        context: of the stage.
+        spill: a file for hidden states, where they are too many for memory.
+    """
+    scorer, linears = scorer_of(method), model.anatomy.linears
+    device = resolve_device(context.device)
+    stats: dict[str, LayerStats] = {}
+
+    def keep(layer: str, weight_OI: Tensor, found: LayerStats) -> None:
+        stats[layer] = replace(found, sample_NI=None, shared={})
+
+    if scorer.needs:
+        with StreamedModel(model, None, device=context.device, dtype=context.dtype) as streamed:
+            walk(
+                streamed,
+                rows,
+                keep,
+                scorer.needs,
+                layers=layers,
+                true_sequential=False,
+                title="surveying",
+                spill=spill,
+            )
+
+    def score(layer: str) -> Tensor:
+        weight_OI = model.weight_OI(layer).to(device)
+        found: Tensor = scorer.score(weight_OI, stats.get(layer))
+        return found
+
+    def pruned(layer: str, weight_OI: Tensor, level: float) -> Tensor:
+        keep_OI = replace(method.pattern, zero_fraction=level).keep_largest(score(layer))
+        return weight_OI.where(keep_OI, 0)
+
+    def cost(levels: Mapping[str, Sequence[float]]) -> Mapping[str, Mapping[float, float]]:
+        loaded = load_model(
+            model, dtype=context.dtype, device=context.device, trust_remote_code=context.trust_remote_code
+        )
+        return measure_costs(loaded, model.anatomy, levels, rows or (), pruned, unit="prunings")
+
+    return Survey(
+        sizes={name: (linears[name].out_features, linears[name].in_features) for name in layers},
+        blocks={name: linears[name].block for name in layers},
+        zero_fraction=method.pattern.zero_fraction,
+        score=score,
+        cost=cost,
+    )
+
+
+def patterns_of(pattern: Pattern, fractions: Mapping[str, float], found: Survey) -> dict[str, Pattern]:
+    """The pattern of each layer: together they have the zeros asked for, to one row of inputs or one weight.
+
+    Args:
+        pattern: unstructured.
+        fractions: layer -> zero fraction.
+        found: the survey that they come from.
+
+    Returns:
+        Layer -> a pattern like ``pattern``, of at least one zero and one weight in each row or layer.
+    """
+    by_row = isinstance(pattern, RowUnstructured)
+    # Zeros come in portions: an input in every row, or a single weight.
+    portion = {n: rows if by_row else 1 for n, (rows, _) in found.sizes.items()}
+    room = {n: inputs if by_row else rows * inputs for n, (rows, inputs) in found.sizes.items()}
+    total = found.zero_fraction * sum(portion[n] * room[n] for n in room)
+    low, high = -1.0, 1.0
+    for _ in range(SHIFTS):  # what limits leave over, all others share
+        middle = (low + high) / 2
+        come = sum(portion[n] * _within(fractions[n] + middle, room[n]) for n in room)
+        low, high = (middle, high) if come < total else (low, middle)
+    wanted = {n: _within(fractions[n] + high, room[n]) for n in room}
+    counts = {n: int(count) for n, count in wanted.items()}
+    still = total - sum(portion[n] * counts[n] for n in room)
+    for name in sorted(room, key=lambda n: counts[n] - wanted[n]):
+        if portion[name] <= 2 * still and counts[name] < room[name] - 1:
+            counts[name] += 1
+            still -= portion[name]
+    suffix = "" if by_row else ":layer"
+    return {n: parse_pattern(f"{percent(counts[n] / room[n])}{suffix}") for n in room}
+
+
+def _within(fraction: float, room: int) -> float:
+    """So many of ``room``, at least one and not all."""
+    return min(max(fraction * room, 1.0), room - 1.0)
