@@ -36,7 +36,8 @@ def run_point(
     point: Mapping[str, int], options: argparse.Namespace, *, jobs: bool = True
 ) -> tuple[Watched, float]:
     """One fresh process on a model of its own, and its CPU seconds; only the imports without ``jobs``."""
-    job = {"name": "job", "method": options.method, "scheme": options.scheme, "ignore": ["lm_head"]}
+    fields = {"method": options.method, "scheme": options.scheme, "ignore": ["lm_head"]}
+    job = {"name": "job", "stage": {"quantize": fields}}
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         write_random_llama(

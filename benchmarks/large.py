@@ -109,7 +109,8 @@ def main() -> None:
     text = options.dir / "rows.jsonl"
     data = {"rows": options.rows, "context_length": options.context_length}
     write_text(text, vocabulary=VOCABULARY, seed=options.seed + 1, **data)
-    job = {"name": "job", "method": options.method, "scheme": options.scheme, "ignore": ["lm_head"]}
+    fields = {"method": options.method, "scheme": options.scheme, "ignore": ["lm_head"]}
+    job = {"name": "job", "stage": {"quantize": fields}}
     task = {"model": str(model), "data": str(text), "threads": options.threads, **data}
     command = [sys.executable, "-m", "benchmarks.peers.compresskit_jobs"]
     bare = run_jobs(command, {**task, "jobs": []}, options.dir)

@@ -122,7 +122,7 @@ def figures_of(
     kept = json.loads(kept_in.read_text()) if kept_in.is_file() else {"scored": {}, "versions": {}}
     text = f"{digest_of(Path(options.evaluate).read_bytes())} {options.documents}"
     scored: Figures = kept["scored"].setdefault(text, {})
-    keys = {job["name"]: digest_of(json.dumps(job, sort_keys=True).encode()) for job in jobs}
+    keys = {job["name"]: key_of(job) for job in jobs}
     chosen = [{**job, "out": str(home / keys[job["name"]])} for job in jobs]
     todo = [job for job in chosen if not Path(job["out"]).is_dir()]
     errors: dict[str, str] = {}
@@ -141,6 +141,11 @@ def figures_of(
     return figures, {package: " or ".join(sorted(found)) for package, found in versions.items()}
 
 
+def key_of(job: Mapping[str, Any]) -> str:
+    """The name of the checkpoint that a job makes, inside its home."""
+    return digest_of(json.dumps(job, sort_keys=True).encode())
+
+
 def digest_of(content: bytes) -> str:
     """A few digits that tell one content from another."""
     return hashlib.sha256(content).hexdigest()[:12]
@@ -154,7 +159,16 @@ def of_model(model: Path, options: argparse.Namespace, python: str | None, place
     rows = {"rows": options.rows, "context_length": options.context_length}
     jobs = [{"name": f"{m} {s}", "method": m, "scheme": s} for m, s in pairs]
     ours = [
-        {**job, "ignore": [name if name == "lm_head" else f"*.{name}" for name in alone[job["scheme"]]]}
+        {
+            "name": job["name"],
+            "stage": {
+                "quantize": {
+                    "method": job["method"],
+                    "scheme": job["scheme"],
+                    "ignore": [n if n == "lm_head" else f"*.{n}" for n in alone[job["scheme"]]],
+                }
+            },
+        }
         for job in jobs
     ]
     task = {"model": str(model), "data": options.train, **rows}
@@ -165,9 +179,12 @@ def of_model(model: Path, options: argparse.Namespace, python: str | None, place
         ids = save_ids(model, options.train, **rows, place=place)
         theirs = [
             {
-                **job,
-                "groups": config_groups(parse(job["scheme"])),
-                "ignore": [f"re:.*{name}$" for name in alone[job["scheme"]]],
+                "name": job["name"],
+                "method": job["method"],
+                "fields": {
+                    "config_groups": config_groups(parse(job["scheme"])),
+                    "ignore": [f"re:.*{name}$" for name in alone[job["scheme"]]],
+                },
             }
             for job in jobs
             if job["method"] in PEERS_METHODS and job["scheme"] != "nf4"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
 
-from benchmarks import gptq_peer, quality
+from benchmarks import cost_peer, quality
 from benchmarks.peers import call
 from benchmarks.random_llama import MODEL, TEXT, word_tokenizer, write_random_llama
 from compresskit.measure import read_records
@@ -84,7 +84,7 @@ def test_schemes_are_the_presets_of_compressed_tensors(preset: str) -> None:
     assert made.input_activations == known.input_activations
 
 
-@pytest.mark.parametrize("module", [gptq_peer, quality])
+@pytest.mark.parametrize("module", [cost_peer, quality])
 def test_a_missing_peer_is_told_with_its_cure(
     module: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,10 +144,10 @@ def test_gptq_is_measured_in_turn_and_recorded(tmp_path: Path, monkeypatch: pyte
         order.append(Path(command[1]).stem)
         return call.run_jobs(command, *rest)
 
-    monkeypatch.setattr(gptq_peer, "sides", sides)
-    monkeypatch.setattr(gptq_peer, "run_jobs", run_jobs)
-    monkeypatch.setattr(gptq_peer, "peer_python", lambda options: sys.executable)
-    run_main(gptq_peer, monkeypatch, "--rounds", "2", "--results", str(tmp_path / "results"))
+    monkeypatch.setattr(cost_peer, "sides", sides)
+    monkeypatch.setattr(cost_peer, "run_jobs", run_jobs)
+    monkeypatch.setattr(cost_peer, "peer_python", lambda options: sys.executable)
+    run_main(cost_peer, monkeypatch, "--rounds", "2", "--results", str(tmp_path / "results"))
     assert order == ["ours", "peer", "ours", "peer"]
     (record,) = read_records(next((tmp_path / "results").glob("gptq-peer-*.json")))
     assert record.values["s_ratio"] == 0.25

@@ -107,6 +107,16 @@ def config_groups(scheme: Any, targets: Sequence[str] = ("Linear",)) -> dict[str
     return {"group_0": {"targets": list(targets), "weights": weights, "input_activations": inputs}}
 
 
+def sparsity_fields(pattern: str) -> dict[str, Any]:
+    """A pattern of :func:`compresskit.sparse.pattern.parse_pattern` in the words of llm-compressor."""
+    from compresskit.sparse.pattern import NM, parse_pattern
+
+    found = parse_pattern(pattern)
+    # There it is N of M that are zeroed.
+    structure = f"{found.of - found.keep}:{found.of}" if isinstance(found, NM) else "0:0"
+    return {"sparsity": found.zero_fraction, "mask_structure": structure}
+
+
 @dataclass(frozen=True, slots=True)
 class Watched:
     """What a process did.

@@ -2,11 +2,12 @@
 
     python -m benchmarks.peers.compresskit_jobs JOBS.json
 
-``JOBS.json``: ``{"model", "data", "rows", "context_length", "threads", "answer", "jobs": [{"name",
-"method", "scheme", "ignore", "out"}]}``; ``data`` is the text whose rows the peer gets as token ids.
+``JOBS.json``: ``{"model", "data", "rows", "context_length", "threads", "answer", "jobs": [{"name", "stage",
+"out"}]}``; ``stage`` is one of a recipe's, ``{"quantize": {...}}``, to which rows and context length are
+added; ``data`` is the text whose rows the peer gets as token ids.
 
-Counted in a job's seconds: planning, reading the model, tokenising, calibration, quantisation, the checks of
-every promise, writing the packed checkpoint and reading it back; not the imports.
+Counted in a job's seconds: planning, reading the model, tokenising, calibration, the stage, the checks of
+every promise, writing the checkpoint and, if it is packed, reading it back; not the imports.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +26,19 @@ import compresskit as ck
 import compresskit.formats.checkpoint
 import compresskit.pipeline
 import compresskit.quant.oneshot
+import compresskit.sparse.oneshot
 from benchmarks.peers.call import calibration_data
 from compresskit.measure.record import versions
+from compresskit.recipe import recipe_from
 
 
 def run_job(task: dict[str, Any], job: dict[str, Any]) -> float:
-    """Quantise one model into ``job["out"]`` and return the seconds."""
+    """Compress one model into ``job["out"]`` and return the seconds."""
     began = time.perf_counter()
-    stage = ck.Quantize(
-        job["method"],
-        scheme=job["scheme"],
-        ignore=tuple(job["ignore"]),
-        samples=task["rows"],
-        context_length=task["context_length"],
-    )
-    recipe = ck.Recipe(model=task["model"], data=calibration_data(task["data"]), stages=(stage,))
+    ((kind, fields),) = job["stage"].items()
+    rows = {"samples": task["rows"], "context_length": task["context_length"]}
+    data = asdict(calibration_data(task["data"]))
+    recipe = recipe_from({"model": task["model"], "data": data, "stages": [{kind: {**fields, **rows}}]}, {})
     ck.run(recipe, job["out"], measures=())
     return time.perf_counter() - began
 

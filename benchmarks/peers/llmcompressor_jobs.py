@@ -2,13 +2,13 @@
 
     PEER-PYTHON benchmarks/peers/llmcompressor_jobs.py JOBS.json
 
-``JOBS.json``: ``{"model", "ids", "threads", "answer", "jobs": [{"name", "method", "groups", "ignore",
-"out"}]}``; ``ids`` is a safetensors file with ``input_ids`` (rows, tokens), ``groups`` the config_groups of
-compressed-tensors. Writes to ``answer`` the seconds of each job, or its
-error, and the versions.
+``JOBS.json``: ``{"model", "ids", "threads", "answer", "jobs": [{"name", "method", "fields", "out"}]}``;
+``ids`` is a safetensors file with ``input_ids`` (rows, tokens), ``fields`` are the modifier's:
+``config_groups`` of compressed-tensors, or ``sparsity`` and ``mask_structure``, and ``ignore``. Writes to
+``answer`` the seconds of each job, or its error, and the versions.
 
-Counted in a job's seconds: reading the model, calibration, quantisation, writing the packed checkpoint;
-not the imports.
+Counted in a job's seconds: reading the model, calibration, compression, writing the checkpoint; not the
+imports.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
@@ -40,16 +41,17 @@ RECIPES: dict[str, Any] = {
     "awq": lambda **fields: [AWQModifier(), QuantizationModifier(**fields)],
     "smoothquant": lambda **fields: [SmoothQuantModifier(), QuantizationModifier(**fields)],
     "smoothquant-gptq": lambda **fields: [SmoothQuantModifier(), GPTQModifier(**fields)],
+    "wanda": lambda **fields: [WandaPruningModifier(**fields)],
+    "sparsegpt": lambda **fields: [SparseGPTModifier(**fields)],
 }
 
 
 def run_job(model_dir: str, job: dict[str, Any], ids: torch.Tensor) -> float:
-    """Quantise one model into ``job["out"]`` and return the seconds."""
+    """Compress one model into ``job["out"]`` and return the seconds."""
     began = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids.tolist()]
-    fields = {"config_groups": job["groups"], "ignore": job["ignore"]}
     data = {}
     if job["method"] != "rtn":
         data = {
@@ -58,9 +60,9 @@ def run_job(model_dir: str, job: dict[str, Any], ids: torch.Tensor) -> float:
             "max_seq_length": ids.shape[1],
             "shuffle_calibration_samples": False,
         }
-    oneshot(model=model, tokenizer=tokenizer, recipe=RECIPES[job["method"]](**fields), **data)
+    oneshot(model=model, tokenizer=tokenizer, recipe=RECIPES[job["method"]](**job["fields"]), **data)
     partial = Path(f"{job['out']}.partial")
-    model.save_pretrained(partial, save_compressed=True)
+    model.save_pretrained(partial, save_compressed="config_groups" in job["fields"])
     tokenizer.save_pretrained(partial)
     partial.rename(job["out"])
     return time.perf_counter() - began

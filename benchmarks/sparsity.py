@@ -1,0 +1,213 @@
+"""Bits per byte of every pruner and pattern, with llm-compressor's figure for the same one beside ours.
+
+    python -m benchmarks.run sparsity --model DIR --model DIR --train FILE --evaluate FILE \\
+        --peer-python PEER/bin/python --work DIR
+
+Both sides calibrate on the same token ids and leave the head alone; both checkpoints, as saved, are loaded
+by plain transformers and scored by the same evaluator. Each method stands plain, with OWL at 70%, and with
+block reconstruction. How far Wanda's masks agree with llm-compressor's is told as well, with
+``true_sequential`` off, as that is how it measures: all layers of a block before any of them is pruned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers.call import (
+    PEER_JOBS,
+    add_peer_options,
+    peer_python,
+    save_ids,
+    sparsity_fields,
+)
+from benchmarks.quality import digest_of, figures_of, key_of, score
+from benchmarks.run import RESULTS, append_record
+
+METHODS = ("magnitude", "wanda", "sparsegpt", "alps")
+"""From the worst expected to the best."""
+PATTERNS = ("50%", "60%", "70%", "2:4", "4:8")
+PEERS_METHODS = ("wanda", "sparsegpt")
+PLAIN, OWL, RECONSTRUCT, IN_ONE_STEP = "", " owl", " reconstruct", " in one step"
+OWL_FIELDS = {"sparsity_profile": "owl", "owl_m": 5, "owl_lmbda": 0.08}
+LIMIT_PERCENT = 0.2  # how much worse ours may be
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The options of this benchmark."""
+    parser = argparse.ArgumentParser(description="Bits per byte of every pruner and pattern.")
+    add_peer_options(parser)
+    parser.add_argument("--model", type=Path, action="append", required=True)
+    parser.add_argument("--train", required=True, help="text to calibrate on")
+    parser.add_argument("--evaluate", required=True, help="text to score")
+    parser.add_argument("--patterns", nargs="+", default=PATTERNS)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--context-length", type=int, default=512)
+    parser.add_argument("--documents", type=int, default=None, help="score the first so many; default: all")
+    parser.add_argument("--work", type=Path, default=None, help="keep checkpoints and figures here")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    return parser
+
+
+def jobs_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Cell -> stage: ``wanda 2:4``, ``wanda 70% owl``, ``wanda 2:4 reconstruct`` ..."""
+    found: dict[str, dict[str, Any]] = {}
+    for pattern in options.patterns:
+        for method in options.methods:
+            fields = {"method": method, "pattern": pattern, "ignore": ["lm_head"]}
+            found[f"{method} {pattern}"] = fields
+            if pattern == "70%":
+                found[f"{method} {pattern}{OWL}"] = {**fields, "allocation": "owl"}
+            found[f"{method} {pattern}{RECONSTRUCT}"] = {**fields, "recover": "reconstruct"}
+            if method == "wanda":
+                found[f"{method} {pattern}{IN_ONE_STEP}"] = {**fields, "true_sequential": False}
+    return {name: {"prune": fields} for name, fields in found.items()}
+
+
+def of_model(model: Path, options: argparse.Namespace, python: str | None, place: Path) -> dict[str, Any]:
+    """The figures of one model: dense, ours, the peer's, and how far masks agree."""
+    options.tokenizer = model
+    rows = {"rows": options.rows, "context_length": options.context_length}
+    ours = [{"name": name, "stage": stage} for name, stage in jobs_of(options).items()]
+    task = {"model": str(model), "data": options.train, **rows}
+    command = [sys.executable, "-m", "benchmarks.peers.compresskit_jobs"]
+    found: dict[str, Any] = {"dense": score(model, options), "peer": {}, "agreement": {}}
+    found["ours"], found["versions"] = figures_of(command, task, ours, options, place / "ours")
+    if not python:
+        return found
+    ids = save_ids(model, options.train, **rows, place=place)
+    weights = b"".join(path.read_bytes() for path in sorted(model.glob("*.safetensors")))
+    home = (options.work or place) / f"sparse-peer-{digest_of(weights + ids.read_bytes())}"
+    theirs = peers_jobs(options)
+    task = {"model": str(model), "ids": str(ids)}
+    found["peer"], versions = figures_of([python, str(PEER_JOBS)], task, theirs, options, home)
+    found["versions"] |= {f"peer {name}": version for name, version in versions.items()}
+    mine = {job["name"]: job for job in ours}
+    for job in theirs:
+        name = f"{job['name']}{IN_ONE_STEP}"
+        if name in mine and not isinstance(found["peer"][job["name"]], str):
+            one, other = place / "ours" / key_of(mine[name]), home / key_of(job)
+            found["agreement"][name] = agreement(one, other)
+    return found
+
+
+def peers_jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The cells that llm-compressor has."""
+    found = []
+    for pattern in options.patterns:
+        for method in (m for m in PEERS_METHODS if m in options.methods):
+            fields = {**sparsity_fields(pattern), "ignore": ["re:.*lm_head"]}
+            found.append({"name": f"{method} {pattern}", "method": method, "fields": fields})
+            if pattern == "70%":
+                owl = {**fields, **OWL_FIELDS}
+                found.append({"name": f"{method} {pattern}{OWL}", "method": method, "fields": owl})
+    return found
+
+
+def agreement(one: Path, other: Path) -> float:
+    """The part of all weights of pruned layers that both checkpoints keep, or both zero."""
+    from compresskit.modeling import open_model
+
+    mine, theirs = open_model(one), open_model(other)
+    alike = total = 0
+    for layer, linear in mine.anatomy.linears.items():
+        if linear.block is not None:
+            a, b = mine.weight_OI(layer) == 0, theirs.weight_OI(layer) == 0
+            alike += int((a == b).sum())
+            total += a.numel()
+    return alike / total
+
+
+def rows_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for each cell: both figures, what each loses against dense, and how much worse ours is."""
+    rows = []
+    for name, ours in found["ours"].items():
+        peer = found["peer"].get(name)
+        row: dict[str, Any] = {"cell": name, "ours": ours, "peer": peer}
+        row |= {"lost_percent": None, "worse_percent": None}
+        row["agreement"] = found["agreement"].get(name)
+        if not isinstance(ours, str):
+            row["lost_percent"] = 100 * (ours / found["dense"] - 1)
+            if isinstance(peer, float):
+                row["worse_percent"] = 100 * (ours / peer - 1)
+        rows.append(row)
+    return rows
+
+
+def verdicts(rows: list[dict[str, Any]], options: argparse.Namespace) -> list[str]:
+    """What falls short, as sentences: cells worse than the peer's, methods out of their order."""
+    said = [f"{row['cell']}: {row['ours']}" for row in rows if isinstance(row["ours"], str)]
+    said += [f"llm-compressor's {row['cell']}: {row['peer']}" for row in rows if isinstance(row["peer"], str)]
+    said += [
+        f"{row['cell']} is {row['worse_percent']:.2f}% worse than llm-compressor's."
+        for row in rows
+        if row["worse_percent"] is not None and row["worse_percent"] > LIMIT_PERCENT
+    ]
+    by_name = {row["cell"]: row["ours"] for row in rows}
+    in_order = [method for method in METHODS if method in options.methods]
+    for pattern in options.patterns:
+        for variant in (PLAIN, OWL, RECONSTRUCT):
+            figures = [(m, by_name.get(f"{m} {pattern}{variant}")) for m in in_order]
+            known = [(m, figure) for m, figure in figures if isinstance(figure, float)]
+            said += [
+                f"{pattern}{variant}: {better} ({low:.4f}) is no better than {worse} ({high:.4f})."
+                for (worse, high), (better, low) in pairwise(known)
+                if low >= high
+            ]
+    return said
+
+
+def table(name: str, dense: float, rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+
+    def cell(value: Any, form: str) -> str:
+        return "-" if value is None else "failed" if isinstance(value, str) else format(value, form)
+
+    lines = [
+        f"{name}, dense {dense:.4f}",
+        "",
+        "| cell | ours | lost % | theirs | ours worse % | masks alike |",
+    ]
+    lines.append("|---|---|---|---|---|---|")
+    for row in rows:
+        figures = [cell(row["ours"], ".4f"), cell(row["lost_percent"], ".2f"), cell(row["peer"], ".4f")]
+        figures += [cell(row["worse_percent"], "+.2f"), cell(row["agreement"], ".5f")]
+        lines.append(f"| {row['cell']} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Make the table of each model, say what falls short, and append a record for each."""
+    options = arguments().parse_args()
+    python = peer_python(options)
+    for model in options.model:
+        with tempfile.TemporaryDirectory() as place:
+            found = of_model(model.absolute(), options, python, Path(place))
+        rows = rows_of(found)
+        said = verdicts(rows, options)
+        print(table(model.name, found["dense"], rows), *said, sep="\n", flush=True)
+        settings = {name: getattr(options, name) for name in ("rows", "context_length", "documents")}
+        path = append_record(
+            "sparsity-peer",
+            {"dense": found["dense"], "rows": rows},
+            subject=model.name,
+            results=options.results,
+            settings={
+                **settings,
+                "train": Path(options.train).name,
+                "evaluate": Path(options.evaluate).name,
+            },
+            versions=found["versions"],
+            notes=tuple(said),
+        )
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
