@@ -15,14 +15,13 @@ from compresskit.quant.affine import activation_scale, grid_for
 from compresskit.quant.fake import DYNAMIC, LEARNED, learned_scale, round_in_place
 from compresskit.quant.outlook import forecast_rounding
 from compresskit.quant.promise import OnGrid
-from compresskit.quant.qat import TEXT_ALONE
 from compresskit.quant.scheme import parse
 from compresskit.training.adaptation import Plain
 from compresskit.training.job import Part
-from compresskit.training.lesson import LESSONS
+from compresskit.training.lesson import lesson_bytes, lesson_parts
 from compresskit.training.outlook import forecast_training
 from compresskit.training.rules import Setting, launched_processes
-from compresskit.training.stage import CROSS_ENTROPY, run_training
+from compresskit.training.stage import run_training
 
 if TYPE_CHECKING:
     from compresskit.modeling.source import ModelSource
@@ -107,8 +106,7 @@ def forecast_qat(stage: Qat, model: Outlook) -> Forecast:
         alive = max(blocks.values(), default=0)
     # One float32 copy of each weight that is alive in a pass, and what rounds the largest.
     other = 4 * alive + 13 * max(sizes.values(), default=0)
-    taught = 0 if stage.loss == TEXT_ALONE else LESSONS["teacher"].held_bytes(stage, model)
-    trained = forecast_training(stage, model, teacher_bytes=taught, other_bytes=other)
+    trained = forecast_training(stage, model, teacher_bytes=lesson_bytes(stage, model), other_bytes=other)
     return replace(trained, after=after.after, layers=len(schemes), notes=trained.notes + after.notes)
 
 
@@ -131,9 +129,7 @@ def run_qat(stage: Qat, model: ModelSource, context: StageContext) -> StageResul
         "scales": stage.scales,
         "observed_passes": passes * stage.observer_steps,
     }
-    loss, teacher = CROSS_ENTROPY, None
-    if stage.loss != TEXT_ALONE:
-        loss, teacher = LESSONS["teacher"].parts(stage, model, context)
+    loss, teacher = lesson_parts(stage, model, context)
     return run_training(
         stage,
         model,
