@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from compresskit.registry import Registry
 
 if TYPE_CHECKING:  # keeps torch out of `compresskit --help`
-    from compresskit.sparse.base import Pruner, StructuredPruner
+    from compresskit.sparse.base import Pruner, StructuredPruner, TrainedPruner
 
 PRUNERS: Registry[Pruner] = Registry(
     "pruner",
@@ -24,5 +24,13 @@ STRUCTURED_PRUNERS: Registry[StructuredPruner] = Registry(
     "structured pruner",
     {
         "cut": "compresskit.sparse.cut:Cut",
+    },
+)
+
+# Methods that make zeros while the model trains, or move them; for the stage `sparse_train`.
+TRAINED_PRUNERS: Registry[TrainedPruner] = Registry(
+    "trained pruner",
+    {
+        "gradual": "compresskit.sparse.gradual:Gradual",
     },
 )

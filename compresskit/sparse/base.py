@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -52,4 +53,52 @@ class StructuredPruner(Protocol):
 
     def run(self, model: ModelSource, context: StageContext) -> StageResult:
         """Write the smaller model into ``context.out``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Where training stands when a weight's zeros are changed.
+
+    Attributes:
+        step: optimiser steps taken; 0 is before the first.
+        steps: of the whole run.
+        seed: of whatever is random, for this layer and step alone; the same on every rank.
+    """
+
+    step: int
+    steps: int
+    seed: int = 0
+
+
+class TrainedPruner(Protocol):
+    """A frozen dataclass whose fields are the hyperparameters and whose verbs are pure.
+
+    Attributes:
+        regrows: whether a zero may become a weight again, so that zeros promised earlier would be lost.
+        pattern: of the zeros there are at the end, over all layers together.
+    """
+
+    regrows: ClassVar[bool]
+    pattern: Pattern
+
+    @staticmethod
+    def unfit(pattern: Pattern) -> str:
+        """What the pattern would have to be, e.g. ``a share of each layer``; empty if it will do."""
+        ...
+
+    def patterns(self, shapes: Mapping[str, tuple[int, int]]) -> Mapping[str, Pattern]:
+        """Layer -> the pattern it ends with; a layer left out stays dense.
+
+        Args:
+            shapes: layer -> (O, I), of all layers that may be pruned.
+        """
+        ...
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether zeros change after ``step`` of ``steps``."""
+        ...
+
+    def update(self, weight_OI: Tensor, moment: Moment) -> Tensor:
+        """The weight (O, I) to train on with, for a layer whose pattern is ``pattern``; modifies nothing."""
         ...

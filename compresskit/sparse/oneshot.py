@@ -67,7 +67,7 @@ def run_oneshot(stage: Prune, model: ModelSource, context: StageContext) -> Stag
         )
         return new_OI
 
-    rows, spill, warnings = None, None, _skipped(stage, model, layers)
+    rows, spill, warnings = None, None, skipped(stage, model, layers)
     if method.needs:
         rows, spill, said = calibration_rows(
             stage, model, context.data, cache=context.cache, scratch=context.scratch
@@ -87,7 +87,7 @@ def run_oneshot(stage: Prune, model: ModelSource, context: StageContext) -> Stag
     )
 
 
-def _skipped(stage: Prune, model: ModelSource, layers: tuple[str, ...]) -> list[str]:
+def skipped(stage: Prune, model: ModelSource, layers: tuple[str, ...]) -> list[str]:
     """Layers that the targets name and the pattern does not fit, in one sentence."""
     named = stage.named(model)
     left = [layer for layer in named if layer not in set(layers)]

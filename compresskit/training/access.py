@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from compresskit.errors import EngineError, Fault
@@ -32,9 +33,23 @@ class ParamAccess(Protocol):
         """From now on zero the gradient of ``parameter`` wherever it is itself zero; returns the undoing."""
         ...
 
+    def change(self, parameter: nn.Parameter, optimizer: Any, new: Callable[[Tensor], Tensor]) -> None:
+        """Make ``parameter`` what ``new`` returns, in every copy of it that the engine keeps.
+
+        Where a weight becomes zero or ceases to be, the optimiser forgets it: else its momentum would move a
+        pruned weight once more. Call between steps; no more than one whole weight is alive at a time.
+
+        Args:
+            parameter: a weight in training.
+            optimizer: of torch, inside whatever the engine wraps it in.
+            new: from the whole weight to another of its shape. Every rank calls it with the same weight, so
+                that all ranks agree on what it finds; it changes nothing in place.
+        """
+        ...
+
 
 class Whole:
-    """Every rank holds every parameter: one process, DDP, ZeRO-1 and ZeRO-2."""
+    """Every rank holds every parameter, and no other copy of it: one process and DDP."""
 
     def local(self, parameter: nn.Parameter) -> Tensor:
         """The parameter."""
@@ -54,6 +69,41 @@ class Whole:
         handle: Any = parameter.register_hook(mask)  # type: ignore[no-untyped-call]
         remove: Callable[[], None] = handle.remove
         return remove
+
+    def change(self, parameter: nn.Parameter, optimizer: Any, new: Callable[[Tensor], Tensor]) -> None:
+        """See :meth:`ParamAccess.change`."""
+        whole = parameter.detach()
+        if dist.is_available() and dist.is_initialized():
+            dist.broadcast(whole, 0)
+        made = new(whole)
+        _forget(optimizer.state.get(parameter, {}), _turned(whole, made))
+        whole.copy_(made)
+
+
+class Mirrored(Whole):
+    """ZeRO-1 and ZeRO-2: parameters are whole, and each rank keeps the copy that is stepped of its share.
+
+    What is written to the parameter alone is overwritten by that copy after the next step.
+    """
+
+    def change(self, parameter: nn.Parameter, optimizer: Any, new: Callable[[Tensor], Tensor]) -> None:
+        """See :meth:`ParamAccess.change`."""
+        whole = parameter.detach()
+        made = new(whole)
+        turned = _turned(whole, made)
+        whole.copy_(made)
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:  # another rank steps all of it
+            return
+        mine, place = mapping.lp_fragment_address, mapping.hp_fragment_address
+        mapping.hp_fragment.detach().copy_(made.flatten().narrow(0, mine.start, mine.numel))
+        flat = optimizer.param_groups[mapping.param_group_index]["params"][0]
+        state = {
+            name: t.narrow(0, place.start, place.numel)
+            for name, t in optimizer.state.get(flat, {}).items()
+            if isinstance(t, Tensor) and t.shape == flat.shape
+        }
+        _forget(state, turned.flatten().narrow(0, mine.start, mine.numel))
 
 
 class Partitioned(Whole):
@@ -80,6 +130,34 @@ class Partitioned(Whole):
                 if keep:
                     tensors[name] = _copy(parameter.data)
         return tensors
+
+    def change(self, parameter: nn.Parameter, optimizer: Any, new: Callable[[Tensor], Tensor]) -> None:
+        """See :meth:`ParamAccess.change`; the shard and the copy that is stepped are written both."""
+        import deepspeed
+        from deepspeed.utils import (
+            safe_get_local_optimizer_state,
+            safe_set_local_fp32_param,
+            safe_set_local_optimizer_state,
+        )
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            whole = parameter.detach().clone()
+        made = new(whole)
+        shard = self.local(parameter)
+        rank = dist.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
+
+        def part(tensor: Tensor) -> Tensor:
+            """This rank's part of a whole one, zeros behind its end."""
+            start = min(rank * shard.numel(), tensor.numel())
+            own = tensor.flatten()[start : start + shard.numel()]
+            return torch.nn.functional.pad(own, (0, shard.numel() - own.numel()))
+
+        shard.copy_(part(made))
+        safe_set_local_fp32_param(parameter, part(made))
+        turned = part(_turned(whole, made))
+        for name in sorted({n for s in optimizer.state.values() for n, t in s.items() if _is_flat(t)}):
+            state = safe_get_local_optimizer_state(parameter, name)
+            safe_set_local_optimizer_state(parameter, state.masked_fill(turned.to(state.device), 0), name)
 
 
 class Sharded:
@@ -110,12 +188,29 @@ class Sharded:
         remove: Callable[[], None] = handle.remove
         return remove
 
+    def change(self, parameter: nn.Parameter, optimizer: Any, new: Callable[[Tensor], Tensor]) -> None:
+        """See :meth:`ParamAccess.change`."""
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded: Any = parameter.detach()
+        whole = sharded.full_tensor()
+        made = new(whole)
+
+        def part(tensor: Tensor) -> Tensor:
+            mesh, placements = sharded.device_mesh, sharded.placements
+            return distribute_tensor(tensor, mesh, placements, src_data_rank=None).to_local()
+
+        _forget(optimizer.state.get(parameter, {}), part(_turned(whole, made)))
+        sharded.to_local().copy_(part(made))
+
 
 def access_for(engine: str, zero_stage: int) -> ParamAccess:
     """The access to parameters under ``engine``: ``single``, ``ddp``, ``fsdp`` or ``deepspeed``."""
     if engine == "fsdp":
         return Sharded()
-    return Partitioned() if engine == "deepspeed" and zero_stage == 3 else Whole()
+    if engine != "deepspeed":
+        return Whole()
+    return Partitioned() if zero_stage == 3 else Mirrored()
 
 
 def own_part(tensor: Tensor) -> Tensor:
@@ -143,6 +238,25 @@ def _wanted(model: nn.Module, *, frozen: bool) -> dict[str, Tensor]:
     # A quantised weight brings its scales along, under names that begin with its own.
     parts = tuple(f"{name}." for name in still)
     return {name: t for name, t in state.items() if name not in still and not name.startswith(parts)}
+
+
+def _turned(before: Tensor, now: Tensor) -> Tensor:
+    """Where a weight became zero, or ceased to be."""
+    return (before == 0) != (now == 0)
+
+
+def _forget(state: Mapping[str, Any], turned: Tensor) -> None:
+    """Zero an optimiser's state of one weight, or of this rank's part of it, where ``turned``."""
+    for value in state.values():
+        if isinstance(value, Tensor):
+            part = own_part(value)
+            if part.shape == turned.shape:
+                part.masked_fill_(turned.to(part.device), 0)
+
+
+def _is_flat(state: Any) -> bool:
+    """Whether ``state`` holds a number for each weight; a count of steps does not."""
+    return isinstance(state, Tensor) and state.dim() == 1
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -1,0 +1,112 @@
+"""Training that makes zeros, at work: what it takes, and what changes the zeros in every training process.
+
+Shapes: O = out_features, I = in_features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+from zlib import crc32
+
+from torch import Tensor
+
+from compresskit.calibration.oneshot import largest_layer
+from compresskit.errors import Fault, PatternError
+from compresskit.sparse import TRAINED_PRUNERS
+from compresskit.sparse.base import Moment, TrainedPruner
+from compresskit.sparse.oneshot import skipped
+from compresskit.sparse.outlook import DENSE
+from compresskit.sparse.pattern import parse_pattern
+from compresskit.sparse.promise import Zeros
+from compresskit.training.job import Part
+from compresskit.training.lesson import lesson_bytes, lesson_parts
+from compresskit.training.outlook import forecast_training
+from compresskit.training.stage import run_training
+
+if TYPE_CHECKING:
+    from compresskit.modeling.source import ModelSource
+    from compresskit.sparse.train import SparseTrain
+    from compresskit.stage import Forecast, Outlook, StageContext, StageResult
+
+SCHEDULED = "compresskit.sparse.train_run:Scheduled"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheduled:
+    """A trained pruner at work on the layers of one model; see ``compresskit.training.zeroing``.
+
+    Attributes:
+        method: a name of ``compresskit.sparse.TRAINED_PRUNERS``.
+        options: its own fields.
+        ends: layer -> the pattern it ends with, as :func:`compresskit.sparse.pattern.parse_pattern` reads it.
+        seed: of the run.
+    """
+
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    ends: Mapping[str, str]
+    seed: int = 0
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """See ``Zeroing.layers``."""
+        return tuple(self.ends)
+
+    def due(self, step: int, steps: int) -> bool:
+        """See ``Zeroing.due``."""
+        return any(pruner.due(step, steps) for pruner in self._pruners.values())
+
+    def change(self, layer: str, weight_OI: Tensor, *, step: int, steps: int) -> Tensor:
+        """See ``Zeroing.change``."""
+        moment = Moment(step, steps, crc32(f"{self.seed} {step} {layer}".encode()))
+        return self._pruners[layer].update(weight_OI, moment)
+
+    @cached_property
+    def _pruners(self) -> dict[str, TrainedPruner]:
+        method: Any = TRAINED_PRUNERS[self.method]
+        return {n: method(pattern=parse_pattern(end), **self.options) for n, end in self.ends.items()}
+
+
+def forecast_sparse(stage: SparseTrain, model: Outlook) -> Forecast:
+    """What training takes, and changing the zeros of the largest layer besides."""
+    layers = tuple(stage.patterns(model))
+    # The weight before and after in float32, a score, what selecting among all of it needs, and masks.
+    other = largest_layer(model.anatomy, layers) * (4 + 4 + 4 + 12 + 4)
+    taught = lesson_bytes(stage, model)
+    trained = forecast_training(stage, model, teacher_bytes=taught, other_bytes=other)
+    return replace(trained, layers=len(layers), notes=(*trained.notes, DENSE))
+
+
+def run_sparse(stage: SparseTrain, model: ModelSource, context: StageContext) -> StageResult:
+    """Train ``model`` as ``stage`` says into ``context.out``, and promise its zeros.
+
+    Raises:
+        PatternError: the pattern does not fit a layer, or promised zeros would grow again.
+        RunError: training had to stop.
+    """
+    if faults := stage.zero_faults(model, stage.kind):
+        raise PatternError(*faults)
+    patterns = stage.patterns(model)
+    promised = [p.layer for p in context.promises if p.kind == "zeros" and p.layer in patterns]
+    if promised and stage.regrows:
+        got = f"zeros promised in {len(promised)} layers, such as {promised[0]}"
+        cure = "Use method gradual, which keeps them, or put these layers into ignore."
+        raise PatternError(Fault(f"{stage.kind}.method", "layers whose zeros may move", got, cure))
+    ends = {layer: str(pattern) for layer, pattern in patterns.items()}
+    zeroing = {"method": stage.method, "options": dict(stage.options), "ends": ends, "seed": context.seed}
+    loss, teacher = lesson_parts(stage, model, context)
+    result = run_training(
+        stage,
+        model,
+        context,
+        title="Training towards zeros",
+        objective=loss,
+        teacher=teacher,
+        zeroing=Part(SCHEDULED, zeroing),
+        promises=tuple(Zeros(layer=layer, pattern=end) for layer, end in ends.items()),
+    )
+    said = skipped(stage.form, model, stage.form.layers(model)) if result.layers else []
+    return replace(result, warnings=(*result.warnings, *said))
