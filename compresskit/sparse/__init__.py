@@ -32,5 +32,7 @@ TRAINED_PRUNERS: Registry[TrainedPruner] = Registry(
     "trained pruner",
     {
         "gradual": "compresskit.sparse.gradual:Gradual",
+        "set": "compresskit.sparse.set:SET",
+        "rigl": "compresskit.sparse.rigl:RigL",
     },
 )

@@ -64,11 +64,14 @@ class Moment:
         step: optimiser steps taken; 0 is before the first.
         steps: of the whole run.
         seed: of whatever is random, for this layer and step alone; the same on every rank.
+        gradient_OI: (O, I), of the step just taken, zeros included; up to a factor, and only for a method
+            that asks for it.
     """
 
     step: int
     steps: int
     seed: int = 0
+    gradient_OI: Tensor | None = None
 
 
 class TrainedPruner(Protocol):
@@ -76,10 +79,12 @@ class TrainedPruner(Protocol):
 
     Attributes:
         regrows: whether a zero may become a weight again, so that zeros promised earlier would be lost.
+        needs_gradient: whether :meth:`update` looks at the gradient, except before the first step.
         pattern: of the zeros there are at the end, over all layers together.
     """
 
     regrows: ClassVar[bool]
+    needs_gradient: ClassVar[bool]
     pattern: Pattern
 
     @staticmethod

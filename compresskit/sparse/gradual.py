@@ -32,6 +32,7 @@ class Gradual(Timetable):
     """
 
     regrows: ClassVar[bool] = False
+    needs_gradient: ClassVar[bool] = False
 
     pattern: Pattern
     begin: Annotated[float, Within(0, 1)] = 0.0

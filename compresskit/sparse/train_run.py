@@ -59,9 +59,15 @@ class Scheduled:
         """See ``Zeroing.due``."""
         return any(pruner.due(step, steps) for pruner in self._pruners.values())
 
-    def change(self, layer: str, weight_OI: Tensor, *, step: int, steps: int) -> Tensor:
+    def needs_gradient(self, step: int, steps: int) -> bool:
+        """See ``Zeroing.needs_gradient``."""
+        return any(p.needs_gradient and p.due(step, steps) for p in self._pruners.values())
+
+    def change(
+        self, layer: str, weight_OI: Tensor, gradient_OI: Tensor | None, *, step: int, steps: int
+    ) -> Tensor:
         """See ``Zeroing.change``."""
-        moment = Moment(step, steps, crc32(f"{self.seed} {step} {layer}".encode()))
+        moment = Moment(step, steps, crc32(f"{self.seed} {step} {layer}".encode()), gradient_OI)
         return self._pruners[layer].update(weight_OI, moment)
 
     @cached_property

@@ -11,12 +11,21 @@ from torch import Tensor, nn
 
 from compresskit.errors import EngineError, Fault
 
+New = Callable[[Tensor, Tensor | None], Tensor]
+"""From the whole weight, and its gradient where that was collected, to another weight of its shape."""
+
 
 class ParamAccess(Protocol):
     """Reaches the parameters of a bare model that an engine has prepared.
 
     Every method is a collective: all ranks call it, in the same order.
+
+    Attributes:
+        collecting: while set, the gradients of masked parameters are summed up, as they are before the mask,
+            for the next :meth:`change`. Each rank keeps as much of a sum as it keeps of the parameter.
     """
+
+    collecting: bool
 
     def local(self, parameter: nn.Parameter) -> Tensor:
         """This rank's own part of ``parameter``; all of it where nothing is sharded."""
@@ -33,7 +42,7 @@ class ParamAccess(Protocol):
         """From now on zero the gradient of ``parameter`` wherever it is itself zero; returns the undoing."""
         ...
 
-    def change(self, parameter: nn.Parameter, optimizer: Any, new: Callable[[Tensor], Tensor]) -> None:
+    def change(self, parameter: nn.Parameter, optimizer: Any, new: New) -> None:
         """Make ``parameter`` what ``new`` returns, in every copy of it that the engine keeps.
 
         Where a weight becomes zero or ceases to be, the optimiser forgets it: else its momentum would move a
@@ -42,14 +51,18 @@ class ParamAccess(Protocol):
         Args:
             parameter: a weight in training.
             optimizer: of torch, inside whatever the engine wraps it in.
-            new: from the whole weight to another of its shape. Every rank calls it with the same weight, so
-                that all ranks agree on what it finds; it changes nothing in place.
+            new: every rank calls it with the same weight and the same gradient, so that all ranks agree on
+                what it finds; it changes nothing in place. The gradient is true up to a factor.
         """
         ...
 
 
 class Whole:
     """Every rank holds every parameter, and no other copy of it: one process and DDP."""
+
+    def __init__(self) -> None:
+        self.collecting = False
+        self._sums: dict[nn.Parameter, Tensor] = {}
 
     def local(self, parameter: nn.Parameter) -> Tensor:
         """The parameter."""
@@ -64,18 +77,32 @@ class Whole:
 
         def mask(gradient: Tensor) -> Tensor:
             _require_whole(parameter, gradient)
+            if self.collecting:
+                self._collect(parameter, gradient.detach())
             return gradient.masked_fill(parameter.detach() == 0, 0)
 
         handle: Any = parameter.register_hook(mask)  # type: ignore[no-untyped-call]
         remove: Callable[[], None] = handle.remove
         return remove
 
-    def change(self, parameter: nn.Parameter, optimizer: Any, new: Callable[[Tensor], Tensor]) -> None:
+    def _collect(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """Add what this rank has of a gradient."""
+        mine = self._sums.setdefault(parameter, torch.zeros_like(gradient))
+        mine += gradient
+
+    def _collected(self, parameter: nn.Parameter) -> Tensor | None:
+        """The whole of what was collected, over all ranks, and nothing of it stays."""
+        total = self._sums.pop(parameter, None)
+        if total is not None and dist.is_available() and dist.is_initialized():
+            dist.all_reduce(total)
+        return total
+
+    def change(self, parameter: nn.Parameter, optimizer: Any, new: New) -> None:
         """See :meth:`ParamAccess.change`."""
         whole = parameter.detach()
         if dist.is_available() and dist.is_initialized():
             dist.broadcast(whole, 0)
-        made = new(whole)
+        made = new(whole, self._collected(parameter))
         _forget(optimizer.state.get(parameter, {}), _turned(whole, made))
         whole.copy_(made)
 
@@ -86,10 +113,10 @@ class Mirrored(Whole):
     What is written to the parameter alone is overwritten by that copy after the next step.
     """
 
-    def change(self, parameter: nn.Parameter, optimizer: Any, new: Callable[[Tensor], Tensor]) -> None:
+    def change(self, parameter: nn.Parameter, optimizer: Any, new: New) -> None:
         """See :meth:`ParamAccess.change`."""
         whole = parameter.detach()
-        made = new(whole)
+        made = new(whole, self._collected(parameter))
         turned = _turned(whole, made)
         whole.copy_(made)
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]
@@ -131,7 +158,30 @@ class Partitioned(Whole):
                     tensors[name] = _copy(parameter.data)
         return tensors
 
-    def change(self, parameter: nn.Parameter, optimizer: Any, new: Callable[[Tensor], Tensor]) -> None:
+    def _part(self, parameter: nn.Parameter, tensor: Tensor) -> Tensor:
+        """This rank's part of a ``tensor`` shaped as the whole parameter, zeros behind its end."""
+        size, rank = self.local(parameter).numel(), dist.get_rank(_group(parameter))
+        start = min(rank * size, tensor.numel())
+        own = tensor.flatten()[start : start + size]
+        return torch.nn.functional.pad(own, (0, size - own.numel()))
+
+    def _collect(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """Add this rank's part of the gradient of all ranks, so that none keeps a whole one."""
+        total = gradient.clone()
+        dist.all_reduce(total, group=_group(parameter))
+        super()._collect(parameter, self._part(parameter, total))
+
+    def _collected(self, parameter: nn.Parameter) -> Tensor | None:
+        """The parts of all ranks together."""
+        part = self._sums.pop(parameter, None)
+        if part is None:
+            return None
+        parts = [torch.empty_like(part) for _ in range(dist.get_world_size(_group(parameter)))]
+        dist.all_gather(parts, part, group=_group(parameter))
+        shape: torch.Size = parameter.ds_shape  # type: ignore[attr-defined]
+        return torch.cat(parts)[: shape.numel()].view(shape)
+
+    def change(self, parameter: nn.Parameter, optimizer: Any, new: New) -> None:
         """See :meth:`ParamAccess.change`; the shard and the copy that is stepped are written both."""
         import deepspeed
         from deepspeed.utils import (
@@ -142,19 +192,10 @@ class Partitioned(Whole):
 
         with deepspeed.zero.GatheredParameters([parameter]):
             whole = parameter.detach().clone()
-        made = new(whole)
-        shard = self.local(parameter)
-        rank = dist.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
-
-        def part(tensor: Tensor) -> Tensor:
-            """This rank's part of a whole one, zeros behind its end."""
-            start = min(rank * shard.numel(), tensor.numel())
-            own = tensor.flatten()[start : start + shard.numel()]
-            return torch.nn.functional.pad(own, (0, shard.numel() - own.numel()))
-
-        shard.copy_(part(made))
-        safe_set_local_fp32_param(parameter, part(made))
-        turned = part(_turned(whole, made))
+        made = new(whole, self._collected(parameter))
+        self.local(parameter).copy_(self._part(parameter, made))
+        safe_set_local_fp32_param(parameter, self._part(parameter, made))
+        turned = self._part(parameter, _turned(whole, made))
         for name in sorted({n for s in optimizer.state.values() for n, t in s.items() if _is_flat(t)}):
             state = safe_get_local_optimizer_state(parameter, name)
             safe_set_local_optimizer_state(parameter, state.masked_fill(turned.to(state.device), 0), name)
@@ -162,6 +203,10 @@ class Partitioned(Whole):
 
 class Sharded:
     """FSDP2: every parameter is a DTensor, and this rank's shard is its local tensor."""
+
+    def __init__(self) -> None:
+        self.collecting = False
+        self._sums: dict[nn.Parameter, Any] = {}
 
     def local(self, parameter: nn.Parameter) -> Tensor:
         """The shard."""
@@ -182,19 +227,22 @@ class Sharded:
 
         def mask(parameter: Any) -> None:
             gradient = parameter.grad.to_local()
+            if self.collecting:  # once for each step, after all of its passes
+                self._sums[parameter] = parameter.grad.detach().clone()
             gradient.masked_fill_(parameter.detach().to_local() == 0, 0)
 
         handle: Any = parameter.register_post_accumulate_grad_hook(mask)  # type: ignore[no-untyped-call]
         remove: Callable[[], None] = handle.remove
         return remove
 
-    def change(self, parameter: nn.Parameter, optimizer: Any, new: Callable[[Tensor], Tensor]) -> None:
+    def change(self, parameter: nn.Parameter, optimizer: Any, new: New) -> None:
         """See :meth:`ParamAccess.change`."""
         from torch.distributed.tensor import distribute_tensor
 
         sharded: Any = parameter.detach()
         whole = sharded.full_tensor()
-        made = new(whole)
+        gradient = self._sums.pop(parameter, None)
+        made = new(whole, None if gradient is None else gradient.full_tensor())
 
         def part(tensor: Tensor) -> Tensor:
             mesh, placements = sharded.device_mesh, sharded.placements
@@ -202,6 +250,11 @@ class Sharded:
 
         _forget(optimizer.state.get(parameter, {}), part(_turned(whole, made)))
         sharded.to_local().copy_(part(made))
+
+
+def _group(parameter: nn.Parameter) -> Any:
+    """The ranks that ZeRO-3 partitions ``parameter`` among."""
+    return parameter.ds_process_group  # type: ignore[attr-defined]
 
 
 def access_for(engine: str, zero_stage: int) -> ParamAccess:

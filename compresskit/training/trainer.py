@@ -33,13 +33,16 @@ LONG_EVALUATION = 64
 
 
 class _Moments(TrainerCallback):
-    """Tells the trainer when the engine has prepared the model, and when a step is done."""
+    """Tells the trainer when the engine has prepared the model, and when a step begins and is done."""
 
     def __init__(self, trainer: StageTrainer) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self._trainer.when_prepared()
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._trainer.when_stepping()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self._trainer.when_stepped()
@@ -109,6 +112,12 @@ class StageTrainer(Trainer):
         self.resources.enter_context(hold_zeros(model, self._held, self.access))
         if self.state.global_step == 0:
             self.when_stepped()  # some begin with zeros; a restart has them already
+
+    def when_stepping(self) -> None:
+        """Collect gradients in a step whose change of zeros looks at them."""
+        if self._zeroing is not None:
+            step, steps = self.state.global_step + 1, self.state.max_steps
+            self.access.collecting = self._zeroing.needs_gradient(step, steps)
 
     def when_stepped(self) -> None:
         """Change the zeros that are due after this step, before it is evaluated or saved."""

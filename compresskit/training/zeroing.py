@@ -29,12 +29,19 @@ class Zeroing(Protocol):
         """Whether zeros change after ``step`` of ``steps``; step 0 is before the first."""
         ...
 
-    def change(self, layer: str, weight_OI: Tensor, *, step: int, steps: int) -> Tensor:
+    def needs_gradient(self, step: int, steps: int) -> bool:
+        """Whether that change looks at the gradient of the whole weight in ``step``."""
+        ...
+
+    def change(
+        self, layer: str, weight_OI: Tensor, gradient_OI: Tensor | None, *, step: int, steps: int
+    ) -> Tensor:
         """The weight (O, I) of ``layer`` to go on with.
 
         Args:
             layer: one of :attr:`layers`.
             weight_OI: as training left it; not modified.
+            gradient_OI: of the step just taken, up to a factor, where :meth:`needs_gradient` asked for it.
             step: optimiser steps taken.
             steps: of the whole run.
 
@@ -57,6 +64,7 @@ def change_zeros(
         step: optimiser steps taken.
         steps: of the whole run.
     """
+    access.collecting = False
     for layer in zeroing.layers:
         new = partial(zeroing.change, layer, step=step, steps=steps)
         access.change(weight_of(model, layer), optimizer, new)

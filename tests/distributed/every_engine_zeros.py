@@ -26,7 +26,9 @@ from compresskit.training.fit import TrainOutcome, fit
 STEPS = 12
 RUNS: Mapping[str, dict[str, Any]] = {
     "gradual": {"method": "gradual", "options": {"update_every": 3}, "end": "70%:layer"},
-    "gradual-rows": {"method": "gradual", "options": {"update_every": 2, "end": 0.5}, "end": "2:4"},
+    "gradual-groups": {"method": "gradual", "options": {"update_every": 2, "end": 0.5}, "end": "2:4"},
+    "set": {"method": "set", "options": {"update_every": 3}, "end": "70%:layer"},
+    "rigl": {"method": "rigl", "options": {"update_every": 3}, "end": "70%:layer"},
 }
 ALL_FIELDS = replace(FIELDS, steps=STEPS)
 

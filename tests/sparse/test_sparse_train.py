@@ -71,7 +71,8 @@ def run(
     return stage.run(source, context), open_model(str(place / "out"))
 
 
-CASES = [("gradual", "80%:layer"), ("gradual", "75%"), ("gradual", "2:4")]
+CASES = [("gradual", "80%:layer"), ("gradual", "75%"), ("gradual", "2:4"), ("set", "80%:layer")]
+CASES += [("rigl", "80%:layer")]
 
 
 @pytest.mark.parametrize(("method", "pattern"), CASES)

@@ -34,7 +34,13 @@ class Columns:
     def due(self, step: int, steps: int) -> bool:
         return 0 < step <= self.columns
 
-    def change(self, layer: str, weight_OI: Tensor, *, step: int, steps: int) -> Tensor:
+    def needs_gradient(self, step: int, steps: int) -> bool:
+        return False
+
+    def change(
+        self, layer: str, weight_OI: Tensor, gradient_OI: Tensor | None, *, step: int, steps: int
+    ) -> Tensor:
+        assert gradient_OI is None
         SEEN.append((step, weight_OI.clone()))
         made_OI = weight_OI.clone()
         made_OI[:, step - 1] = 0
@@ -74,7 +80,7 @@ def test_the_optimiser_forgets_what_turned(steps_before: int) -> None:
     before = weight.detach().clone()
     kept = {n: t.clone() for n, t in optimizer.state.get(weight, {}).items()}
 
-    def turn(whole_OI: Tensor) -> Tensor:
+    def turn(whole_OI: Tensor, _: Tensor | None = None) -> Tensor:
         made_OI = whole_OI.clone()
         made_OI[0, 0], made_OI[1, 3] = 1e-6, 0.0
         return made_OI
