@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from compresskit.calibration.oneshot import largest_layer
 from compresskit.errors import SchemeError
 from compresskit.formats.grid import Grid, write_grids
 from compresskit.quant.affine import activation_scale, grid_for
@@ -19,8 +20,8 @@ from compresskit.quant.scheme import parse
 from compresskit.training.adaptation import Plain
 from compresskit.training.job import Part
 from compresskit.training.lesson import lesson_bytes, lesson_parts
-from compresskit.training.outlook import forecast_training
-from compresskit.training.rules import Setting, launched_processes
+from compresskit.training.outlook import forecast_training, live_copy_bytes
+from compresskit.training.rules import passes_per_step
 from compresskit.training.stage import run_training
 
 if TYPE_CHECKING:
@@ -95,17 +96,8 @@ def forecast_qat(stage: Qat, model: Outlook) -> Forecast:
     """What training takes, and the rounded weights besides; the layers' bits go down."""
     after = forecast_rounding(stage.form, model)
     schemes = stage.form.schemes(model.anatomy)
-    linears = model.anatomy.linears
-    sizes = {name: linears[name].out_features * linears[name].in_features for name in schemes}
-    alive = sum(sizes.values())
-    if stage.activation_checkpointing and model.anatomy.blocks:
-        blocks: dict[str | None, int] = {}
-        for name, size in sizes.items():
-            block = linears[name].block
-            blocks[block] = blocks.get(block, 0) + size
-        alive = max(blocks.values(), default=0)
-    # One float32 copy of each weight that is alive in a pass, and what rounds the largest.
-    other = 4 * alive + 13 * max(sizes.values(), default=0)
+    # Beside the rounded weights of a pass, what rounds the largest.
+    other = live_copy_bytes(stage, model.anatomy, schemes) + 13 * largest_layer(model.anatomy, list(schemes))
     trained = forecast_training(stage, model, teacher_bytes=lesson_bytes(stage, model), other_bytes=other)
     return replace(trained, after=after.after, layers=len(schemes), notes=trained.notes + after.notes)
 
@@ -120,8 +112,7 @@ def run_qat(stage: Qat, model: ModelSource, context: StageContext) -> StageResul
     if faults := stage.scheme_faults(model, stage.kind):
         raise SchemeError(*faults)
     schemes = {layer: str(scheme) for layer, scheme in stage.form.schemes(model.anatomy).items()}
-    setting = Setting(stage, launched_processes() or stage.processes, "cpu")
-    passes = stage.batch_size // (setting.micro_batch_size * setting.processes)
+    passes = passes_per_step(stage)
     if stage.activation_checkpointing:
         passes *= 2  # the backward pass computes each block once more
     options = {

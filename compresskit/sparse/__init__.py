@@ -34,5 +34,6 @@ TRAINED_PRUNERS: Registry[TrainedPruner] = Registry(
         "gradual": "compresskit.sparse.gradual:Gradual",
         "set": "compresskit.sparse.set:SET",
         "rigl": "compresskit.sparse.rigl:RigL",
+        "srste": "compresskit.sparse.srste:SRSTE",
     },
 )

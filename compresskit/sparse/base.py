@@ -80,11 +80,14 @@ class TrainedPruner(Protocol):
     Attributes:
         regrows: whether a zero may become a weight again, so that zeros promised earlier would be lost.
         needs_gradient: whether :meth:`update` looks at the gradient, except before the first step.
+        masks_forward: whether layers compute with what :meth:`update` makes of their weight, and the weight
+            itself stays dense until it is saved; else :meth:`update` makes the weight itself.
         pattern: of the zeros there are at the end, over all layers together.
     """
 
     regrows: ClassVar[bool]
     needs_gradient: ClassVar[bool]
+    masks_forward: ClassVar[bool]
     pattern: Pattern
 
     @staticmethod

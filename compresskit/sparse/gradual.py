@@ -33,6 +33,7 @@ class Gradual(Timetable):
 
     regrows: ClassVar[bool] = False
     needs_gradient: ClassVar[bool] = False
+    masks_forward: ClassVar[bool] = False
 
     pattern: Pattern
     begin: Annotated[float, Within(0, 1)] = 0.0

@@ -69,6 +69,11 @@ class SparseTrain(TaughtFields):
         """Whether the method lets a weight grow again that an earlier stage promised to be zero."""
         return self.method in TRAINED_PRUNERS and TRAINED_PRUNERS[self.method].regrows
 
+    @property
+    def swaps_layers(self) -> bool:
+        """Whether the method makes layers compute with something else than their weight."""
+        return self.method in TRAINED_PRUNERS and TRAINED_PRUNERS[self.method].masks_forward
+
     def faults(self, model: Outlook, where: str) -> list[Fault]:
         """Everything wrong with this stage for such a ``model``; reads no weight.
 
@@ -97,7 +102,21 @@ class SparseTrain(TaughtFields):
         if not misplaced and (expected := method.unfit(parse_pattern(str(self.pattern)))):
             cure = f"Choose such a pattern, or another method than {self.method}."
             misplaced.append(Fault(f"{where}.pattern", expected, repr(self.pattern), cure))
+        if not misplaced and self.swaps_layers:
+            misplaced += self._swap_faults(model, where)
         return faults + misplaced
+
+    def _swap_faults(self, model: Outlook | ModelSource, where: str) -> list[Fault]:
+        linears, faults = model.anatomy.linears, []
+        if odd := [name for name in self.form.layers(model) if not linears[name].is_plain]:
+            expected = "layers that compute as torch.nn.Linear does, which is what can be masked in a pass"
+            cure = "Add these layers to ignore, or use method gradual."
+            faults.append(Fault(f"{where}.targets", expected, ", ".join(odd), cure))
+        if self.precision == "fp16":
+            cure = "Use precision bf16, or method gradual."
+            expected = f"bf16 or fp32 with method {self.method}, whose pull knows no loss scale"
+            faults.append(Fault(f"{where}.precision", expected, self.precision, cure))
+        return faults
 
     def patterns(self, model: Outlook | ModelSource) -> dict[str, Pattern]:
         """Layer -> the pattern it ends with; the stage has no faults for ``model``."""

@@ -23,7 +23,8 @@ from compresskit.sparse.pattern import parse_pattern
 from compresskit.sparse.promise import Zeros
 from compresskit.training.job import Part
 from compresskit.training.lesson import lesson_bytes, lesson_parts
-from compresskit.training.outlook import forecast_training
+from compresskit.training.outlook import forecast_training, live_copy_bytes
+from compresskit.training.rules import passes_per_step
 from compresskit.training.stage import run_training
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from compresskit.stage import Forecast, Outlook, StageContext, StageResult
 
 SCHEDULED = "compresskit.sparse.train_run:Scheduled"
+MASKED = "compresskit.sparse.masked:Masked"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +44,14 @@ class Scheduled:
         method: a name of ``compresskit.sparse.TRAINED_PRUNERS``.
         options: its own fields.
         ends: layer -> the pattern it ends with, as :func:`compresskit.sparse.pattern.parse_pattern` reads it.
+        transposed: of those layers, the ones whose parameter is stored (I, O).
         seed: of the run.
     """
 
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
     ends: Mapping[str, str]
+    transposed: tuple[str, ...] = ()
     seed: int = 0
 
     @property
@@ -67,8 +71,12 @@ class Scheduled:
         self, layer: str, weight_OI: Tensor, gradient_OI: Tensor | None, *, step: int, steps: int
     ) -> Tensor:
         """See ``Zeroing.change``."""
+        turned = layer in self.transposed
+        if turned:
+            weight_OI, gradient_OI = weight_OI.T, None if gradient_OI is None else gradient_OI.T
         moment = Moment(step, steps, crc32(f"{self.seed} {step} {layer}".encode()), gradient_OI)
-        return self._pruners[layer].update(weight_OI, moment)
+        made_OI = self._pruners[layer].update(weight_OI, moment)
+        return made_OI.T.contiguous() if turned else made_OI
 
     @cached_property
     def _pruners(self) -> dict[str, TrainedPruner]:
@@ -81,6 +89,8 @@ def forecast_sparse(stage: SparseTrain, model: Outlook) -> Forecast:
     layers = tuple(stage.patterns(model))
     # The weight before and after in float32, a score, what selecting among all of it needs, and masks.
     other = largest_layer(model.anatomy, layers) * (4 + 4 + 4 + 12 + 4)
+    if stage.swaps_layers:
+        other += live_copy_bytes(stage, model.anatomy, layers)
     taught = lesson_bytes(stage, model)
     trained = forecast_training(stage, model, teacher_bytes=taught, other_bytes=other)
     return replace(trained, layers=len(layers), notes=(*trained.notes, DENSE))
@@ -102,7 +112,14 @@ def run_sparse(stage: SparseTrain, model: ModelSource, context: StageContext) ->
         cure = "Use method gradual, which keeps them, or put these layers into ignore."
         raise PatternError(Fault(f"{stage.kind}.method", "layers whose zeros may move", got, cure))
     ends = {layer: str(pattern) for layer, pattern in patterns.items()}
-    zeroing = {"method": stage.method, "options": dict(stage.options), "ends": ends, "seed": context.seed}
+    options = {"method": stage.method, "options": dict(stage.options), "ends": ends}
+    adaptation: Part | None = None
+    zeroing: Part | None = None
+    if stage.swaps_layers:
+        adaptation = Part(MASKED, options | {"passes": passes_per_step(stage)})
+    else:
+        turned = tuple(layer for layer in ends if model.anatomy.linears[layer].transposed)
+        zeroing = Part(SCHEDULED, options | {"transposed": turned, "seed": context.seed})
     loss, teacher = lesson_parts(stage, model, context)
     result = run_training(
         stage,
@@ -111,7 +128,8 @@ def run_sparse(stage: SparseTrain, model: ModelSource, context: StageContext) ->
         title="Training towards zeros",
         objective=loss,
         teacher=teacher,
-        zeroing=Part(SCHEDULED, zeroing),
+        adaptation=adaptation,
+        zeroing=zeroing,
         promises=tuple(Zeros(layer=layer, pattern=end) for layer, end in ends.items()),
     )
     said = skipped(stage.form, model, stage.form.layers(model)) if result.layers else []

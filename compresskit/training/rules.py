@@ -306,8 +306,13 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "matmul-int8-stage",
         "matmul",
-        lambda s: _int8(s) and getattr(s.fields, "kind", "") in ("qat", "qlora"),
-        "float in a stage whose layers compute with rounded or frozen weights",
+        lambda s: (
+            _int8(s)
+            and (
+                getattr(s.fields, "kind", "") in ("qat", "qlora") or getattr(s.fields, "swaps_layers", False)
+            )
+        ),
+        "float in a stage whose layers compute with rounded, frozen or masked weights",
         "{matmul}",
         "Use matmul float; int8 is for finetune and distill.",
     ),
@@ -335,6 +340,12 @@ def launched_processes() -> int | None:
     if "LOCAL_RANK" not in os.environ or "RANK" not in os.environ:
         return None
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def passes_per_step(fields: TrainingFields) -> int:
+    """Forward passes of one process per optimiser step, here and now."""
+    setting = Setting(fields, launched_processes() or fields.processes, "cpu")
+    return fields.batch_size // (setting.micro_batch_size * setting.processes)
 
 
 def this_rank() -> int:

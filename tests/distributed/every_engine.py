@@ -62,8 +62,8 @@ class Counting:
         return {"input_ids": ids, "labels": labels, "position_ids": torch.arange(12)}
 
 
-def make_model(*, tied: bool = True, zeros: bool = True) -> tuple[LlamaForCausalLM, tuple[str, ...]]:
-    """A tiny Llama, half of whose projections' weights are zero if asked, and the names of those layers."""
+def make_model(*, tied: bool = True) -> tuple[LlamaForCausalLM, tuple[str, ...]]:
+    """A tiny Llama, half of whose projections' weights are zero, and the names of those layers."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=48,
@@ -78,7 +78,7 @@ def make_model(*, tied: bool = True, zeros: bool = True) -> tuple[LlamaForCausal
     model = LlamaForCausalLM(config)
     held = tuple(name for name, _ in model.named_modules() if name.endswith("proj"))
     with torch.no_grad():
-        for name in held if zeros else ():
+        for name in held:
             weight = model.get_submodule(name).weight
             weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5] = 0
     return model, held

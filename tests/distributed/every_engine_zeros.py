@@ -1,7 +1,8 @@
 """The same making and moving of zeros under every engine, one after another, in the ranks of one launch.
 
-``python every_engine_zeros.py OUT`` is one rank; it leaves ``OUT/<run>-<engine>.json`` and ``.safetensors``.
-Imported, it gives what one process needs to do the same.
+``python every_engine_zeros.py OUT`` is one rank; it trains the model in ``OUT/model`` and leaves
+``OUT/<run>-<engine>`` and ``.json``; some runs it breaks off and starts again. Imported, it gives what one
+process needs to do the same.
 """
 
 from __future__ import annotations
@@ -10,18 +11,22 @@ import json
 import sys
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from every_engine import ENGINES, FIELDS, Counting, make_model
-from safetensors.torch import save_file
+from every_engine import ENGINES, FIELDS, Counting
 from torch import Tensor
 
+from compresskit.modeling import ModelSource
+from compresskit.sparse.masked import Masked
 from compresskit.sparse.train_run import Scheduled
+from compresskit.training.adaptation import Adaptation, Plain
 from compresskit.training.fields import TrainingFields
 from compresskit.training.fit import TrainOutcome, fit
+from compresskit.training.trainer import StageTrainer
 
 STEPS = 12
 RUNS: Mapping[str, dict[str, Any]] = {
@@ -29,43 +34,73 @@ RUNS: Mapping[str, dict[str, Any]] = {
     "gradual-groups": {"method": "gradual", "options": {"update_every": 2, "end": 0.5}, "end": "2:4"},
     "set": {"method": "set", "options": {"update_every": 3}, "end": "70%:layer"},
     "rigl": {"method": "rigl", "options": {"update_every": 3}, "end": "70%:layer"},
+    "srste": {"method": "srste", "options": {"pull": 0.01}, "end": "2:4"},
 }
 ALL_FIELDS = replace(FIELDS, steps=STEPS)
 
 
-def zeroing(run: str, layers: tuple[str, ...]) -> Scheduled:
-    """What changes zeros in ``run``."""
-    asked = RUNS[run]
-    return Scheduled(
-        method=asked["method"], options=asked["options"], ends=dict.fromkeys(layers, asked["end"])
-    )
+BROKEN = "rigl"
+"""The run that is broken off under every engine after step 8, past a change and past a checkpoint."""
 
 
-def train(run: str, scratch: Path, fields: TrainingFields, saved: dict[str, Tensor]) -> TrainOutcome:
-    """Train a tiny Llama, dense at first, and put what is saved into ``saved``."""
-    model, layers = make_model(zeros=False)
-    rows = Counting()
+def ends(run: str, source: ModelSource) -> dict[str, str]:
+    """Layer -> the pattern it ends with."""
+    return {name: RUNS[run]["end"] for name in source.anatomy.linears if name != "lm_head"}
+
+
+def train(run: str, source: ModelSource, out: Path, fields: TrainingFields) -> TrainOutcome:
+    """Train the model, dense at first, into ``out``."""
+    asked = {"method": RUNS[run]["method"], "options": RUNS[run]["options"], "ends": ends(run, source)}
+    passes = fields.batch_size // (fields.micro_batch_size or 1) // (1 if fields.micro_batch_size == 8 else 2)
+    swaps = run == "srste"
+    adapted: Adaptation = Masked(**asked, passes=passes) if swaps else Plain()
+
+    def save(tensors: Mapping[str, Tensor]) -> None:
+        if tensors:
+            out.mkdir()
+            adapted.save(source, out, tensors)
+
     return fit(
-        model,
-        rows,
+        adapted.load(source),
+        Counting(),
         fields=fields,
-        scratch=scratch,
-        validation=rows,
-        zeroing=zeroing(run, layers),
+        scratch=out.with_name(f"{out.name}-s"),
+        validation=Counting(),
+        zeroing=None if swaps else Scheduled(**asked),
         device="cpu",
-        save=saved.update,
+        save=save,
     )
 
 
-def main(out: Path) -> None:
+def broken_off(run: str, source: ModelSource, out: Path, fields: TrainingFields) -> TrainOutcome:
+    """The same, with an end after step 8 that no rank comes back from, and a new start."""
+    log = StageTrainer.log
+
+    def stop(self: Any, logs: Any, *rest: Any) -> None:
+        log(self, logs, *rest)
+        if self.state.global_step == 8:
+            raise InterruptedError
+
+    StageTrainer.log = stop  # type: ignore[method-assign]
+    try:
+        with suppress(InterruptedError):
+            train(run, source, out, fields)
+    finally:
+        StageTrainer.log = log  # type: ignore[method-assign]
+    return train(run, source, out, fields)
+
+
+def main(place: Path) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
+    source = ModelSource(place / "model")
     for engine, changes in ENGINES.items():
-        for run in RUNS:
-            saved: dict[str, Tensor] = {}
-            outcome = train(run, out / f"{run}-{engine}", replace(ALL_FIELDS, **changes), saved)
-            if torch.distributed.get_rank() == 0:
-                save_file({k: t.clone() for k, t in saved.items()}, out / f"{run}-{engine}.safetensors")
-                (out / f"{run}-{engine}.json").write_text(json.dumps(asdict(outcome)))
+        fields = replace(ALL_FIELDS, **changes)
+        outcomes = {run: train(run, source, place / f"{run}-{engine}", fields) for run in RUNS}
+        again = replace(fields, checkpoint_every=5)
+        outcomes["broken"] = broken_off(BROKEN, source, place / f"broken-{engine}", again)
+        if torch.distributed.get_rank() == 0:
+            for run, outcome in outcomes.items():
+                (place / f"{run}-{engine}.json").write_text(json.dumps(asdict(outcome)))
     torch.distributed.destroy_process_group()
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from tiny import tiny_llama
+from tiny import byte_tokenizer, tiny_llama
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import compresskit as ck
 from compresskit.cli import main
@@ -72,14 +73,15 @@ def run(
 
 
 CASES = [("gradual", "80%:layer"), ("gradual", "75%"), ("gradual", "2:4"), ("set", "80%:layer")]
-CASES += [("rigl", "80%:layer")]
+CASES += [("rigl", "80%:layer"), ("srste", "2:4")]
 
 
 @pytest.mark.parametrize(("method", "pattern"), CASES)
 def test_the_promised_zeros_are_made(
     method: str, pattern: str, source: ModelSource, text: DataSpec, tmp_path: Path
 ) -> None:
-    stage = SparseTrain(method=method, pattern=pattern, options=OFTEN, **FEW)
+    options = {} if method == "srste" else OFTEN
+    stage = SparseTrain(method=method, pattern=pattern, options=options, **FEW)
     assert stage.faults(outlook(source), "s") == []
     result, made = run(stage, source, text, tmp_path)
     assert {p.layer for p in result.promises} == {n for n in source.anatomy.linears if n != "lm_head"}
@@ -93,12 +95,18 @@ def test_the_promised_zeros_are_made(
     assert made.tensor("lm_head.weight").count_nonzero() == made.tensor("lm_head.weight").numel()
 
 
-def test_zeros_of_an_earlier_stage_stay(source: ModelSource, text: DataSpec, tmp_path: Path) -> None:
-    stages = [
-        ck.Prune("magnitude", pattern="2:4"),
-        SparseTrain(pattern="80%:layer", options=OFTEN, loss="forward_kl", **FEW),
-        ck.Quantize("rtn", scheme="w8a16"),
-    ]
+@pytest.mark.parametrize(
+    "then",
+    [
+        SparseTrain(pattern="80%:layer", options=OFTEN, **FEW),
+        SparseTrain(method="srste", pattern="1:4", **FEW),
+    ],
+    ids=["gradual", "srste"],
+)
+def test_zeros_of_an_earlier_stage_stay(
+    then: SparseTrain, source: ModelSource, text: DataSpec, tmp_path: Path
+) -> None:
+    stages = [ck.Prune("magnitude", pattern="2:4"), then, ck.Quantize("rtn", scheme="w8a16")]
     recipe = ck.Recipe(model=str(source.directory), data=text, stages=stages)
     artifact = ck.run(recipe, tmp_path / "out", measures=(), keep_stages=True)
     checks = artifact.manifest["stages"][-1]["checks"]
@@ -106,7 +114,22 @@ def test_zeros_of_an_earlier_stage_stay(source: ModelSource, text: DataSpec, tmp
     first, last = (open_model(str(artifact.directory / "stages" / n)) for n in ("1-prune", "2-sparse_train"))
     before_OI, now_OI = first.weight_OI(LAYER), last.weight_OI(LAYER)
     assert not now_OI[before_OI == 0].any()
-    assert int((now_OI == 0).sum()) == round(0.8 * now_OI.numel())
+    assert int((now_OI == 0).sum()) == round(parse_pattern(str(then.pattern)).zero_fraction * now_OI.numel())
+
+
+def test_a_weight_that_is_stored_the_other_way_round(text: DataSpec, tmp_path: Path) -> None:
+    """GPT-2 keeps (I, O): groups run along the inputs all the same."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=258, n_positions=64, n_embd=32, n_layer=1, n_head=4)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    source = open_model(str(tmp_path / "model"))
+    stage = SparseTrain(pattern="2:4", options=OFTEN, **FEW)
+    assert stage.faults(outlook(source), "s") == []
+    result, made = run(stage, source, text, tmp_path / "s")
+    assert [p.broken(made, made) for p in result.promises] == [()] * 4
+    (fault,) = SparseTrain(method="srste", pattern="2:4").faults(outlook(source), "s")
+    assert "Add these layers to ignore" in fault.cure
 
 
 def test_stored_in_bfloat16_the_zeros_are_as_many(text: DataSpec, tmp_path: Path) -> None:
@@ -183,6 +206,13 @@ def test_faults_come_together(source: ModelSource) -> None:
     assert fault.where.startswith("s.targets")
     (fault,) = SparseTrain(ignore=()).faults(outlook(source), "s")
     assert "shares its weight with the token embedding" in fault.got
+    for method in ("set", "rigl"):
+        (fault,) = SparseTrain(method=method, pattern="2:4").faults(outlook(source), "s")
+        assert (fault.where, fault.expected) == ("s.pattern", "a share of layers, such as 80%:layer")
+    (fault,) = SparseTrain(method="srste", precision="fp16", pattern="2:4").faults(outlook(source), "s")
+    assert fault.where == "s.precision"
+    (fault,) = SparseTrain(method="srste", pattern="2:4", options={"end": 0.5}).faults(outlook(source), "s")
+    assert fault.where == "s.end"
     (fault,) = SparseTrain(loss="forward_k").faults(outlook(source), "s")
     assert "forward_kl" in fault.cure
 
@@ -192,8 +222,10 @@ def test_faults_come_together(source: ModelSource) -> None:
     [
         ([ck.Quantize("rtn", scheme="w8a8"), SparseTrain(**FEW)], "Put this stage before the quantisation"),
         ([SparseTrain(**FEW), ck.Prune("cut", options={"layers": 1})], "Put the cut first"),
+        ([ck.Prune("magnitude"), SparseTrain(method="set", **FEW)], "Use method gradual"),
+        ([SparseTrain(**FEW), SparseTrain(method="rigl", **FEW)], "after 1-sparse_train, whose zeros"),
     ],
-    ids=["quantize", "cut"],
+    ids=["quantize", "cut", "set", "rigl"],
 )
 def test_what_may_not_meet_is_refused_with_the_cure(
     stages: list[Any], said: str, source: ModelSource, text: DataSpec
