@@ -45,20 +45,22 @@ def best(
     model: Path, way: str, rates: list[float], pattern: str, fields: dict[str, Any], options: Any
 ) -> dict[str, Any]:
     """The outcome at the learning rate that validates best, and the validation loss at each."""
-    held_out: dict[str, float] = {}
-    found: dict[str, Any] = {}
-    for rate in rates:
-        made = stages(way, pattern, {**fields, "learning_rate": rate})
-        recipe = ck.Recipe(model=str(model), data=ck.DataSpec(source=options.train), stages=made)
-        with tempfile.TemporaryDirectory() as place:
-            artifact = ck.run(recipe, Path(place) / "out", measures=())
+    held_out: dict[float, float] = {}
+    with tempfile.TemporaryDirectory() as place:
+        for rate in rates:
+            made = stages(way, pattern, {**fields, "learning_rate": rate})
+            recipe = ck.Recipe(model=str(model), data=ck.DataSpec(source=options.train), stages=made)
+            artifact = ck.run(recipe, Path(place) / str(rate), measures=())
             result = artifact.manifest["stages"][-1]["result"]
-            held_out[str(rate)] = result["metrics"]["validation_loss"]
-            if held_out[str(rate)] == min(held_out.values()):
-                zeros = [layer["zero_fraction"] for layer in result["layers"] if layer["zero_fraction"]]
-                found = {"bits_per_byte": bits(artifact.directory, options.evaluate), "learning_rate": rate}
-                found["least zero fraction of a layer"] = min(zeros)
-    return {**found, "validation loss by learning rate": held_out}
+            held_out[rate] = result["metrics"]["validation_loss"]
+        rate = min(rates, key=held_out.__getitem__)
+        (record,) = ck.bench(Path(place) / str(rate), data=options.evaluate, measures=("size",))
+        return {
+            "bits_per_byte": bits(Path(place) / str(rate), options.evaluate),
+            "zero_fraction": record.values["zero_fraction"],
+            "learning_rate": rate,
+            "validation loss by learning rate": {str(r): loss for r, loss in held_out.items()},
+        }
 
 
 def main() -> None:
