@@ -24,7 +24,7 @@ from compresskit.sparse.promise import Zeros
 from compresskit.training.job import Part
 from compresskit.training.lesson import lesson_bytes, lesson_parts
 from compresskit.training.outlook import forecast_training, live_copy_bytes
-from compresskit.training.rules import passes_per_step
+from compresskit.training.rules import Setting, launched_processes, passes_per_step
 from compresskit.training.stage import run_training
 
 if TYPE_CHECKING:
@@ -86,11 +86,15 @@ class Scheduled:
 
 def forecast_sparse(stage: SparseTrain, model: Outlook) -> Forecast:
     """What training takes, and changing the zeros of the largest layer besides."""
-    layers = tuple(stage.patterns(model))
+    layers, linears = tuple(stage.patterns(model)), model.anatomy.linears
     # The weight before and after in float32, a score, what selecting among all of it needs, and masks.
     other = largest_layer(model.anatomy, layers) * (4 + 4 + 4 + 12 + 4)
     if stage.swaps_layers:
         other += live_copy_bytes(stage, model.anatomy, layers)
+    if TRAINED_PRUNERS[stage.method].needs_gradient:  # kept for one step as the parameters are
+        setting = Setting(stage, launched_processes() or stage.processes, "cpu")
+        weights = sum(linears[name].out_features * linears[name].in_features for name in layers)
+        other += 4 * weights // (setting.processes if setting.shards_parameters else 1)
     taught = lesson_bytes(stage, model)
     trained = forecast_training(stage, model, teacher_bytes=taught, other_bytes=other)
     return replace(trained, layers=len(layers), notes=(*trained.notes, DENSE))

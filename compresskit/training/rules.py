@@ -54,6 +54,11 @@ class Setting:
         return "ddp" if launched or self.processes > 1 else "single"
 
     @property
+    def shards_parameters(self) -> bool:
+        """Whether each process keeps only its part of the parameters between steps."""
+        return self.strategy == "fsdp" or (self.strategy == "deepspeed" and self.fields.zero_stage == 3)
+
+    @property
     def micro_batch_size(self) -> int:
         """Rows per forward pass of one process."""
         return self.fields.micro_batch_size or max(1, self.fields.batch_size // self.processes)
@@ -263,10 +268,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "frozen-bits-sharded",
         "strategy",
-        lambda s: (
-            getattr(s.fields, "base", "none") in ("nf4", "int8")
-            and (s.strategy == "fsdp" or (s.strategy == "deepspeed" and s.fields.zero_stage == 3))
-        ),
+        lambda s: getattr(s.fields, "base", "none") in ("nf4", "int8") and s.shards_parameters,
         "strategy ddp, or deepspeed with zero_stage 1 or 2, for weights frozen in few bits",
         "strategy {strategy}, which shards weights of one floating type",
         "Use strategy ddp, or base none.",

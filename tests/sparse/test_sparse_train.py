@@ -152,7 +152,7 @@ def test_layers_the_pattern_does_not_fit_may_be_skipped(text: DataSpec, tmp_path
     assert len(result.promises) == 12
 
 
-@pytest.mark.parametrize("method", ["gradual", "set"])
+@pytest.mark.parametrize("method", ["gradual", "rigl"])
 def test_a_restart_gives_the_same_bytes(
     method: str, source: ModelSource, text: DataSpec, tmp_path: Path
 ) -> None:
@@ -237,6 +237,19 @@ def test_what_may_not_meet_is_refused_with_the_cure(
     recipe = ck.Recipe(model=str(source.directory), data=text, stages=stages)
     with pytest.raises(PlanError, match=said):
         ck.plan(recipe)
+
+
+def test_the_forecast_counts_what_a_method_holds(source: ModelSource) -> None:
+    def bytes_of(**fields: Any) -> int:
+        return SparseTrain(**FEW | fields).forecast(outlook(source)).memory_bytes
+
+    linears = [linear for name, linear in source.anatomy.linears.items() if name != "lm_head"]
+    weights = sum(linear.out_features * linear.in_features for linear in linears)
+    assert bytes_of(method="rigl") - bytes_of(method="set") == 4 * weights
+    pair = {"processes": 2, "strategy": "fsdp"}
+    assert bytes_of(method="rigl", **pair) - bytes_of(method="set", **pair) == 2 * weights
+    assert bytes_of(method="srste", pattern="2:4") - bytes_of(pattern="2:4") == 4 * weights
+    assert bytes_of(loss="forward_kl") - bytes_of() == source.bytes
 
 
 def test_it_survives_the_recipe_file(tmp_path: Path) -> None:
