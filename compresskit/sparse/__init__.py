@@ -35,5 +35,6 @@ TRAINED_PRUNERS: Registry[TrainedPruner] = Registry(
         "set": "compresskit.sparse.set:SET",
         "rigl": "compresskit.sparse.rigl:RigL",
         "srste": "compresskit.sparse.srste:SRSTE",
+        "movement": "compresskit.sparse.movement:Movement",
     },
 )

@@ -66,12 +66,14 @@ class Moment:
         seed: of whatever is random, for this layer and step alone; the same on every rank.
         gradient_OI: (O, I), of the step just taken, zeros included; up to a factor, and only for a method
             that asks for it.
+        score_OI: (O, I), fp32, that training has learnt, for a method whose ``learns_scores`` is set.
     """
 
     step: int
     steps: int
     seed: int = 0
     gradient_OI: Tensor | None = None
+    score_OI: Tensor | None = None
 
 
 class TrainedPruner(Protocol):
@@ -82,12 +84,14 @@ class TrainedPruner(Protocol):
         needs_gradient: whether :meth:`update` looks at the gradient, except before the first step.
         masks_forward: whether layers compute with what :meth:`update` makes of their weight, and the weight
             itself stays dense until it is saved; else :meth:`update` makes the weight itself.
+        learns_scores: of those, whether a score of each weight is trained besides.
         pattern: of the zeros there are at the end, over all layers together.
     """
 
     regrows: ClassVar[bool]
     needs_gradient: ClassVar[bool]
     masks_forward: ClassVar[bool]
+    learns_scores: ClassVar[bool]
     pattern: Pattern
 
     @staticmethod

@@ -34,6 +34,7 @@ class Gradual(Timetable):
     regrows: ClassVar[bool] = False
     needs_gradient: ClassVar[bool] = False
     masks_forward: ClassVar[bool] = False
+    learns_scores: ClassVar[bool] = False
 
     pattern: Pattern
     begin: Annotated[float, Within(0, 1)] = 0.0
@@ -64,7 +65,11 @@ class Gradual(Timetable):
         Returns:
             The weight (O, I) with at least the zeros it had.
         """
+        return self.pruned(weight_OI, weight_OI.abs(), moment)
+
+    def pruned(self, weight_OI: Tensor, score_OI: Tensor, moment: Moment) -> Tensor:
+        """The weight (O, I), zero where ``score_OI`` is lowest, in as many places as the schedule says."""
         pattern = self.pattern.eased(self.share(moment.step, moment.steps))
         if pattern is None or (moment.step < self.last(moment.steps) and pattern.misfit(*weight_OI.shape)):
             return weight_OI  # so few that not one of a row or layer is due yet
-        return weight_OI.where(pattern.keep_largest(weight_OI.abs()), 0)
+        return weight_OI.where(pattern.keep_largest(score_OI), 0)

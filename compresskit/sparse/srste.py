@@ -34,6 +34,7 @@ class SRSTE:
     regrows: ClassVar[bool] = False
     needs_gradient: ClassVar[bool] = False
     masks_forward: ClassVar[bool] = True
+    learns_scores: ClassVar[bool] = False
 
     pattern: Pattern
     pull: Annotated[float, Within(0)] = 2e-4

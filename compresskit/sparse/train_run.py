@@ -23,7 +23,7 @@ from compresskit.sparse.pattern import parse_pattern
 from compresskit.sparse.promise import Zeros
 from compresskit.training.job import Part
 from compresskit.training.lesson import lesson_bytes, lesson_parts
-from compresskit.training.outlook import forecast_training, live_copy_bytes
+from compresskit.training.outlook import STATE_BYTES, forecast_training, live_copy_bytes
 from compresskit.training.rules import Setting, launched_processes, passes_per_step
 from compresskit.training.stage import run_training
 
@@ -91,10 +91,12 @@ def forecast_sparse(stage: SparseTrain, model: Outlook) -> Forecast:
     other = largest_layer(model.anatomy, layers) * (4 + 4 + 4 + 12 + 4)
     if stage.swaps_layers:
         other += live_copy_bytes(stage, model.anatomy, layers)
-    if TRAINED_PRUNERS[stage.method].needs_gradient:  # kept for one step as the parameters are
-        setting = Setting(stage, launched_processes() or stage.processes, "cpu")
-        weights = sum(linears[name].out_features * linears[name].in_features for name in layers)
-        other += 4 * weights // (setting.processes if setting.shards_parameters else 1)
+    method = TRAINED_PRUNERS[stage.method]
+    # A gradient collected for a step, and scores that are trained, are kept as the parameters are.
+    each = 4 * method.needs_gradient + STATE_BYTES * method.learns_scores
+    setting = Setting(stage, launched_processes() or stage.processes, "cpu")
+    weights = sum(linears[name].out_features * linears[name].in_features for name in layers)
+    other += each * weights // (setting.processes if setting.shards_parameters else 1)
     taught = lesson_bytes(stage, model)
     trained = forecast_training(stage, model, teacher_bytes=taught, other_bytes=other)
     return replace(trained, layers=len(layers), notes=(*trained.notes, DENSE))
@@ -120,7 +122,10 @@ def run_sparse(stage: SparseTrain, model: ModelSource, context: StageContext) ->
     adaptation: Part | None = None
     zeroing: Part | None = None
     if stage.swaps_layers:
-        adaptation = Part(MASKED, options | {"passes": passes_per_step(stage)})
+        passes = passes_per_step(stage)
+        if stage.activation_checkpointing and TRAINED_PRUNERS[stage.method].learns_scores:
+            passes *= 2  # the backward pass computes each block once more
+        adaptation = Part(MASKED, options | {"steps": stage.steps or 1, "passes_per_step": passes})
     else:
         turned = tuple(layer for layer in ends if model.anatomy.linears[layer].transposed)
         zeroing = Part(SCHEDULED, options | {"transposed": turned, "seed": context.seed})

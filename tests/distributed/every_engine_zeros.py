@@ -21,6 +21,7 @@ from every_engine import ENGINES, FIELDS, Counting
 from torch import Tensor
 
 from compresskit.modeling import ModelSource
+from compresskit.sparse import TRAINED_PRUNERS
 from compresskit.sparse.masked import Masked
 from compresskit.sparse.train_run import Scheduled
 from compresskit.training.adaptation import Adaptation, Plain
@@ -35,12 +36,13 @@ RUNS: Mapping[str, dict[str, Any]] = {
     "set": {"method": "set", "options": {"update_every": 3}, "end": "70%:layer"},
     "rigl": {"method": "rigl", "options": {"update_every": 3}, "end": "70%:layer"},
     "srste": {"method": "srste", "options": {"pull": 0.01}, "end": "2:4"},
+    "movement": {"method": "movement", "options": {"update_every": 3}, "end": "70%:layer"},
 }
 ALL_FIELDS = replace(FIELDS, steps=STEPS)
 
 
-BROKEN = "rigl"
-"""The run that is broken off under every engine after step 8, past a change and past a checkpoint."""
+BROKEN = ("rigl", "movement")
+"""The runs that are broken off under every engine after step 8, past a change and past a checkpoint."""
 
 
 def ends(run: str, source: ModelSource) -> dict[str, str]:
@@ -52,8 +54,8 @@ def train(run: str, source: ModelSource, out: Path, fields: TrainingFields) -> T
     """Train the model, dense at first, into ``out``."""
     asked = {"method": RUNS[run]["method"], "options": RUNS[run]["options"], "ends": ends(run, source)}
     passes = fields.batch_size // (fields.micro_batch_size or 1) // (1 if fields.micro_batch_size == 8 else 2)
-    swaps = run == "srste"
-    adapted: Adaptation = Masked(**asked, passes=passes) if swaps else Plain()
+    swaps = TRAINED_PRUNERS[RUNS[run]["method"]].masks_forward
+    adapted: Adaptation = Masked(**asked, steps=STEPS, passes_per_step=passes) if swaps else Plain()
 
     def save(tensors: Mapping[str, Tensor]) -> None:
         if tensors:
@@ -97,7 +99,9 @@ def main(place: Path) -> None:
         fields = replace(ALL_FIELDS, **changes)
         outcomes = {run: train(run, source, place / f"{run}-{engine}", fields) for run in RUNS}
         again = replace(fields, checkpoint_every=5)
-        outcomes["broken"] = broken_off(BROKEN, source, place / f"broken-{engine}", again)
+        for run in BROKEN:
+            name = f"{run}-broken"
+            outcomes[name] = broken_off(run, source, place / f"{name}-{engine}", again)
         if torch.distributed.get_rank() == 0:
             for run, outcome in outcomes.items():
                 (place / f"{run}-{engine}.json").write_text(json.dumps(asdict(outcome)))

@@ -105,8 +105,9 @@ def test_the_saved_zeros_are_those_asked_for(run: str, engine: str, launched: Pa
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_restart_changes_no_byte(engine: str, launched: Path) -> None:
+@pytest.mark.parametrize("run", BROKEN)
+def test_a_restart_changes_no_byte(run: str, engine: str, launched: Path) -> None:
     """Which weights are zero, and which are to change next, is in the checkpoint's weights and step."""
-    assert outcome(launched, f"broken-{engine}")["resumed_from"] == 5
-    one, two = (launched / f"{run}-{engine}" / "model.safetensors" for run in ("broken", BROKEN))
+    assert outcome(launched, f"{run}-broken-{engine}")["resumed_from"] == 5
+    one, two = (launched / f"{name}-{engine}" / "model.safetensors" for name in (run, f"{run}-broken"))
     assert one.read_bytes() == two.read_bytes()

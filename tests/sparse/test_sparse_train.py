@@ -74,6 +74,7 @@ def run(
 
 CASES = [("gradual", "80%:layer"), ("gradual", "75%"), ("gradual", "2:4"), ("set", "80%:layer")]
 CASES += [("rigl", "80%:layer"), ("srste", "2:4")]
+CASES += [("movement", "75%"), ("movement", "2:4")]
 
 
 @pytest.mark.parametrize(("method", "pattern"), CASES)
@@ -95,14 +96,14 @@ def test_the_promised_zeros_are_made(
     assert made.tensor("lm_head.weight").count_nonzero() == made.tensor("lm_head.weight").numel()
 
 
-@pytest.mark.parametrize(
-    "then",
-    [
-        SparseTrain(pattern="80%:layer", options=OFTEN, **FEW),
-        SparseTrain(method="srste", pattern="1:4", **FEW),
-    ],
-    ids=["gradual", "srste"],
-)
+AFTER = {
+    "gradual": SparseTrain(pattern="80%:layer", options=OFTEN, **FEW),
+    "srste": SparseTrain(method="srste", pattern="1:4", **FEW),
+    "movement": SparseTrain(method="movement", pattern="80%:layer", options=OFTEN, **FEW),
+}
+
+
+@pytest.mark.parametrize("then", AFTER.values(), ids=AFTER)
 def test_zeros_of_an_earlier_stage_stay(
     then: SparseTrain, source: ModelSource, text: DataSpec, tmp_path: Path
 ) -> None:
@@ -152,7 +153,7 @@ def test_layers_the_pattern_does_not_fit_may_be_skipped(text: DataSpec, tmp_path
     assert len(result.promises) == 12
 
 
-@pytest.mark.parametrize("method", ["gradual", "rigl"])
+@pytest.mark.parametrize("method", ["gradual", "rigl", "movement"])
 def test_a_restart_gives_the_same_bytes(
     method: str, source: ModelSource, text: DataSpec, tmp_path: Path
 ) -> None:
@@ -217,6 +218,8 @@ def test_faults_come_together(source: ModelSource) -> None:
     assert fault.where == "s.precision"
     (fault,) = SparseTrain(method="srste", pattern="2:4", options={"end": 0.5}).faults(outlook(source), "s")
     assert fault.where == "s.end"
+    (fault,) = SparseTrain(method="movement").faults(outlook(source), "s")
+    assert fault.where == "s.steps"
     (fault,) = SparseTrain(loss="forward_k").faults(outlook(source), "s")
     assert "forward_kl" in fault.cure
 
@@ -249,6 +252,7 @@ def test_the_forecast_counts_what_a_method_holds(source: ModelSource) -> None:
     pair = {"processes": 2, "strategy": "fsdp"}
     assert bytes_of(method="rigl", **pair) - bytes_of(method="set", **pair) == 2 * weights
     assert bytes_of(method="srste", pattern="2:4") - bytes_of(pattern="2:4") == 4 * weights
+    assert bytes_of(method="movement") - bytes_of() == (16 + 4) * weights
     assert bytes_of(loss="forward_kl") - bytes_of() == source.bytes
 
 

@@ -35,7 +35,9 @@ def slow_mask(weight_OI: Tensor, keep: int, of: int) -> Tensor:
 def test_forward_and_gradient_are_those_of_the_paper(keep: int, of: int, passes: int, tmp_path: Path) -> None:
     source = open_model(str(tiny_llama(tmp_path)))
     pull = {"pull": 0.3}
-    model = Masked(method="srste", options=pull, ends={LAYER: f"{keep}:{of}"}, passes=passes).load(source)
+    model = Masked(method="srste", options=pull, ends={LAYER: f"{keep}:{of}"}, passes_per_step=passes).load(
+        source
+    )
     layer: Any = model.get_submodule(LAYER)
     assert isinstance(layer, MaskedLinear)
     input_BI, after_BO = torch.randn(5, 32), torch.randn(5, 64)
