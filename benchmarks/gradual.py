@@ -70,12 +70,12 @@ def main() -> None:
     parser.add_argument("--train", required=True)
     parser.add_argument("--evaluate", required=True)
     parser.add_argument("--pattern", default="80%:layer")
-    ways = "magnitude/cross_entropy,wanda/cross_entropy,magnitude/forward_kl,wanda/forward_kl"
+    ways = "magnitude/cross_entropy,wanda/cross_entropy,wanda/forward_kl"
     parser.add_argument("--ways", default=f"{ways},gradual/cross_entropy,gradual/forward_kl")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--context-length", type=int, default=512)
-    parser.add_argument("--learning-rates", default="1e-3,3e-3")
+    parser.add_argument("--steps", type=int, default=140)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--context-length", type=int, default=256)
+    parser.add_argument("--learning-rates", default="3e-3,1e-2")
     options = parser.parse_args()
     fields: dict[str, Any] = {"steps": options.steps, "batch_size": options.batch_size}
     fields |= {"context_length": options.context_length, "checkpoint_every": 0}

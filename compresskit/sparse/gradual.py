@@ -29,6 +29,8 @@ class Gradual(Timetable):
     Attributes:
         pattern: of the zeros there are at the end; of 2:4 first 3:4 is made.
         begin: share of the steps before the first zeros.
+        end: share of the steps after which all zeros are there; what is left recovers, and a learning rate
+            that falls should not be spent by then.
     """
 
     regrows: ClassVar[bool] = False
@@ -38,6 +40,7 @@ class Gradual(Timetable):
 
     pattern: Pattern
     begin: Annotated[float, Within(0, 1)] = 0.0
+    end: Annotated[float, Within(0, 1, above=True)] = 0.5
 
     @staticmethod
     def unfit(pattern: Pattern) -> str:

@@ -13,12 +13,13 @@ import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 from every_engine import ENGINES, FIELDS, Counting
-from torch import Tensor
+from torch import Tensor, nn
 
 from compresskit.modeling import ModelSource
 from compresskit.sparse import TRAINED_PRUNERS
@@ -62,8 +63,9 @@ def train(run: str, source: ModelSource, out: Path, fields: TrainingFields) -> T
             out.mkdir()
             adapted.save(source, out, tensors)
 
-    return fit(
-        adapted.load(source),
+    model = adapted.load(source)
+    outcome = fit(
+        model,
         Counting(),
         fields=fields,
         scratch=out.with_name(f"{out.name}-s"),
@@ -72,6 +74,21 @@ def train(run: str, source: ModelSource, out: Path, fields: TrainingFields) -> T
         device="cpu",
         save=save,
     )
+    require_same_everywhere(model)
+    return outcome
+
+
+def require_same_everywhere(model: nn.Module) -> None:
+    """Fail unless whole parameters are the same on every rank to the bit, the zeros among them."""
+    if not torch.distributed.is_initialized():
+        return
+    digest = sha256()
+    for parameter in model.parameters():
+        if type(parameter.data) is Tensor and parameter.numel():
+            digest.update(parameter.detach().numpy().tobytes())
+    digests: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(digests, digest.hexdigest())
+    assert len(set(digests)) == 1, "ranks have different weights"
 
 
 def broken_off(run: str, source: ModelSource, out: Path, fields: TrainingFields) -> TrainOutcome:
