@@ -78,10 +78,10 @@ class Rewiring(Timetable):
             return weight_OI.where(self.pattern.keep_largest(weight_OI.abs()), 0)
         weight_N = weight_OI.flatten()
         size, alive_N = weight_N.numel(), weight_N != 0
-        count = round(self.dropped(moment.step, moment.steps) * int(alive_N.sum()))
+        alive, wanted = int(alive_N.sum()), size - round(self.pattern.zero_fraction * size)
+        count = max(round(self.dropped(moment.step, moment.steps) * alive), alive - wanted)
         keep_N = alive_N & ~smallest(weight_N.abs().masked_fill(~alive_N, torch.inf), count)
-        missing = size - round(self.pattern.zero_fraction * size) - int(keep_N.sum())
         growth_N = self.growth(weight_OI, moment).flatten().masked_fill(keep_N, -torch.inf)
-        grow_N = smallest(-growth_N, missing)
+        grow_N = smallest(-growth_N, wanted - (alive - count))
         made_N = weight_N.where(keep_N | grow_N, 0).masked_fill(grow_N & ~alive_N, GROWN)
         return made_N.view(weight_OI.shape)
