@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from compresskit.quant.stage import Quantize
     from compresskit.recipe import Recipe, load_recipe
     from compresskit.sparse.stage import Prune
+    from compresskit.sparse.train import SparseTrain
 
 _HOMES = {
     "Artifact": "compresskit.artifact",
@@ -39,6 +40,7 @@ _HOMES = {
     "Qlora": "compresskit.quant.qlora",
     "Quantize": "compresskit.quant.stage",
     "Recipe": "compresskit.recipe",
+    "SparseTrain": "compresskit.sparse.train",
     "bench": "compresskit.api",
     "compress": "compresskit.api",
     "export": "compresskit.api",
@@ -60,6 +62,7 @@ __all__ = [
     "Qlora",
     "Quantize",
     "Recipe",
+    "SparseTrain",
     "bench",
     "compress",
     "export",

@@ -48,6 +48,7 @@ PACKAGES = (
     "onnxruntime",
 )
 DISK_MARGIN_BYTES = 64 << 20
+EARLIER = "the stages that made this model"
 MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".model")
 
 
@@ -304,20 +305,20 @@ def _chain_faults(stage: Stage, before: list[PlannedStage], source: ModelSource,
                 cure,
             )
         )
-    holds = next(
-        (s.name for s in before if not s.reshapes and (not s.trains or s.forecast.after.layer_bits)), None
+    inherited = {promise.kind for promise in inherited_promises(source.directory)}
+    kept = [s for s in before if not s.reshapes]
+    zeroed = next(
+        (s.name for s in kept if hasattr(s.stage, "pattern")), EARLIER if "zeros" in inherited else ""
     )
-    if holds is None and inherited_promises(source.directory):
-        holds = "the stages that made this model"
-    if stage.reshapes and holds is not None:
-        faults.append(
-            Fault(
-                where,
-                "cutting before zeroing or quantising",
-                f"a cut after {holds}, whose groups it would break",
-                "Put the cut first.",
-            )
-        )
+    if zeroed and getattr(stage, "regrows", False):
+        got = f"{stage.kind} after {zeroed}, whose zeros it would let grow"
+        cure = "Use method gradual, which keeps them, or leave the earlier zeros out."
+        faults.append(Fault(f"{where}.method", "a method that keeps the zeros there are", got, cure))
+    holds = zeroed or next((s.name for s in kept if not s.trains or s.forecast.after.layer_bits), "")
+    holds = holds or (EARLIER if inherited else "")
+    if stage.reshapes and holds:
+        got = f"a cut after {holds}, whose groups it would break"
+        faults.append(Fault(where, "cutting before zeroing or quantising", got, "Put the cut first."))
     return faults
 
 

@@ -38,6 +38,7 @@ STAGES: Registry[Stage] = Registry(
         "quantize": "compresskit.quant.stage:Quantize",
         "qat": "compresskit.quant.qat:Qat",
         "qlora": "compresskit.quant.qlora:Qlora",
+        "sparse_train": "compresskit.sparse.train:SparseTrain",
     },
 )
 

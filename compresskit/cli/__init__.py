@@ -12,6 +12,7 @@ from compresskit.registry import locate, nearest
 
 COMMANDS = {
     "prune": "Zero the weights of a model that a method finds least useful.",
+    "sparse-train": "Train a model while its weights become zero.",
     "distill": "Train a student to match a teacher.",
     "quantize": "Put the weights of a model onto a grid of few bits.",
     "qat": "Train a model while it computes as its quantised form will.",
@@ -39,7 +40,8 @@ class Commands(click.Group):
         """Import the command's file."""
         if cmd_name not in COMMANDS:
             ctx.fail(f"no command {cmd_name!r}; did you mean: {nearest(cmd_name, COMMANDS)}?")
-        command: click.Command = locate(f"compresskit.cli.{cmd_name}:{cmd_name}")
+        name = cmd_name.replace("-", "_")
+        command: click.Command = locate(f"compresskit.cli.{name}:{name}")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -134,7 +134,7 @@ def one_stage_recipe(
     where = f"stages[{len(first)}]"
     stage: dict[str, Any] = {}
     origins = {f"stages[{index}]": "--student" for index in range(len(first))}
-    origins[where] = f"compresskit {kind}"
+    origins[where] = f"compresskit {kind.replace('_', '-')}"
     for name, text in given.items():
         if name in hints and text not in (None, ()):
             stage[name] = _typed(text, hints[name])

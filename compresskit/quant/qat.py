@@ -7,25 +7,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from compresskit.calibration.oneshot import as_names
-from compresskit.data.spec import DataSpec
 from compresskit.errors import Fault, InputError
 from compresskit.quant.assignment import AUTO, NONE, Overrides, freeze_overrides
 from compresskit.quant.scheme import parse
 from compresskit.quant.stage import Quantize
 from compresskit.registry import nearest
-from compresskit.training.fields import TrainingFields
-from compresskit.training.lesson import LESSONS
+from compresskit.training.lesson import TaughtFields, lesson_faults
 
 if TYPE_CHECKING:
     from compresskit.modeling.source import ModelSource
     from compresskit.stage import Forecast, Outlook, StageContext, StageResult
 
 SCALES = ("dynamic", "fixed", "learned")
-TEXT_ALONE = "cross_entropy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Qat(TrainingFields):
+class Qat(TaughtFields):
     """Train the model while it computes as its quantised form will; its weights end on the grid.
 
     Attributes:
@@ -36,11 +33,6 @@ class Qat(TrainingFields):
         scales: of weights: ``dynamic`` covers the weights as they are at each step; ``fixed`` takes the range
             of least squared error once, at the start; ``learned`` starts there and trains it.
         observer_steps: steps whose largest input sets the activation scale of ``w8a8-static``.
-        loss: ``cross_entropy``, or a name of ``compresskit.distill.LOSSES`` to learn from a teacher.
-        teacher: directory or hub id; None is the model as it was before the first stage.
-        temperature: divides both models' logits; the distillation loss is multiplied by its square.
-        cross_entropy_weight: share of the next-token loss beside a distillation loss, in [0, 1].
-        data: text to train on; None takes the recipe's.
     """
 
     kind: ClassVar[str] = "qat"
@@ -52,18 +44,12 @@ class Qat(TrainingFields):
     overrides: Mapping[str, Any] | tuple[str, ...] = ()
     scales: str = "dynamic"
     observer_steps: int = 10
-    loss: str = TEXT_ALONE
-    teacher: str | None = None
-    temperature: float = 1.0
-    cross_entropy_weight: float = 0.0
-    data: DataSpec | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", as_names(self.targets))
         object.__setattr__(self, "ignore", as_names(self.ignore))
         object.__setattr__(self, "overrides", freeze_overrides(self.overrides))
-        if isinstance(self.data, str):
-            object.__setattr__(self, "data", DataSpec(source=self.data))
+        TaughtFields.__post_init__(self)
 
     @property
     def form(self) -> Quantize:
@@ -91,18 +77,7 @@ class Qat(TrainingFields):
         if self.observer_steps < 1:
             got = str(self.observer_steps)
             faults.append(Fault(f"{where}.observer_steps", "at least 1", got, "Raise observer_steps."))
-        return faults + self.scheme_faults(model, where) + self._lesson_faults(model, where)
-
-    def _lesson_faults(self, model: Outlook, where: str) -> list[Fault]:
-        if self.loss != TEXT_ALONE:
-            return LESSONS["teacher"].faults(self, model, where)
-        unused = {"teacher": None, "temperature": 1.0, "cross_entropy_weight": 0.0}
-        cure = "Set loss: forward_kl to learn from a teacher, or leave this field out."
-        return [
-            Fault(f"{where}.{name}", "nothing beside loss: cross_entropy", str(getattr(self, name)), cure)
-            for name, default in unused.items()
-            if getattr(self, name) != default
-        ]
+        return faults + self.scheme_faults(model, where) + lesson_faults(self, model, where)
 
     def scheme_faults(self, model: Outlook | ModelSource, where: str) -> list[Fault]:
         """What is wrong with the scheme and the targets alone."""

@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from compresskit.calibration.oneshot import largest_layer
 from compresskit.errors import SchemeError
 from compresskit.formats.grid import Grid, write_grids
 from compresskit.quant.affine import activation_scale, grid_for
 from compresskit.quant.fake import DYNAMIC, LEARNED, learned_scale, round_in_place
 from compresskit.quant.outlook import forecast_rounding
 from compresskit.quant.promise import OnGrid
-from compresskit.quant.qat import TEXT_ALONE
 from compresskit.quant.scheme import parse
 from compresskit.training.adaptation import Plain
 from compresskit.training.job import Part
-from compresskit.training.lesson import LESSONS
-from compresskit.training.outlook import forecast_training
-from compresskit.training.rules import Setting, launched_processes
-from compresskit.training.stage import CROSS_ENTROPY, run_training
+from compresskit.training.lesson import lesson_bytes, lesson_parts
+from compresskit.training.outlook import forecast_training, live_copy_bytes
+from compresskit.training.rules import passes_per_step
+from compresskit.training.stage import run_training
 
 if TYPE_CHECKING:
     from compresskit.modeling.source import ModelSource
@@ -96,19 +96,9 @@ def forecast_qat(stage: Qat, model: Outlook) -> Forecast:
     """What training takes, and the rounded weights besides; the layers' bits go down."""
     after = forecast_rounding(stage.form, model)
     schemes = stage.form.schemes(model.anatomy)
-    linears = model.anatomy.linears
-    sizes = {name: linears[name].out_features * linears[name].in_features for name in schemes}
-    alive = sum(sizes.values())
-    if stage.activation_checkpointing and model.anatomy.blocks:
-        blocks: dict[str | None, int] = {}
-        for name, size in sizes.items():
-            block = linears[name].block
-            blocks[block] = blocks.get(block, 0) + size
-        alive = max(blocks.values(), default=0)
-    # One float32 copy of each weight that is alive in a pass, and what rounds the largest.
-    other = 4 * alive + 13 * max(sizes.values(), default=0)
-    taught = 0 if stage.loss == TEXT_ALONE else LESSONS["teacher"].held_bytes(stage, model)
-    trained = forecast_training(stage, model, teacher_bytes=taught, other_bytes=other)
+    # Beside the rounded weights of a pass, what rounds the largest.
+    other = live_copy_bytes(stage, model.anatomy, schemes) + 13 * largest_layer(model.anatomy, list(schemes))
+    trained = forecast_training(stage, model, teacher_bytes=lesson_bytes(stage, model), other_bytes=other)
     return replace(trained, after=after.after, layers=len(schemes), notes=trained.notes + after.notes)
 
 
@@ -122,8 +112,7 @@ def run_qat(stage: Qat, model: ModelSource, context: StageContext) -> StageResul
     if faults := stage.scheme_faults(model, stage.kind):
         raise SchemeError(*faults)
     schemes = {layer: str(scheme) for layer, scheme in stage.form.schemes(model.anatomy).items()}
-    setting = Setting(stage, launched_processes() or stage.processes, "cpu")
-    passes = stage.batch_size // (setting.micro_batch_size * setting.processes)
+    passes = passes_per_step(stage)
     if stage.activation_checkpointing:
         passes *= 2  # the backward pass computes each block once more
     options = {
@@ -131,9 +120,7 @@ def run_qat(stage: Qat, model: ModelSource, context: StageContext) -> StageResul
         "scales": stage.scales,
         "observed_passes": passes * stage.observer_steps,
     }
-    loss, teacher = CROSS_ENTROPY, None
-    if stage.loss != TEXT_ALONE:
-        loss, teacher = LESSONS["teacher"].parts(stage, model, context)
+    loss, teacher = lesson_parts(stage, model, context)
     return run_training(
         stage,
         model,

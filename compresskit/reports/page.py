@@ -23,7 +23,7 @@ from compresskit.reports.svg import Bar, bars, curve, line
 from compresskit.reports.verdict import findings, is_same, time_change, times
 
 KNOWN_KINDS = ("source", "prune", "distill", "finetune", "quantize", "artifact")
-ALIKE = {"qat": "quantize", "qlora": "finetune"}
+ALIKE = {"qat": "quantize", "qlora": "finetune", "sparse_train": "prune"}
 TAGS = {"gain": "gain", "cost": "cost", "note": "note"}
 # Nothing may be fetched even if a text in a manifest says so.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

@@ -23,7 +23,7 @@ def findings(chain: Chain) -> list[Finding]:
     """Every finding about ``chain``: totals first, then what each stage gives on the runtime."""
     found = [*_size(chain), *_latency(chain), *_memory(chain), *_quality(chain)]
     for index, step in enumerate(chain.steps[1:], 1):
-        about = {"prune": _prune, "quantize": _quantize, "qat": _quantize}.get(step.kind)
+        about = ABOUT_STAGES.get(step.kind)
         if about is not None:
             found += about(chain, index)
     found += _recovery(chain)
@@ -225,3 +225,6 @@ def _recovery(chain: Chain) -> list[Finding]:
                 )
             )
     return found
+
+
+ABOUT_STAGES = {"prune": _prune, "sparse_train": _prune, "quantize": _quantize, "qat": _quantize}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from compresskit.registry import Registry
 
 if TYPE_CHECKING:  # keeps torch out of `compresskit --help`
-    from compresskit.sparse.base import Allocation, Pruner, Recovery, StructuredPruner
+    from compresskit.sparse.base import Allocation, Pruner, Recovery, StructuredPruner, TrainedPruner
 
 PRUNERS: Registry[Pruner] = Registry(
     "pruner",
@@ -43,5 +43,17 @@ RECOVERIES: Registry[Recovery] = Registry(
     "recovery",
     {
         "reconstruct": "compresskit.sparse.recover.reconstruct:Reconstruct",
+    },
+)
+
+# Methods that make zeros while the model trains, or move them; for the stage `sparse_train`.
+TRAINED_PRUNERS: Registry[TrainedPruner] = Registry(
+    "trained pruner",
+    {
+        "gradual": "compresskit.sparse.gradual:Gradual",
+        "set": "compresskit.sparse.set:SET",
+        "rigl": "compresskit.sparse.rigl:RigL",
+        "srste": "compresskit.sparse.srste:SRSTE",
+        "movement": "compresskit.sparse.movement:Movement",
     },
 )

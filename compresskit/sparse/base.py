@@ -118,3 +118,63 @@ class StructuredPruner(Protocol):
     def run(self, model: ModelSource, context: StageContext) -> StageResult:
         """Write the smaller model into ``context.out``."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Where training stands when a weight's zeros are changed.
+
+    Attributes:
+        step: optimiser steps taken; 0 is before the first.
+        steps: of the whole run.
+        seed: of whatever is random, for this layer and step alone; the same on every rank.
+        gradient_OI: (O, I), of the step just taken, zeros included; up to a factor, and only for a method
+            that asks for it.
+        score_OI: (O, I), fp32, that training has learnt, for a method whose ``learns_scores`` is set.
+    """
+
+    step: int
+    steps: int
+    seed: int = 0
+    gradient_OI: Tensor | None = None
+    score_OI: Tensor | None = None
+
+
+class TrainedPruner(Protocol):
+    """A frozen dataclass whose fields are the hyperparameters and whose verbs are pure.
+
+    Attributes:
+        regrows: whether a zero may become a weight again, so that zeros promised earlier would be lost.
+        needs_gradient: whether :meth:`update` looks at the gradient, except before the first step.
+        masks_forward: whether layers compute with what :meth:`update` makes of their weight, and the weight
+            itself stays dense until it is saved; else :meth:`update` makes the weight itself.
+        learns_scores: of those, whether a score of each weight is trained besides.
+        pattern: of the zeros there are at the end, over all layers together.
+    """
+
+    regrows: ClassVar[bool]
+    needs_gradient: ClassVar[bool]
+    masks_forward: ClassVar[bool]
+    learns_scores: ClassVar[bool]
+    pattern: Pattern
+
+    @staticmethod
+    def unfit(pattern: Pattern) -> str:
+        """What the pattern would have to be, e.g. ``a share of each layer``; empty if it will do."""
+        ...
+
+    def patterns(self, shapes: Mapping[str, tuple[int, int]]) -> Mapping[str, Pattern]:
+        """Layer -> the pattern it ends with; a layer left out stays dense.
+
+        Args:
+            shapes: layer -> (O, I), of all layers that may be pruned.
+        """
+        ...
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether zeros change after ``step`` of ``steps``."""
+        ...
+
+    def update(self, weight_OI: Tensor, moment: Moment) -> Tensor:
+        """The weight (O, I) to train on with, for a layer whose pattern is ``pattern``; modifies nothing."""
+        ...

@@ -55,7 +55,7 @@ def run_oneshot(stage: Prune, model: ModelSource, context: StageContext) -> Stag
     if faults:
         raise PatternError(*faults)
     layers = stage.layers(model)
-    rows, spill, warnings = None, None, _skipped(stage, model, layers)
+    rows, spill, warnings = None, None, skipped(stage, model, layers)
     if stage.reads_data:
         rows, spill, said = calibration_rows(
             stage, model, context.data, cache=context.cache, scratch=context.scratch
@@ -157,7 +157,7 @@ def _patterns(
     return patterns
 
 
-def _skipped(stage: Prune, model: ModelSource, layers: tuple[str, ...]) -> list[str]:
+def skipped(stage: Prune, model: ModelSource, layers: tuple[str, ...]) -> list[str]:
     """Layers that the targets name and the pattern does not fit, in one sentence."""
     named = stage.named(model)
     left = [layer for layer in named if layer not in set(layers)]

@@ -52,6 +52,10 @@ class Pattern(Protocol):
         """Name each group of the bool ``zero_OI`` that has too few zeros; at most ten sentences."""
         ...
 
+    def eased(self, share: float) -> Pattern | None:
+        """The pattern on the way to this one with ``share`` (in [0, 1]) of its zeros; None for no zeros."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class NM:
@@ -104,6 +108,11 @@ class NM:
             len(short),
         )
 
+    def eased(self, share: float) -> NM | None:
+        """A group loses whole weights: 2:4 comes after 3:4; rounded down."""
+        zeros = int(share * (self.of - self.keep) + 1e-9)
+        return NM(self.of - zeros, self.of) if zeros else None
+
 
 @dataclass(frozen=True, slots=True)
 class RowUnstructured:
@@ -142,6 +151,10 @@ class RowUnstructured:
         count_O = zero_OI.sum(1)
         short = (count_O < wanted).nonzero().flatten()
         return at_most((f"row {o}: {_zeros(count_O[o])} of {wanted}" for o in short.tolist()), len(short))
+
+    def eased(self, share: float) -> RowUnstructured | None:
+        """Every row loses alike."""
+        return RowUnstructured(share * self.zero_fraction) if share > 0 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +195,10 @@ class LayerUnstructured:
         """Check the layer's count."""
         wanted, count = round(self.zero_fraction * zero_OI.numel()), int(zero_OI.sum())
         return (f"layer: {_zeros(count)} of {wanted}",) if count < wanted else ()
+
+    def eased(self, share: float) -> LayerUnstructured | None:
+        """Fewer of the whole layer."""
+        return LayerUnstructured(share * self.zero_fraction) if share > 0 else None
 
 
 def parse_pattern(text: str, *, where: str = "pattern") -> Pattern:

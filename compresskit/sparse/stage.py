@@ -106,7 +106,7 @@ class Prune:
         registry: Mapping[str, type[Any]] = STRUCTURED_PRUNERS if self.reshapes else PRUNERS
         method = registry[self.method]
         faults = option_faults(method, self._options, where=where, stage=Prune, reserved=("pattern",))
-        faults += self._number_faults(where)
+        faults += number_faults(self, where) + self.skip_faults(where)
         if self.reshapes:
             return faults or list(method(**dict(self._options)).faults(model, where))
         faults += (wrong := self._choice_faults(where))
@@ -216,12 +216,12 @@ class Prune:
             faults.append(Fault(f"{where}.recover", expected, ", ".join(quantised), cure))
         return faults
 
-    def _number_faults(self, where: str) -> list[Fault]:
-        faults = number_faults(self, where)
-        if self.on_indivisible not in ON_INDIVISIBLE:
-            cure = f"Did you mean: {nearest(self.on_indivisible, ON_INDIVISIBLE)}?"
-            faults.append(Fault(f"{where}.on_indivisible", "error or skip", repr(self.on_indivisible), cure))
-        return faults
+    def skip_faults(self, where: str) -> list[Fault]:
+        """What is wrong with what to do about layers the pattern does not fit."""
+        if self.on_indivisible in ON_INDIVISIBLE:
+            return []
+        cure = f"Did you mean: {nearest(self.on_indivisible, ON_INDIVISIBLE)}?"
+        return [Fault(f"{where}.on_indivisible", "error or skip", repr(self.on_indivisible), cure)]
 
     def pattern_faults(self, model: Outlook | ModelSource, where: str) -> list[Fault]:
         """What is wrong with the pattern and the targets alone."""

@@ -35,6 +35,7 @@ from compresskit.training.redirect import redirected
 from compresskit.training.rules import Setting, launched_processes
 from compresskit.training.trainer import StageTrainer
 from compresskit.training.watch import LOSSES, LossLog, Watch
+from compresskit.training.zeroing import Zeroing
 
 LAST = 10
 """Steps whose mean is the final training loss."""
@@ -93,6 +94,7 @@ class Run:
         teacher: for an objective that needs one.
         validation: rows for the evaluations.
         held: layers whose zero weights stay zero.
+        zeroing: what changes zeros as steps go by; those of its layers are held in between.
         adaptation: what was done to the model before, in words; another one is another run.
         saves_frozen: whether parameters that take no gradient are gathered for ``save``.
         seed: of data order and dropout.
@@ -111,6 +113,7 @@ class Run:
     teacher: TeacherProvider | None
     validation: Rows | None
     held: tuple[str, ...]
+    zeroing: Zeroing | None
     adaptation: str
     saves_frozen: bool
     seed: int
@@ -124,7 +127,7 @@ class Run:
         """The fields, and where they will run; everything wrong with them is raised here."""
         kind = resolve_device(self.device).type
         faults = training_faults(self.fields, "training", device=kind)
-        faults += eight_bit_faults(self.fields, "training") if self.held else []
+        faults += eight_bit_faults(self.fields, "training") if self.held or self.zeroing else []
         if faults:
             raise PlanError(*faults)
         if not len(self.rows):
@@ -144,7 +147,7 @@ class Run:
         facts = {**asdict(self.fields), "steps": self.steps, "seed": self.seed, "rows": len(self.rows)}
         facts |= {"processes": setting.processes, "strategy": setting.strategy, "device": setting.device}
         facts |= {"objective": repr(self.objective), "held": self.held}
-        facts |= {"adaptation": self.adaptation}
+        facts |= {"adaptation": self.adaptation, "zeroing": repr(self.zeroing)}
         for name in ("eval_every", "checkpoint_every"):
             facts.pop(name)
         text = json.dumps(facts, sort_keys=True, default=str)
@@ -212,7 +215,8 @@ class Run:
             validation=self.validation,
             teacher=self.teacher,
             setting=setting,
-            held=self.held,
+            held=tuple(dict.fromkeys((*self.held, *(self.zeroing.layers if self.zeroing else ())))),
+            zeroing=self.zeroing,
             access=access_for(setting.strategy, fields.zero_stage),
             watch=watch,
             identity=self.identity,
@@ -229,6 +233,7 @@ def fit(
     teacher: TeacherProvider | None = None,
     validation: Rows | None = None,
     held: tuple[str, ...] = (),
+    zeroing: Zeroing | None = None,
     adaptation: str = "",
     saves_frozen: bool = True,
     seed: int = 0,
@@ -262,6 +267,7 @@ def fit(
         teacher=teacher,
         validation=validation,
         held=held,
+        zeroing=zeroing,
         adaptation=adaptation,
         saves_frozen=saves_frozen,
         seed=seed,

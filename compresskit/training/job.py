@@ -52,6 +52,7 @@ class TrainJob:
         objective: an ``Objective``.
         teacher: a ``TeacherProvider``, or None.
         adaptation: an ``Adaptation``, or None to train the plain model.
+        zeroing: a ``Zeroing``, or None where no zeros are made or moved.
         data: of DataSpec.
         context_length: tokens per row.
         cache: directory of the token cache.
@@ -70,6 +71,7 @@ class TrainJob:
     objective: Part
     teacher: Part | None = None
     adaptation: Part | None = None
+    zeroing: Part | None = None
     data: Mapping[str, Any]
     context_length: int
     cache: str
@@ -88,7 +90,7 @@ class TrainJob:
     def from_json(cls, text: str) -> TrainJob:
         """Inverse of :meth:`to_json`."""
         data = json.loads(text)
-        for name in ("objective", "teacher", "adaptation"):
+        for name in ("objective", "teacher", "adaptation", "zeroing"):
             data[name] = data[name] and Part(**data[name])
         spec = asdict(DataSpec(**data["data"]))  # whose tuples JSON made lists
         return cls(**data | {"data": spec, "held": tuple(data["held"])})
@@ -152,6 +154,7 @@ def carry_out(job: TrainJob) -> TrainOutcome:
         teacher=teacher,
         validation=validation,
         held=job.held if adaptation.masks_gradients else (),
+        zeroing=job.zeroing.make() if job.zeroing else None,
         adaptation=repr(adaptation),
         saves_frozen=adaptation.saves_frozen,
         seed=job.seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from compresskit.errors import Fault
@@ -11,6 +12,7 @@ from compresskit.training.fields import TrainingFields
 from compresskit.training.rules import Setting, launched_processes
 
 if TYPE_CHECKING:
+    from compresskit.modeling.anatomy import Anatomy
     from compresskit.stage import Outlook
 
 LONGEST_ROW = 2048
@@ -84,6 +86,18 @@ def isolation_faults(fields: TrainingFields, model: Outlook, where: str) -> list
     return probed_faults(
         where, model.config, model.anatomy, model.original, trust_remote_code=model.trust_remote_code
     )
+
+
+def live_copy_bytes(fields: TrainingFields, anatomy: Anatomy, layers: Iterable[str]) -> int:
+    """Of a float32 copy of the weight of each of ``layers`` that computes with one, as alive in a pass."""
+    linears = anatomy.linears
+    blocks: dict[str | None, int] = {}
+    for name in layers:
+        linear = linears[name]
+        blocks[linear.block] = blocks.get(linear.block, 0) + linear.out_features * linear.in_features
+    if fields.activation_checkpointing and anatomy.blocks:
+        return 4 * max(blocks.values(), default=0)
+    return 4 * sum(blocks.values())
 
 
 def forecast_training(

@@ -54,6 +54,11 @@ class Setting:
         return "ddp" if launched or self.processes > 1 else "single"
 
     @property
+    def shards_parameters(self) -> bool:
+        """Whether each process keeps only its part of the parameters between steps."""
+        return self.strategy == "fsdp" or (self.strategy == "deepspeed" and self.fields.zero_stage == 3)
+
+    @property
     def micro_batch_size(self) -> int:
         """Rows per forward pass of one process."""
         return self.fields.micro_batch_size or max(1, self.fields.batch_size // self.processes)
@@ -263,10 +268,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "frozen-bits-sharded",
         "strategy",
-        lambda s: (
-            getattr(s.fields, "base", "none") in ("nf4", "int8")
-            and (s.strategy == "fsdp" or (s.strategy == "deepspeed" and s.fields.zero_stage == 3))
-        ),
+        lambda s: getattr(s.fields, "base", "none") in ("nf4", "int8") and s.shards_parameters,
         "strategy ddp, or deepspeed with zero_stage 1 or 2, for weights frozen in few bits",
         "strategy {strategy}, which shards weights of one floating type",
         "Use strategy ddp, or base none.",
@@ -306,8 +308,13 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "matmul-int8-stage",
         "matmul",
-        lambda s: _int8(s) and getattr(s.fields, "kind", "") in ("qat", "qlora"),
-        "float in a stage whose layers compute with rounded or frozen weights",
+        lambda s: (
+            _int8(s)
+            and (
+                getattr(s.fields, "kind", "") in ("qat", "qlora") or getattr(s.fields, "swaps_layers", False)
+            )
+        ),
+        "float in a stage whose layers compute with rounded, frozen or masked weights",
         "{matmul}",
         "Use matmul float; int8 is for finetune and distill.",
     ),
@@ -335,6 +342,12 @@ def launched_processes() -> int | None:
     if "LOCAL_RANK" not in os.environ or "RANK" not in os.environ:
         return None
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def passes_per_step(fields: TrainingFields) -> int:
+    """Forward passes of one process per optimiser step, here and now."""
+    setting = Setting(fields, launched_processes() or fields.processes, "cpu")
+    return fields.batch_size // (setting.micro_batch_size * setting.processes)
 
 
 def this_rank() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Protocol
 
 from compresskit.data.spec import DataSpec
@@ -60,6 +60,7 @@ def run_training(
     objective: Part = CROSS_ENTROPY,
     teacher: Part | None = None,
     adaptation: Part | None = None,
+    zeroing: Part | None = None,
     promises: tuple[Promise, ...] = (),
 ) -> StageResult:
     """Train ``model`` as ``stage`` says, into ``context.out``.
@@ -72,6 +73,7 @@ def run_training(
         objective: what to minimise.
         teacher: where an objective's signal comes from.
         adaptation: what is trained in place of the plain model.
+        zeroing: what makes zeros, or moves them, while it trains.
         promises: that this stage makes.
 
     Returns:
@@ -94,6 +96,7 @@ def run_training(
         objective=objective,
         teacher=teacher,
         adaptation=adaptation,
+        zeroing=zeroing,
         data=asdict(stage.data or context.data),
         context_length=stage.context_length or min(context_length(model.config), LONGEST_ROW),
         cache=str(context.cache),
@@ -107,6 +110,12 @@ def run_training(
     outcome = train(job)
     if this_rank():
         return StageResult()  # rank 0 wrote the checkpoint and tells the result
+    if zeroing is None and outcome.steps > 1 and outcome.final_loss >= outcome.first_loss:
+        risen = (
+            f"The training loss did not fall ({outcome.first_loss:.4f} at the first step, "
+            f"{outcome.final_loss:.4f} at the end): train longer, or change learning_rate."
+        )
+        outcome = replace(outcome, warnings=(*outcome.warnings, risen))
     return _result(stage, outcome, context, promises)
 
 
@@ -123,11 +132,6 @@ def _result(
         warnings += (
             f"{outcome.skipped_steps} of {outcome.steps} steps overflowed in fp16 and were skipped; "
             "bf16 would not need to.",
-        )
-    if outcome.steps > 1 and outcome.final_loss >= outcome.first_loss:
-        warnings += (
-            f"The training loss did not fall ({outcome.first_loss:.4f} at the first step, "
-            f"{outcome.final_loss:.4f} at the end): train longer, or change learning_rate.",
         )
     layers = tuple(_record(made, name) for name in made.anatomy.linears)
     return StageResult(promises=promises, layers=layers, metrics=plain, warnings=tuple(warnings))

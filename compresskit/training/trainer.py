@@ -26,19 +26,26 @@ from compresskit.training.objective import IGNORED, LOSS, TeacherProvider, super
 from compresskit.training.order import Ordered, Rows, stack
 from compresskit.training.rules import Setting
 from compresskit.training.watch import Watch
+from compresskit.training.zeroing import Zeroing, change_zeros
 
 LONG_EVALUATION = 64
 """Batches from which an evaluation shows its progress."""
 
 
-class _Prepared(TrainerCallback):
-    """Called once the engine has prepared the model: check which engine it is, and hold the zeros."""
+class _Moments(TrainerCallback):
+    """Tells the trainer when the engine has prepared the model, and when a step begins and is done."""
 
     def __init__(self, trainer: StageTrainer) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self._trainer.when_prepared()
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._trainer.when_stepping()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self._trainer.when_stepped()
 
 
 class StageTrainer(Trainer):
@@ -52,6 +59,7 @@ class StageTrainer(Trainer):
         teacher: of the objective, or None.
         setting: what was asked for.
         held: layers whose zeros stay.
+        zeroing: what changes zeros from step to step, or None.
         access: to the engine's parameters.
         watch: of the main process.
         identity: which run checkpoints belong to.
@@ -67,19 +75,21 @@ class StageTrainer(Trainer):
         teacher: TeacherProvider | None,
         setting: Setting,
         held: tuple[str, ...],
+        zeroing: Zeroing | None,
         access: ParamAccess,
         watch: Watch | None,
         identity: str,
     ) -> None:
         self._setting, self._teacher, self._validation = setting, teacher, validation
-        self._held, self._watch, self._identity = held, watch, identity
+        self._held, self._zeroing = held, zeroing
+        self._watch, self._identity = watch, identity
         self.access = access
         self.resources = ExitStack()
         super().__init__(
             model=model, args=args, train_dataset=rows, eval_dataset=validation, data_collator=stack
         )
         self.remove_callback(PrinterCallback)
-        self.add_callback(_Prepared(self))
+        self.add_callback(_Moments(self))
         # compute_loss divides by the tokens of the whole step, so Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -100,6 +110,21 @@ class StageTrainer(Trainer):
         model = cast(nn.Module, self.model)
         require_engine(self._setting, self.model_wrapped, model)
         self.resources.enter_context(hold_zeros(model, self._held, self.access))
+        if self.state.global_step == 0:
+            self.when_stepped()  # some begin with zeros; a restart has them already
+
+    def when_stepping(self) -> None:
+        """Collect gradients in a step whose change of zeros looks at them."""
+        if self._zeroing is not None:
+            step, steps = self.state.global_step + 1, self.state.max_steps
+            self.access.collecting = self._zeroing.needs_gradient(step, steps)
+
+    def when_stepped(self) -> None:
+        """Change the zeros that are due after this step, before it is evaluated or saved."""
+        step = self.state.global_step
+        if self._zeroing is not None and self._zeroing.due(step, self.state.max_steps):
+            model, optimizer = cast(nn.Module, self.model), _bare(self.optimizer)
+            change_zeros(model, self._zeroing, self.access, optimizer, step, self.state.max_steps)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(cast(Sized, train_dataset or self.train_dataset))

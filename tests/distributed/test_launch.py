@@ -73,7 +73,9 @@ def with_fields(job: TrainJob, **changes: Any) -> TrainJob:
 
 def test_a_job_survives_json(job: TrainJob) -> None:
     assert TrainJob.from_json(job.to_json()) == job
-    job = replace(job, teacher=Part("a:B", {"c": 1}), adaptation=Part("d:E"), held=("x", "y"))
+    job = replace(
+        job, teacher=Part("a:B", {"c": 1}), adaptation=Part("d:E"), zeroing=Part("f:G"), held=("x", "y")
+    )
     assert TrainJob.from_json(job.to_json()) == job
 
 

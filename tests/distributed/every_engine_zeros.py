@@ -1,0 +1,129 @@
+"""The same making and moving of zeros under every engine, one after another, in the ranks of one launch.
+
+``python every_engine_zeros.py OUT`` is one rank; it trains the model in ``OUT/model`` and leaves
+``OUT/<run>-<engine>`` and ``.json``; some runs it breaks off and starts again. Imported, it gives what one
+process needs to do the same.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from every_engine import ENGINES, FIELDS, Counting
+from torch import Tensor, nn
+
+from compresskit.modeling import ModelSource
+from compresskit.sparse import TRAINED_PRUNERS
+from compresskit.sparse.masked import Masked
+from compresskit.sparse.train_run import Scheduled
+from compresskit.training.adaptation import Adaptation, Plain
+from compresskit.training.fields import TrainingFields
+from compresskit.training.fit import TrainOutcome, fit
+from compresskit.training.trainer import StageTrainer
+
+STEPS = 12
+RUNS: Mapping[str, dict[str, Any]] = {
+    "gradual": {"method": "gradual", "options": {"update_every": 3}, "end": "70%:layer"},
+    "gradual-groups": {"method": "gradual", "options": {"update_every": 2, "end": 0.5}, "end": "2:4"},
+    "set": {"method": "set", "options": {"update_every": 3}, "end": "70%:layer"},
+    "rigl": {"method": "rigl", "options": {"update_every": 3}, "end": "70%:layer"},
+    "srste": {"method": "srste", "options": {"pull": 0.01}, "end": "2:4"},
+    "movement": {"method": "movement", "options": {"update_every": 3}, "end": "70%:layer"},
+}
+ALL_FIELDS = replace(FIELDS, steps=STEPS)
+
+
+BROKEN = ("rigl", "movement")
+"""The runs that are broken off under every engine after step 8, past a change and past a checkpoint."""
+
+
+def ends(run: str, source: ModelSource) -> dict[str, str]:
+    """Layer -> the pattern it ends with."""
+    return {name: RUNS[run]["end"] for name in source.anatomy.linears if name != "lm_head"}
+
+
+def train(run: str, source: ModelSource, out: Path, fields: TrainingFields) -> TrainOutcome:
+    """Train the model, dense at first, into ``out``."""
+    asked = {"method": RUNS[run]["method"], "options": RUNS[run]["options"], "ends": ends(run, source)}
+    passes = fields.batch_size // (fields.micro_batch_size or 1) // (1 if fields.micro_batch_size == 8 else 2)
+    swaps = TRAINED_PRUNERS[RUNS[run]["method"]].masks_forward
+    adapted: Adaptation = Masked(**asked, steps=STEPS, passes_per_step=passes) if swaps else Plain()
+
+    def save(tensors: Mapping[str, Tensor]) -> None:
+        if tensors:
+            out.mkdir()
+            adapted.save(source, out, tensors)
+
+    model = adapted.load(source)
+    outcome = fit(
+        model,
+        Counting(),
+        fields=fields,
+        scratch=out.with_name(f"{out.name}-s"),
+        validation=Counting(),
+        zeroing=None if swaps else Scheduled(**asked),
+        device="cpu",
+        save=save,
+    )
+    require_same_everywhere(model)
+    return outcome
+
+
+def require_same_everywhere(model: nn.Module) -> None:
+    """Fail unless whole parameters are the same on every rank to the bit, the zeros among them."""
+    if not torch.distributed.is_initialized():
+        return
+    digest = sha256()
+    for parameter in model.parameters():
+        if type(parameter.data) is Tensor and parameter.numel():
+            digest.update(parameter.detach().numpy().tobytes())
+    digests: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(digests, digest.hexdigest())
+    assert len(set(digests)) == 1, "ranks have different weights"
+
+
+def broken_off(run: str, source: ModelSource, out: Path, fields: TrainingFields) -> TrainOutcome:
+    """The same, with an end after step 8 that no rank comes back from, and a new start."""
+    log = StageTrainer.log
+
+    def stop(self: Any, logs: Any, *rest: Any) -> None:
+        log(self, logs, *rest)
+        if self.state.global_step == 8:
+            raise InterruptedError
+
+    StageTrainer.log = stop  # type: ignore[method-assign]
+    try:
+        with suppress(InterruptedError):
+            train(run, source, out, fields)
+    finally:
+        StageTrainer.log = log  # type: ignore[method-assign]
+    return train(run, source, out, fields)
+
+
+def main(place: Path) -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    source = ModelSource(place / "model")
+    for engine, changes in ENGINES.items():
+        fields = replace(ALL_FIELDS, **changes)
+        outcomes = {run: train(run, source, place / f"{run}-{engine}", fields) for run in RUNS}
+        again = replace(fields, checkpoint_every=5)
+        for run in BROKEN:
+            name = f"{run}-broken"
+            outcomes[name] = broken_off(run, source, place / f"{name}-{engine}", again)
+        if torch.distributed.get_rank() == 0:
+            for run, outcome in outcomes.items():
+                (place / f"{run}-{engine}.json").write_text(json.dumps(asdict(outcome)))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,280 @@
+"""The stage: what it refuses, what it leaves behind, and what a restart changes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from tiny import byte_tokenizer, tiny_llama
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import compresskit as ck
+from compresskit.cli import main
+from compresskit.data.spec import DataSpec
+from compresskit.errors import PlanError
+from compresskit.modeling import ModelSource, open_model
+from compresskit.sparse.pattern import parse_pattern
+from compresskit.sparse.train import SparseTrain
+from compresskit.stage import Outlook, StageContext, StageResult
+
+FEW: dict[str, Any] = {
+    "steps": 12,
+    "batch_size": 4,
+    "context_length": 24,
+    "learning_rate": 1e-2,
+    "checkpoint_every": 0,
+}
+OFTEN = {"update_every": 3}
+LAYER = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> DataSpec:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n\n".join(f"The {i}th story is about the number {i * i}." for i in range(200)))
+    return DataSpec(source=str(path))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    return open_model(str(tiny_llama(tmp_path_factory.mktemp("model"))))
+
+
+def outlook(source: ModelSource) -> Outlook:
+    return Outlook(
+        anatomy=source.anatomy,
+        config=source.config,
+        tokenizer=source.directory,
+        original=source.directory,
+        weight_bytes=4.0,
+    )
+
+
+def run(
+    stage: SparseTrain, source: ModelSource, text: DataSpec, place: Path
+) -> tuple[StageResult, ModelSource]:
+    (place / "out").mkdir(parents=True)
+    context = StageContext(
+        out=place / "out",
+        scratch=place / "scratch",
+        data=text,
+        original=source.directory,
+        cache=place / "cache",
+        device="cpu",
+    )
+    context.scratch.mkdir(exist_ok=True)
+    return stage.run(source, context), open_model(str(place / "out"))
+
+
+CASES = [("gradual", "80%:layer"), ("gradual", "75%"), ("gradual", "2:4"), ("set", "80%:layer")]
+CASES += [("rigl", "80%:layer"), ("srste", "2:4")]
+CASES += [("movement", "75%"), ("movement", "2:4")]
+
+
+@pytest.mark.parametrize(("method", "pattern"), CASES)
+def test_the_promised_zeros_are_made(
+    method: str, pattern: str, source: ModelSource, text: DataSpec, tmp_path: Path
+) -> None:
+    options = {} if method == "srste" else OFTEN
+    stage = SparseTrain(method=method, pattern=pattern, options=options, **FEW)
+    assert stage.faults(outlook(source), "s") == []
+    result, made = run(stage, source, text, tmp_path)
+    assert {p.layer for p in result.promises} == {n for n in source.anatomy.linears if n != "lm_head"}
+    for promise in result.promises:
+        assert promise.broken(made, made) == ()
+        now_OI = made.weight_OI(promise.layer)
+        wanted = parse_pattern(promise.pattern).zero_fraction  # type: ignore[attr-defined]
+        assert int((now_OI == 0).sum()) == round(wanted * now_OI.numel())
+    assert result.warnings == ()
+    assert stage.forecast(outlook(source)).layers == len(result.promises)
+    assert made.tensor("lm_head.weight").count_nonzero() == made.tensor("lm_head.weight").numel()
+
+
+AFTER = {
+    "gradual": SparseTrain(pattern="80%:layer", options=OFTEN, **FEW),
+    "srste": SparseTrain(method="srste", pattern="1:4", **FEW),
+    "movement": SparseTrain(method="movement", pattern="80%:layer", options=OFTEN, **FEW),
+}
+
+
+@pytest.mark.parametrize("then", AFTER.values(), ids=AFTER)
+def test_zeros_of_an_earlier_stage_stay(
+    then: SparseTrain, source: ModelSource, text: DataSpec, tmp_path: Path
+) -> None:
+    stages = [ck.Prune("magnitude", pattern="2:4"), then, ck.Quantize("rtn", scheme="w8a16")]
+    recipe = ck.Recipe(model=str(source.directory), data=text, stages=stages)
+    artifact = ck.run(recipe, tmp_path / "out", measures=(), keep_stages=True)
+    checks = artifact.manifest["stages"][-1]["checks"]
+    assert checks["zeros"] == {"checked": 28, "kept": 28}
+    first, last = (open_model(str(artifact.directory / "stages" / n)) for n in ("1-prune", "2-sparse_train"))
+    before_OI, now_OI = first.weight_OI(LAYER), last.weight_OI(LAYER)
+    assert not now_OI[before_OI == 0].any()
+    assert int((now_OI == 0).sum()) == round(parse_pattern(str(then.pattern)).zero_fraction * now_OI.numel())
+
+
+def test_a_weight_that_is_stored_the_other_way_round(text: DataSpec, tmp_path: Path) -> None:
+    """GPT-2 keeps (I, O): groups run along the inputs all the same."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=258, n_positions=64, n_embd=32, n_layer=1, n_head=4)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    source = open_model(str(tmp_path / "model"))
+    stage = SparseTrain(pattern="2:4", options=OFTEN, **FEW)
+    assert stage.faults(outlook(source), "s") == []
+    result, made = run(stage, source, text, tmp_path / "s")
+    assert [p.broken(made, made) for p in result.promises] == [()] * 4
+    (fault,) = SparseTrain(method="srste", pattern="2:4").faults(outlook(source), "s")
+    assert "Add these layers to ignore" in fault.cure
+
+
+def test_stored_in_bfloat16_the_zeros_are_as_many(text: DataSpec, tmp_path: Path) -> None:
+    source = open_model(str(tiny_llama(tmp_path / "model", dtype=torch.bfloat16)))
+    stage = SparseTrain(options=OFTEN, precision="bf16", **FEW)
+    result, made = run(stage, source, text, tmp_path / "s")
+    assert made.dtype(f"{LAYER}.weight") == torch.bfloat16
+    assert [p.broken(made, made) for p in result.promises] == [()] * len(result.promises)
+
+
+def test_layers_the_pattern_does_not_fit_may_be_skipped(text: DataSpec, tmp_path: Path) -> None:
+    source = open_model(str(tiny_llama(tmp_path / "model", intermediate_size=44)))
+    stage = SparseTrain(pattern="4:8", options=OFTEN, **FEW | {"steps": 4})
+    (fault,) = stage.faults(outlook(source), "s")
+    assert fault.where == "s.pattern"
+    assert "on_indivisible" in fault.cure
+    result, made = run(replace(stage, on_indivisible="skip"), source, text, tmp_path / "s")
+    assert "4:8 does not fit 2 layers, which stay dense" in result.warnings[0]
+    assert made.weight_OI("model.layers.0.mlp.down_proj").all()
+    assert len(result.promises) == 12
+
+
+@pytest.mark.parametrize("method", ["gradual", "rigl", "movement"])
+def test_a_restart_gives_the_same_bytes(
+    method: str, source: ModelSource, text: DataSpec, tmp_path: Path
+) -> None:
+    """Nothing but the weights tells which are zero; the change before the checkpoint is not repeated."""
+    from compresskit.training import trainer as trainer_module
+
+    often = {"update_every": 2}
+    stage = SparseTrain(method=method, options=often, **FEW | {"checkpoint_every": 4})
+    run(stage, source, text, tmp_path / "straight")
+    original, stopped = trainer_module.StageTrainer.log, []
+
+    def stop(self: Any, logs: Any, *rest: Any) -> None:
+        original(self, logs, *rest)
+        if self.state.global_step == 7 and not stopped:
+            stopped.append(True)
+            raise InterruptedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module.StageTrainer, "log", stop)
+        with pytest.raises(InterruptedError):
+            run(stage, source, text, tmp_path / "broken")
+    (tmp_path / "broken" / "out").rmdir()
+    run(stage, source, text, tmp_path / "broken")
+    record = json.loads((tmp_path / "broken" / "scratch" / "record.json").read_text())
+    assert record["resumed_from"] == 4
+    one, two = ((tmp_path / p / "out" / "model.safetensors").read_bytes() for p in ("straight", "broken"))
+    assert one == two
+    rmtree(tmp_path / "broken" / "out")
+    run(replace(stage, options={"update_every": 3}), source, text, tmp_path / "broken")
+    record = json.loads((tmp_path / "broken" / "scratch" / "record.json").read_text())
+    assert record["resumed_from"] == 0, "another schedule is another run"
+
+
+def test_faults_come_together(source: ModelSource) -> None:
+    stage = SparseTrain(
+        pattern="90",
+        options={"update_every": 0, "begn": 0.1},
+        on_indivisible="skp",
+        optimizer="muon",
+        temperature=2.0,
+    )
+    found = stage.faults(outlook(source), "s")
+    assert {f.where.removeprefix("s.") for f in found} == {
+        "optimizer",
+        "temperature",
+        "on_indivisible",
+        "update_every",
+        "begn",
+        "pattern",
+    }
+    assert "Did you mean: begin" in str(found)
+    (fault,) = SparseTrain(method="gradul").faults(outlook(source), "s")
+    assert "gradual" in fault.cure
+    (fault,) = SparseTrain(targets=("nothing*",)).faults(outlook(source), "s")
+    assert fault.where.startswith("s.targets")
+    (fault,) = SparseTrain(ignore=()).faults(outlook(source), "s")
+    assert "shares its weight with the token embedding" in fault.got
+    for method in ("set", "rigl"):
+        (fault,) = SparseTrain(method=method, pattern="2:4").faults(outlook(source), "s")
+        assert (fault.where, fault.expected) == ("s.pattern", "a share of layers, such as 80%:layer")
+    (fault,) = SparseTrain(method="srste", precision="fp16", pattern="2:4").faults(outlook(source), "s")
+    assert fault.where == "s.precision"
+    (fault,) = SparseTrain(method="srste", pattern="2:4", options={"end": 0.5}).faults(outlook(source), "s")
+    assert fault.where == "s.end"
+    (fault,) = SparseTrain(method="movement").faults(outlook(source), "s")
+    assert fault.where == "s.steps"
+    (fault,) = SparseTrain(loss="forward_k").faults(outlook(source), "s")
+    assert "forward_kl" in fault.cure
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ([ck.Quantize("rtn", scheme="w8a8"), SparseTrain(**FEW)], "Put this stage before the quantisation"),
+        ([SparseTrain(**FEW), ck.Prune("cut", options={"layers": 1})], "Put the cut first"),
+        ([ck.Prune("magnitude"), SparseTrain(method="set", **FEW)], "Use method gradual"),
+        ([SparseTrain(**FEW), SparseTrain(method="rigl", **FEW)], "after 1-sparse_train, whose zeros"),
+    ],
+    ids=["quantize", "cut", "set", "rigl"],
+)
+def test_what_may_not_meet_is_refused_with_the_cure(
+    stages: list[Any], said: str, source: ModelSource, text: DataSpec
+) -> None:
+    recipe = ck.Recipe(model=str(source.directory), data=text, stages=stages)
+    with pytest.raises(PlanError, match=said):
+        ck.plan(recipe)
+
+
+def test_the_forecast_counts_what_a_method_holds(source: ModelSource) -> None:
+    def bytes_of(**fields: Any) -> int:
+        return SparseTrain(**FEW | fields).forecast(outlook(source)).memory_bytes
+
+    linears = [linear for name, linear in source.anatomy.linears.items() if name != "lm_head"]
+    weights = sum(linear.out_features * linear.in_features for linear in linears)
+    assert bytes_of(method="rigl") - bytes_of(method="set") == 4 * weights
+    pair = {"processes": 2, "strategy": "fsdp"}
+    assert bytes_of(method="rigl", **pair) - bytes_of(method="set", **pair) == 2 * weights
+    assert bytes_of(method="srste", pattern="2:4") - bytes_of(pattern="2:4") == 4 * weights
+    assert bytes_of(method="movement") - bytes_of() == (16 + 4) * weights
+    assert bytes_of(loss="forward_kl") - bytes_of() == source.bytes
+
+
+def test_it_survives_the_recipe_file(tmp_path: Path) -> None:
+    stage = SparseTrain(pattern="2:4", options={"end": 0.5}, loss="forward_kl", **FEW)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(ck.Recipe(model="m", stages=[stage]).to_yaml())
+    assert ck.load_recipe(path).stages == (stage,)
+    path.write_text("model: m\nstages:\n  - sparse_train: {pattern: 0.8, update_every: 5, steps: 3}\n")
+    assert ck.load_recipe(path).stages == (SparseTrain(pattern=0.8, options={"update_every": 5}, steps=3),)
+
+
+def test_the_command_makes_the_recipe(source: ModelSource, text: DataSpec) -> None:
+    arguments = ["sparse-train", str(source.directory), "--pattern", "75%", "--data", text.source]
+    arguments += ["--steps", "7", "--set", "update_every=2", "--dry-run", "--json"]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.output
+    stage = SparseTrain(pattern="75%", steps=7, options={"update_every": 2})
+    recipe = ck.Recipe(model=str(source.directory), data=text, stages=[stage])
+    expected = ck.plan(recipe).to_json()["stages"]
+    found = json.loads(done.stdout.splitlines()[-1])["stages"]
+    assert [{**s, "memory_bytes": 0} for s in found] == [{**s, "memory_bytes": 0} for s in expected]
+    done = CliRunner().invoke(main, [*arguments[:-1], "--set", "update_every=never"])
+    assert done.exit_code == 2
+    assert "--set update_every" in done.output
