@@ -37,6 +37,7 @@ class SparseTrain(TaughtFields):
 
     kind: ClassVar[str] = "sparse_train"
     trains: ClassVar[bool] = True
+    loss_falls: ClassVar[bool] = False  # of a dense model at first, of a sparse one at last
 
     method: str = "gradual"
     pattern: str | float = "80%:layer"

@@ -36,6 +36,8 @@ class TrainingFields:
 
     keeps_grids: ClassVar[bool] = False
     """Whether weights that an earlier stage put on a grid stay on it."""
+    loss_falls: ClassVar[bool] = True
+    """Whether the loss should fall, so that a user is warned where it does not."""
 
     steps: int | None = None
     epochs: float = 1.0

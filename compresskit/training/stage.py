@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from typing import Protocol
 
 from compresskit.data.spec import DataSpec
@@ -33,6 +33,11 @@ class TrainingStage(Protocol):
     @property
     def keeps_grids(self) -> bool:
         """Whether weights that lie on a grid already stay on it."""
+        ...
+
+    @property
+    def loss_falls(self) -> bool:
+        """Whether the loss should fall, so that a user is warned where it does not."""
         ...
 
     @property
@@ -110,12 +115,6 @@ def run_training(
     outcome = train(job)
     if this_rank():
         return StageResult()  # rank 0 wrote the checkpoint and tells the result
-    if zeroing is None and outcome.steps > 1 and outcome.final_loss >= outcome.first_loss:
-        risen = (
-            f"The training loss did not fall ({outcome.first_loss:.4f} at the first step, "
-            f"{outcome.final_loss:.4f} at the end): train longer, or change learning_rate."
-        )
-        outcome = replace(outcome, warnings=(*outcome.warnings, risen))
     return _result(stage, outcome, context, promises)
 
 
@@ -132,6 +131,11 @@ def _result(
         warnings += (
             f"{outcome.skipped_steps} of {outcome.steps} steps overflowed in fp16 and were skipped; "
             "bf16 would not need to.",
+        )
+    if stage.loss_falls and outcome.steps > 1 and outcome.final_loss >= outcome.first_loss:
+        warnings += (
+            f"The training loss did not fall ({outcome.first_loss:.4f} at the first step, "
+            f"{outcome.final_loss:.4f} at the end): train longer, or change learning_rate.",
         )
     layers = tuple(_record(made, name) for name in made.anatomy.linears)
     return StageResult(promises=promises, layers=layers, metrics=plain, warnings=tuple(warnings))
