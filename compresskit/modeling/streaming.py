@@ -39,7 +39,7 @@ class StreamedModel:
 
     Args:
         source: the checkpoint to read; not packed.
-        out: an existing directory to write to.
+        out: an existing directory to write to; None where nothing is changed and nothing written.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:0``; where blocks are computed.
         dtype: ``auto`` (what the configuration says), ``float32``, ``bfloat16`` or ``float16``: the dtype to
             compute in. Weights are written in the dtype they are stored in.
@@ -55,9 +55,9 @@ class StreamedModel:
     """
 
     def __init__(
-        self, source: ModelSource, out: str | Path, device: str = "cpu", dtype: str = "auto"
+        self, source: ModelSource, out: str | Path | None, device: str = "cpu", dtype: str = "auto"
     ) -> None:
-        self.source, self.out = source, Path(out)
+        self.source, self.out = source, None if out is None else Path(out)
         _require_places(source, self.out)
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype) or source.compute_dtype
@@ -191,6 +191,8 @@ class StreamedModel:
 
     def close(self) -> None:
         """Write everything not yet written, the index and the files beside the weights; config.json last."""
+        if self.out is None:
+            return
         total = len(self.blocks) + 1
         for index, block in enumerate(self.blocks):
             names = self._names.get(block, [])
@@ -198,7 +200,7 @@ class StreamedModel:
                 self._write(self._shard(index + 1), names, self.source.tensor)
         self._write(self._shard(0), self._names[None], self._current)
         if total > 1:
-            self._write_index()
+            self._write_index(self.out)
         if (self.source.directory / GRIDS).is_file() and not (self.out / GRIDS).exists():
             _publish(self.out / GRIDS, (self.source.directory / GRIDS).read_bytes())
         copy_sidecars(self.source.directory, self.out)
@@ -257,6 +259,8 @@ class StreamedModel:
         return self._written.get(name) or self.source.place(name)
 
     def _write(self, shard: str, names: list[str], make: Callable[[str], Tensor]) -> None:
+        if self.out is None:
+            return
         path = self.out / shard
         pending = [Pending(n, self.source.dtype(n), self.source.shape(n), partial(make, n)) for n in names]
         try:
@@ -265,12 +269,12 @@ class StreamedModel:
             cure = "Free space on the disk, or choose another output directory."
             raise RunError(Fault(str(path), "room to write a shard", str(error), cure)) from error
 
-    def _write_index(self) -> None:
+    def _write_index(self, out: Path) -> None:
         shards = {None: self._shard(0)} | {b: self._shard(i + 1) for i, b in enumerate(self.blocks)}
         files = {name: shards[block] for block, names in self._names.items() for name in names}
         total = sum(self.source.place(name).num_bytes for name in files)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
-        _publish(self.out / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+        _publish(out / INDEX, (json.dumps(index, indent=2) + "\n").encode())
 
 
 def _tables(module: nn.Module, anatomy: Anatomy) -> tuple[str, ...]:
@@ -341,9 +345,11 @@ def _publish(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-def _require_places(source: ModelSource, out: Path) -> None:
+def _require_places(source: ModelSource, out: Path | None) -> None:
     if source.is_compressed:
         raise ModelError(packed_fault(source, "model"))
+    if out is None:
+        return
     if not out.is_dir():
         raise OutputError(Fault(str(out), "an existing directory", "none", "Create it first."))
     if out.resolve() == source.directory.resolve():

@@ -23,6 +23,6 @@ PRUNERS: Registry[Pruner] = Registry(
 STRUCTURED_PRUNERS: Registry[StructuredPruner] = Registry(
     "structured pruner",
     {
-        "cut": "compresskit.sparse.cut:Cut",
+        "cut": "compresskit.sparse.structured.cut:Cut",
     },
 )

@@ -16,6 +16,7 @@ from compresskit.sparse import PRUNERS, STRUCTURED_PRUNERS
 if TYPE_CHECKING:
     from compresskit.modeling.anatomy import Linear
     from compresskit.modeling.source import ModelSource
+    from compresskit.sparse.base import StructuredPruner
     from compresskit.sparse.pattern import Pattern
     from compresskit.stage import Forecast, Outlook, StageContext, StageResult
 
@@ -24,7 +25,7 @@ ON_INDIVISIBLE = ("error", "skip")
 
 @dataclass(frozen=True)
 class Prune:
-    """Zero the weights a method finds least useful, or cut whole layers and neurons away.
+    """Zero the weights a method finds least useful, or cut layers, neurons, heads and channels away.
 
     Attributes:
         method: a name of ``compresskit.sparse.PRUNERS`` or ``STRUCTURED_PRUNERS``.
@@ -87,7 +88,7 @@ class Prune:
         faults = option_faults(method, self._options, where=where, stage=Prune, reserved=("pattern",))
         faults += self._number_faults(where)
         if self.reshapes:
-            return faults or list(method(**dict(self._options)).faults(model, where))
+            return faults or self._cut_faults(method(**dict(self._options)), model, where)
         if method.needs:
             faults += length_faults(self, model.config, where)
         return faults + self.pattern_faults(model, where)
@@ -95,7 +96,7 @@ class Prune:
     def forecast(self, model: Outlook) -> Forecast:
         """What this stage will do to such a ``model``; called only when it has no faults."""
         if self.reshapes:
-            forecast: Forecast = STRUCTURED_PRUNERS[self.method](**dict(self._options)).forecast(model)
+            forecast: Forecast = STRUCTURED_PRUNERS[self.method](**dict(self._options)).forecast(model, self)
             return forecast
         from compresskit.sparse.outlook import forecast_zeroing
 
@@ -109,8 +110,8 @@ class Prune:
             StatisticError: calibration measured nothing usable.
         """
         if self.reshapes:
-            result: StageResult = STRUCTURED_PRUNERS[self.method](**dict(self._options)).run(model, context)
-            return result
+            cut = STRUCTURED_PRUNERS[self.method](**dict(self._options))
+            return cut.run(model, context, self)
         from compresskit.sparse.oneshot import run_oneshot
 
         return run_oneshot(self, model, context)
@@ -145,6 +146,10 @@ class Prune:
             cure = f"Did you mean: {nearest(self.on_indivisible, ON_INDIVISIBLE)}?"
             faults.append(Fault(f"{where}.on_indivisible", "error or skip", repr(self.on_indivisible), cure))
         return faults
+
+    def _cut_faults(self, method: StructuredPruner, model: Outlook, where: str) -> list[Fault]:
+        faults = length_faults(self, model.config, where) if method.reads_data else []
+        return faults + method.faults(model, where)
 
     def pattern_faults(self, model: Outlook | ModelSource, where: str) -> list[Fault]:
         """What is wrong with the pattern and the targets alone."""
