@@ -62,7 +62,8 @@ def distinct(subject: Subject, stats: Mapping[str, LayerStats]) -> dict[tuple[st
     for kind, dimension in subject.dimensions.widths.items() if subject.dimensions else ():
         seen: list[object] = []
         for layer, layer_stats in stats.items():
-            if layer.endswith(dimension.readers) and not any(s is layer_stats.shared for s in seen):
+            inside = layer.removeprefix(subject.model.anatomy.block_of(layer) or "")
+            if inside in dimension.readers and not any(s is layer_stats.shared for s in seen):
                 seen.append(layer_stats.shared)
                 found[kind, layer] = layer_stats
     return found
