@@ -14,6 +14,7 @@ IMPORTANCES: Registry[Importance] = Registry(
     {
         "magnitude": "compresskit.sparse.structured.magnitude:MagnitudeImportance",
         "activation": "compresskit.sparse.structured.activation:ActivationImportance",
+        "fluctuation": "compresskit.sparse.structured.fluctuation:FluctuationImportance",
         "taylor": "compresskit.sparse.structured.taylor:TaylorImportance",
     },
 )

@@ -30,6 +30,7 @@ from compresskit.options import Within
 from compresskit.registry import nearest
 from compresskit.sparse.structured import IMPORTANCES
 from compresskit.sparse.structured.base import Subject
+from compresskit.sparse.structured.compensation import compensate
 from compresskit.sparse.structured.dimensions import WIDTHS
 from compresskit.sparse.structured.outline import TRIMS, Outline
 from compresskit.sparse.structured.surgery import (
@@ -64,6 +65,8 @@ class Cut:
         parameters: fraction of all parameters to keep; what ``trim`` names and is not given is chosen so.
         trim: what ``parameters`` may choose: ``width``, ``depth`` or ``both``.
         importance: what stays: a name of ``compresskit.sparse.structured.IMPORTANCES``.
+        compensate: add what neurons and heads that go gave on average to the bias of the layer that read
+            them; reads calibration rows.
         multiple: widths are multiples of it: 8 suits CPUs, 64 or 128 GPUs.
     """
 
@@ -74,12 +77,14 @@ class Cut:
     parameters: float | None = None
     trim: str = "width"
     importance: str = "magnitude"
+    compensate: bool = False
     multiple: Annotated[int, Within(1)] = 8
 
     @property
     def reads_data(self) -> bool:
         """Whether calibration rows are needed."""
-        return self.importance in IMPORTANCES and IMPORTANCES[self.importance].reads_data
+        known = self.importance in IMPORTANCES
+        return self.compensate or (known and IMPORTANCES[self.importance].reads_data)
 
     def faults(self, model: Outlook, where: str) -> list[Fault]:
         """Everything wrong for such a ``model``; reads no weight."""
@@ -89,7 +94,7 @@ class Cut:
         try:
             self._plan(model)
         except InputError as error:
-            named = ("parameters", *WIDTHS)
+            named = ("parameters", "compensate", *WIDTHS)
             faults = [
                 Fault(f"{where}.{f.where}" if f.where in named else f.where, f.expected, f.got, f.cure)
                 for f in error.faults
@@ -158,10 +163,12 @@ class Cut:
         subject, warnings = self._subject(model, surgery, context, calibrated)
         scores = IMPORTANCES[self.importance]().measure(subject)
         kept = choose(surgery, scores, len(model.anatomy.blocks))
+        if self.compensate:
+            kept = replace(kept, shifts=compensate(subject, surgery, kept))
         records: list[LayerRecord] = []
         tensors = smaller_tensors(model, surgery, kept, records)
         write_shards(context.out, tensors, shard_bytes=SHARD_BYTES)
-        changes = patient.with_blocks(kept.blocks)
+        changes = {**surgery.switched, **patient.with_blocks(kept.blocks)}
         if surgery.dimensions is not None:
             changes |= surgery.dimensions.changes(surgery.units)
         write_config(model, changes, context.out)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from compresskit.errors import Fault, PatternError
+from compresskit.sparse.structured.compensation import cut_kinds, with_biases
 from compresskit.sparse.structured.dimensions import (
     FFN,
     HEADS,
@@ -15,7 +17,7 @@ from compresskit.sparse.structured.dimensions import (
     Dimensions,
     find_dimensions,
 )
-from compresskit.sparse.structured.resize import resized
+from compresskit.sparse.structured.resize import Changes, resized
 from compresskit.sparse.structured.shapes import (
     TOLERANCE,
     Choices,
@@ -48,6 +50,7 @@ class Outline:
         self.free = [k for k in WIDTHS if chooses and cut.trim != "depth" and k not in self.given]
         self.depth_is_free = chooses and cut.trim != "width" and cut.layers is None
         self.total = len(patient.anatomy.blocks)
+        self.parameters = patient.anatomy.num_parameters
 
     def surgery(self) -> Surgery:
         """The shape that is left, and what to tell of it.
@@ -56,15 +59,30 @@ class Outline:
             ModelError: no key of the configuration sets what is to be cut, or no units can be told apart.
             PatternError: what is asked for is not legal, or nothing is left to choose.
         """
-        dimensions = self._dimensions()
+        dimensions, whole = self._dimensions(), self.patient
+        switched: Changes = {}
+        if self.cut.compensate:
+            switched = self._give_biases(dimensions)
+            dimensions = self._dimensions() if switched else dimensions
         units = self._given_units(dimensions) if dimensions else {}
         shape = Shape(self.total if self.cut.layers is None else self.cut.layers, units)
         if self.cut.parameters is not None:
             shape = self._chosen(dimensions, shape, self.cut.parameters)
-        surgery = operate(self.patient, dimensions, shape.blocks, shape.units, self._notes(dimensions, shape))
+        notes = [*self._notes(dimensions, shape), *(f"{key} is on: layers get biases." for key in switched)]
+        surgery = operate(self.patient, dimensions, shape.blocks, shape.units, notes)
         if self.cut.parameters is not None:
             self._require_near(surgery.anatomy.num_parameters, self.cut.parameters)
-        return surgery
+        added = self.patient.anatomy.parameter_shapes.keys() - whole.anatomy.parameter_shapes.keys()
+        return replace(surgery, switched=switched, added=frozenset(added))
+
+    def _give_biases(self, dimensions: Dimensions | None) -> Changes:
+        """Let ``patient`` have the biases that compensation needs."""
+        kinds = cut_kinds(dimensions.widths) if dimensions else []
+        if dimensions is None or not kinds:
+            got, cure = "neither", "Leave compensate out, or cut ffn or heads."
+            raise PatternError(Fault("compensate", "neurons or heads that are cut", got, cure))
+        self.patient, switched = with_biases(self.patient, dimensions, kinds)
+        return switched
 
     def _dimensions(self) -> Dimensions | None:
         if not self.given and not self.free:
@@ -132,7 +150,7 @@ class Outline:
             raise PatternError(Fault("parameters", "something left to choose", "every number given", cure))
         follow = dimensions is not None and dimensions.heads_follow
         count = Count(self.patient.anatomy, dimensions)
-        target = parameters * self.patient.anatomy.num_parameters
+        target = parameters * self.parameters
         choices = Choices(blocks=blocks, units=units, free=free)
 
         def accepts(shape: Shape) -> bool:
@@ -148,7 +166,7 @@ class Outline:
 
     def _require_near(self, left: int, parameters: float) -> None:
         """The shape nearest to the target is near enough."""
-        total = self.patient.anatomy.num_parameters
+        total = self.parameters
         if abs(left / (parameters * total) - 1) <= TOLERANCE and left < total:
             return
         expected = "a fraction near one that a legal shape leaves"

@@ -1,6 +1,6 @@
 """What a cut takes out of one model: found without weights, then done one tensor at a time.
 
-Shapes: L = blocks, U = units of a width, N = entries of a parameter along an axis.
+Shapes: L = blocks, U = units of a width, O = out_features.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from compresskit.errors import Fault, ModelError
@@ -70,6 +71,8 @@ class Surgery:
         config: of the smaller model, its blocks evenly spaced ones.
         anatomy: of the smaller model.
         notes: sentences for the user.
+        switched: what else was changed in the configuration.
+        added: biases of the whole model that its checkpoint does not have; they are zero.
     """
 
     blocks: int
@@ -78,6 +81,8 @@ class Surgery:
     config: Any
     anatomy: Anatomy
     notes: tuple[str, ...] = ()
+    switched: Changes = field(default_factory=dict)
+    added: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,10 +92,12 @@ class Kept:
     Attributes:
         blocks: indices, ascending.
         units: by kind, True for those that stay: (L, U) for units of each block, (U,) for hidden channels.
+        shifts: what to add to a bias of the whole model, (O,), by its name.
     """
 
     blocks: tuple[int, ...]
     units: Mapping[str, Tensor] = field(default_factory=dict)
+    shifts: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def spaced(count: int, keep: int) -> tuple[int, ...]:
@@ -141,7 +148,14 @@ def choose(surgery: Surgery, scores: Scores, blocks: int) -> Kept:
 
 def cut_tensor(model: ModelSource, surgery: Surgery, kept: Kept, name: str) -> Tensor:
     """Parameter ``name`` of a block that stays, or outside the blocks, without the units that go."""
-    tensor, anatomy = model.tensor(name), model.anatomy
+    anatomy = model.anatomy
+    if name in surgery.added:
+        layer = name.removesuffix(".bias")
+        tensor = torch.zeros(anatomy.linears[layer].out_features, dtype=model.dtype(f"{layer}.weight"))
+    else:
+        tensor = model.tensor(name)
+    if name in kept.shifts:
+        tensor = (tensor.double() + kept.shifts[name]).to(tensor.dtype)
     block = anatomy.block_of(name)
     for axis in surgery.dimensions.axes_of(name, anatomy) if surgery.dimensions else ():
         if axis.kind not in kept.units:
@@ -161,7 +175,7 @@ def smaller_tensors(
     stem = anatomy.blocks[0].rpartition(".")[0] if anatomy.blocks else ""
     renamed = {anatomy.blocks[old]: f"{stem}.{new}" for new, old in enumerate(kept.blocks)}
     with Progress("cutting", len(kept.blocks), unit="blocks") as progress:
-        for name in model.names():
+        for name in _names(model, surgery):
             block = anatomy.block_of(name)
             if block is not None and block not in renamed:
                 continue
@@ -174,6 +188,15 @@ def smaller_tensors(
             if layer in anatomy.linears and name != layer and tensor.shape != model.shape(name):
                 records.append(_record(target, tensor, _note(surgery, name, anatomy)))
             yield target, tensor
+
+
+def _names(model: ModelSource, surgery: Surgery) -> Iterator[str]:
+    """Every tensor of the checkpoint, and each bias it gets behind its weight."""
+    for name in model.names():
+        yield name
+        bias = f"{name.removesuffix('weight')}bias"
+        if bias in surgery.added and name.endswith(".weight"):
+            yield bias
 
 
 def write_config(model: ModelSource, changes: Changes, out: Path) -> None:

@@ -16,8 +16,9 @@ from compresskit.modeling import ModelSource, load_model, open_model
 from compresskit.sparse.stage import Prune
 from compresskit.sparse.structured import IMPORTANCES
 from compresskit.sparse.structured.base import Scores, Subject
+from compresskit.sparse.structured.surgery import choose
 from compresskit.stage import StageContext
-from tests.sparse.structured.zoo import FAMILIES, build, follows, outlook, planned
+from tests.sparse.structured.zoo import FAMILIES, build, follows, kept_by, outlook, planned
 from tests.tiny import tiny_llama
 
 ROWS = [{"input_ids": torch.arange(3 + 5 * n, 3 + 5 * n + length)} for n, length in enumerate((7, 12, 7))]
@@ -146,6 +147,67 @@ def test_sums_over_all_that_belongs_to_a_unit(importance: str, tmp_path: Path) -
         assert float(found.units["hidden"][c]) == pytest.approx(channel, rel=1e-4)
 
 
+def test_fluctuation_is_the_variance_of_what_is_read_times_its_weights(tmp_path: Path) -> None:
+    model = build("LlamaForCausalLM", tmp_path)
+    found = scores(model, "fluctuation", ROWS)
+    readers = [n for n, linear in model.anatomy.linears.items() if linear.block]
+    whole, given, _ = watched(model, readers, ROWS)
+
+    def worth(layer: str) -> Tensor:
+        inputs: Any = given[layer].double()
+        variance = ((inputs - inputs.mean(0)) ** 2).mean(0)
+        weight: Any = whole.get_submodule(layer).weight
+        return variance * (weight.double().detach() ** 2).sum(0)
+
+    hidden = torch.zeros(32, dtype=torch.float64)
+    for index, block in enumerate(model.anatomy.blocks):
+        torch.testing.assert_close(
+            found.units["ffn"][index], worth(f"{block}.mlp.down_proj"), rtol=1e-3, atol=1e-9
+        )
+        heads = worth(f"{block}.self_attn.o_proj").view(2, -1).sum(1)
+        torch.testing.assert_close(found.units["heads"][index], heads, rtol=1e-3, atol=1e-9)
+        for layer in (
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+        ):
+            hidden += worth(f"{block}.{layer}")
+    torch.testing.assert_close(found.units["hidden"], hidden, rtol=1e-3, atol=1e-9)
+
+
+def test_what_is_worth_most_stays(tmp_path: Path) -> None:
+    model = build("LlamaForCausalLM", tmp_path)
+    surgery = planned(model, layers=2, ffn=8, heads=2, hidden=16)
+    chance = torch.Generator().manual_seed(3)
+    worth = {
+        "ffn": torch.rand(4, 40, generator=chance, dtype=torch.float64),
+        "heads": torch.rand(4, 2, generator=chance, dtype=torch.float64),
+        "hidden": torch.rand(32, generator=chance, dtype=torch.float64),
+    }
+    blocks_L = torch.tensor([0.1, 0.7, 0.5, 0.3], dtype=torch.float64)
+    kept = choose(surgery, Scores(blocks_L=blocks_L, units=worth), 4)
+    assert kept.blocks == (1, 2)
+    assert choose(surgery, Scores(units=worth), 4).blocks == (0, 3)
+    for kind, count in (("ffn", 8), ("heads", 1), ("hidden", 16)):
+        for keep, value in zip(
+            kept.units[kind].view(-1, worth[kind].shape[-1]),
+            worth[kind].view(-1, worth[kind].shape[-1]),
+            strict=True,
+        ):
+            assert int(keep.sum()) == count
+            assert float(value[keep].min()) > float(value[~keep].max())
+
+
+def test_the_blocks_that_stay_are_those_worth_most(tmp_path: Path) -> None:
+    model = build("LlamaForCausalLM", tmp_path / "model", num_hidden_layers=5)
+    kept = kept_by(model, ROWS, layers=2, importance="activation").blocks
+    worth = IMPORTANCES["activation"]().measure(Subject(model=model, dimensions=None, rows=ROWS)).blocks_L
+    assert worth is not None
+    assert list(kept) == sorted(worth.argsort(descending=True)[:2].tolist())
+
+
 def test_padding_is_not_learnt_by_taylor(tmp_path: Path) -> None:
     model = build("LlamaForCausalLM", tmp_path)
     short = [{"input_ids": PADDED[0]["input_ids"][:9]}]
@@ -154,14 +216,14 @@ def test_padding_is_not_learnt_by_taylor(tmp_path: Path) -> None:
     torch.testing.assert_close(padded.units["ffn"], plain.units["ffn"], rtol=1e-4, atol=1e-9)
 
 
-@pytest.mark.parametrize("importance", ["activation", "taylor"])
+@pytest.mark.parametrize("importance", ["activation", "fluctuation", "taylor"])
 def test_no_text_is_no_importance(importance: str, tmp_path: Path) -> None:
     model = build("LlamaForCausalLM", tmp_path)
     with pytest.raises(DataError, match="expected tokens"):
         scores(model, importance, [])
 
 
-@pytest.mark.parametrize("importance", ["activation", "taylor"])
+@pytest.mark.parametrize("importance", ["activation", "fluctuation", "taylor"])
 def test_a_stage_reads_its_data(importance: str, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("Once upon a time there was a model, and it was too large.\n" * 40)
     model = open_model(tiny_llama(tmp_path / "model", num_hidden_layers=3))
