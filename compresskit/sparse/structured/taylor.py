@@ -1,22 +1,23 @@
-"""Taylor: a unit is worth what the loss would change by without it, to first order.
+"""Taylor: a unit or a block is worth what the loss would change by without it, to first order.
 
 Paper: Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019,
 https://arxiv.org/abs/1906.10771; element by element, then summed over all that belongs to a unit: Ma et al.,
 "LLM-Pruner: On the Structural Pruning of Large Language Models", NeurIPS 2023,
 https://arxiv.org/abs/2305.11627.
 
-Shapes: L = blocks, U = units of a width, B = documents, T = tokens, V = vocabulary.
+Shapes: L = blocks, U = units of a width, B = documents, T = tokens, D = hidden size, V = vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from compresskit.calibration.relay import HIDDEN
 from compresskit.calibration.rows import Batches, Documents, Row
 from compresskit.errors import DataError, Fault
 from compresskit.modeling import load_model
@@ -30,7 +31,9 @@ from compresskit.sparse.structured.tally import Tally
 class TaylorImportance:
     """The sum of ``|w g|`` over a unit's parameters, g the gradient of the mean next-token loss.
 
-    The model and its gradients are whole in memory, in the dtype computed in.
+    Of a block it is the mean over tokens of ``|d g|``, d what the block adds to the hidden state and g the
+    gradient there: its parameters matter to each other more than to the loss, and would tell little. The
+    model and its gradients are whole in memory, in the dtype computed in.
     """
 
     reads_data: ClassVar[bool] = True
@@ -51,25 +54,47 @@ class TaylorImportance:
         source = subject.model
         dtype = resolve_dtype(subject.dtype)
         model = load_model(source, dtype=dtype or "auto", device=subject.device)
-        tokens = _accumulate(model, Batches(Documents(subject.rows)))
+        blocks = _Blocks(model, source.anatomy.blocks)
+        tokens = _accumulate(model, Batches(Documents(subject.rows)), blocks)
         tally = Tally(source.anatomy, subject.dimensions)
-        index = {block: at for at, block in enumerate(source.anatomy.blocks)}
-        blocks_L = torch.zeros(len(index), dtype=torch.float64)
         stored = dict(model.named_parameters(remove_duplicate=False))
-        for name in source.names():
+        for name in source.names() if subject.dimensions else ():
             parameter = stored.get(name)
-            if parameter is None or parameter.grad is None:
-                continue
-            worth = (parameter.detach().float() * parameter.grad.float()).abs_() / tokens
-            parameter.grad = None
-            tally.add_parameter(name, worth)
-            block = source.anatomy.block_of(name)
-            if block is not None:
-                blocks_L[index[block]] += float(worth.sum(dtype=torch.float64))
-        return Scores(blocks_L=blocks_L, units=tally.units, num_tokens=tokens)
+            if parameter is not None and parameter.grad is not None:
+                worth = (parameter.detach().float() * parameter.grad.float()).abs_() / tokens
+                parameter.grad = None
+                tally.add_parameter(name, worth)
+        return Scores(blocks_L=blocks.sums_L / tokens, units=tally.units, num_tokens=tokens)
 
 
-def _accumulate(model: Any, batches: Iterable[Row]) -> int:
+class _Blocks:
+    """What blocks add to hidden states, and sums of its products with gradients."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        self.sums_L = torch.zeros(len(names), dtype=torch.float64)
+        self._added: dict[int, tuple[Tensor, Tensor]] = {}
+        for index, name in enumerate(names):
+            model.get_submodule(name).register_forward_hook(self._hook(index), with_kwargs=True)
+
+    def _hook(self, index: int) -> Any:
+        def see(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+            before_BTD = args[0] if args else kwargs[HIDDEN]
+            after_BTD = output if isinstance(output, Tensor) else output[0]
+            after_BTD.retain_grad()
+            self._added[index] = (after_BTD, (after_BTD - before_BTD).detach())
+
+        return see
+
+    def take(self) -> None:
+        """Add what the last backward pass left, and forget it."""
+        for index, (after_BTD, added_BTD) in self._added.items():
+            if after_BTD.grad is not None:
+                product_BT = (after_BTD.grad.double() * added_BTD.double()).sum(-1)
+                self.sums_L[index] += product_BT.abs().sum().cpu()
+        self._added.clear()
+
+
+def _accumulate(model: Any, batches: Iterable[Row], blocks: _Blocks) -> int:
     """Leave the gradient of the summed loss in ``model``; returns how many tokens were predicted."""
     rows, tokens = list(batches), 0
     with Progress("measuring importance", len(rows), unit="batches") as progress:
@@ -85,6 +110,7 @@ def _accumulate(model: Any, batches: Iterable[Row]) -> int:
                     logits_BTV.flatten(0, 1), labels_BT.flatten(), reduction="sum"
                 ).backward()  # type: ignore[no-untyped-call]
                 tokens += count
+            blocks.take()
             progress.advance()
     if not tokens:
         cure = "Give more calibration data."

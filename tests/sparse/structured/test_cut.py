@@ -176,6 +176,19 @@ def test_both_at_once_and_config_tells_the_truth(tmp_path: Path) -> None:
     assert stage.forecast(outlook(model)).after.anatomy.num_parameters == after.anatomy.num_parameters
 
 
+def test_keys_that_go_by_another_name_in_the_file_are_not_left_beside(tmp_path: Path) -> None:
+    model = build("GPT2LMHeadModel", tmp_path / "model")
+    path = model.directory / "config.json"
+    config = json.loads(path.read_text())
+    for ours, theirs in (("n_embd", "hidden_size"), ("n_head", "num_attention_heads")):
+        config[theirs] = config.pop(ours)
+    path.write_text(json.dumps(config))
+    _, after = run(Prune("cut", options={"hidden": 0.5}), open_model(model.directory), tmp_path)
+    written = json.loads((after.directory / "config.json").read_text())
+    assert (written["n_embd"], written["n_head"]) == (16, 2)
+    assert not {"hidden_size", "num_attention_heads"} & written.keys()
+
+
 @pytest.mark.parametrize(
     ("count", "keep", "want"), [(5, 3, [0, 2, 4]), (6, 2, [0, 5]), (12, 6, [0, 2, 4, 7, 9, 11]), (4, 1, [0])]
 )

@@ -134,10 +134,6 @@ def test_sums_over_all_that_belongs_to_a_unit(importance: str, tmp_path: Path) -
             group += part["self_attn.v_proj.weight"][keys].sum()
             group += part["self_attn.o_proj.weight"][:, queries].sum()
             assert float(found.units["heads"][index, g]) == pytest.approx(float(group), rel=1e-4)
-        if importance == "taylor":
-            assert found.blocks_L is not None
-            total = sum(float(w.sum()) for w in part.values())
-            assert float(found.blocks_L[index]) == pytest.approx(total, rel=1e-4)
     writers = ("o_proj.weight", "down_proj.weight")
     for c in range(32):
         channel = sum(
@@ -145,6 +141,31 @@ def test_sums_over_all_that_belongs_to_a_unit(importance: str, tmp_path: Path) -
             for n, w in worth.items()
         )
         assert float(found.units["hidden"][c]) == pytest.approx(channel, rel=1e-4)
+
+
+def test_a_block_is_worth_what_it_adds_times_the_gradient(tmp_path: Path) -> None:
+    model = build("LlamaForCausalLM", tmp_path)
+    found = scores(model, "taylor", ROWS).blocks_L
+    whole: Any = load_model(model)
+    want, tokens = torch.zeros(4, dtype=torch.float64), 0
+    for row in ROWS:
+        ids = row["input_ids"]
+        for index in range(4):
+            # A factor for each token on what the block adds: its gradient is the product asked for.
+            factor_T = torch.ones(len(ids), requires_grad=True)
+
+            def scale(_: nn.Module, args: Any, output: Tensor, factor_T: Tensor = factor_T) -> Tensor:
+                return args[0] + factor_T[None, :, None] * (output - args[0])
+
+            handle = whole.model.layers[index].register_forward_hook(scale)
+            told = whole(ids[None]).logits[0].log_softmax(-1)
+            loss = sum(-told[t, ids[t + 1]] for t in range(len(ids) - 1))
+            (grad_T,) = torch.autograd.grad(loss, factor_T)
+            want[index] += grad_T.double().abs().sum()
+            handle.remove()
+        tokens += len(ids) - 1
+    assert found is not None
+    torch.testing.assert_close(found, want / tokens, rtol=1e-4, atol=1e-9)
 
 
 def test_fluctuation_is_the_variance_of_what_is_read_times_its_weights(tmp_path: Path) -> None:
