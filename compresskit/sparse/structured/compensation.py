@@ -75,7 +75,7 @@ def _switch(patient: Patient, layers: list[str]) -> str | None:
     return None
 
 
-def compensate(subject: Subject, surgery: Surgery, kept: Kept) -> dict[str, Tensor]:
+def compensate(subject: Subject, surgery: Surgery, kept: Kept) -> tuple[dict[str, Tensor], int]:
     """What to add to biases so that the readers of what goes give on average what they gave.
 
     Args:
@@ -84,7 +84,7 @@ def compensate(subject: Subject, surgery: Surgery, kept: Kept) -> dict[str, Tens
         kept: which of it stays.
 
     Returns:
-        For the bias of each reader in a block that stays: (O,), float64.
+        For the bias of each reader in a block that stays: (O,), float64; and the number of tokens read.
     """
     model, dimensions, shifts = subject.model, surgery.dimensions, {}
     assert dimensions is not None
@@ -103,8 +103,8 @@ def compensate(subject: Subject, surgery: Surgery, kept: Kept) -> dict[str, Tens
             keep_I = keep_U.repeat_interleave(len(mean_I) // len(keep_U))
             shifts[f"{layer}.bias"] = weight_OI[:, ~keep_I] @ mean_I[~keep_I]
 
-    walk_dense(subject, frozenset({MEAN}), take)
-    return shifts
+    seen = walk_dense(subject, frozenset({MEAN}), take)
+    return shifts, seen.num_tokens
 
 
 def cut_kinds(kinds: Collection[str]) -> list[str]:

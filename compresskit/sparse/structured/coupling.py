@@ -97,8 +97,16 @@ def find_couplings(
     return couplings_of_one(one, directory, trust_remote_code=trust_remote_code)
 
 
-def couplings_of_one(config: Any, directory: Path, *, trust_remote_code: bool = False) -> Couplings:
+def couplings_of_one(
+    config: Any, directory: Path, *, heads_only: bool = False, trust_remote_code: bool = False
+) -> Couplings:
     """The couplings of a model of one block.
+
+    Args:
+        config: of that model.
+        directory: where code of the model's own would lie.
+        heads_only: leave the neurons out, which takes most of the time.
+        trust_remote_code: whether that code may run.
 
     Raises:
         ModelError: it cannot be run on token ids alone.
@@ -112,6 +120,8 @@ def couplings_of_one(config: Any, directory: Path, *, trust_remote_code: bool = 
         if len(input_MN) != SEQUENCES * TOKENS or not input_MN.requires_grad:
             continue
         mixes = _mixes_tokens(input_MN, outputs)
+        if heads_only and not mixes:
+            continue
         found = _coupling(input_MN, outputs, mixes=mixes)
         if found is not None:
             units, makers = found

@@ -129,7 +129,7 @@ class Cut:
             layers=sum(
                 1
                 for name, linear in surgery.anatomy.linears.items()
-                if linear.block is not None and _is_cut(name, model, surgery)
+                if not linear.tied and _is_cut(name, model, surgery)
             ),
             memory_bytes=memory,
             scratch_bytes=spilled,
@@ -162,9 +162,10 @@ class Cut:
         surgery = Outline(self, patient).surgery()
         subject, warnings = self._subject(model, surgery, context, calibrated)
         scores = IMPORTANCES[self.importance]().measure(subject)
-        kept = choose(surgery, scores, len(model.anatomy.blocks))
+        kept, tokens = choose(surgery, scores, len(model.anatomy.blocks)), scores.num_tokens
         if self.compensate:
-            kept = replace(kept, shifts=compensate(subject, surgery, kept))
+            shifts, tokens = compensate(subject, surgery, kept)
+            kept = replace(kept, shifts=shifts)
         records: list[LayerRecord] = []
         tensors = smaller_tensors(model, surgery, kept, records)
         write_shards(context.out, tensors, shard_bytes=SHARD_BYTES)
@@ -182,7 +183,7 @@ class Cut:
                 "units_kept": dict(surgery.units),
                 "parameters_before": model.anatomy.num_parameters,
                 "parameters_kept": surgery.anatomy.num_parameters,
-                "calibration_tokens": scores.num_tokens,
+                "calibration_tokens": tokens,
             },
             warnings=warnings,
         )

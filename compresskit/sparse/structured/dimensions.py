@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -163,14 +164,18 @@ class _Finder:
         """
         if self.follow:
             return
-        coupling = self._attention(HEADS)
-        keys = find_head_keys(self.trial, coupling)
+        coupling, keys = self._attention(HEADS), self.head_keys
         if keys is None:
             expected = "heads that something other than the hidden size counts"
             got = "a model whose heads together are always as wide as the hidden size, or no key for them"
             cure = "Set hidden instead: the heads follow it."
             raise PatternError(Fault(HEADS, expected, got, cure))
         self._add(HEADS, coupling, keys)
+
+    @cached_property
+    def head_keys(self) -> Keys | None:
+        """What sets the heads alone, if anything does; there is one reader of them."""
+        return find_head_keys(self.trial, self.couplings.heads[0])
 
     def hidden(self) -> None:
         """Add the hidden channels, and the heads if these follow."""
@@ -180,7 +185,7 @@ class _Finder:
         for coupling in others[:1] if len(others) == 1 else ():
             if ffn_keys := find_ffn_keys(self.trial, coupling):
                 pins |= ffn_keys.changes(coupling.units)
-        head_keys = find_head_keys(self.trial, heads)
+        head_keys = self.head_keys
         pins |= head_keys.changes(heads.units) if head_keys else {}
         trial = self.trial.with_changes(pins)
         width = _width(trial.anatomy, heads)

@@ -19,7 +19,7 @@ from typing import Any
 
 from compresskit.modeling.anatomy import Anatomy, anatomy_of
 from compresskit.modeling.skeleton import skeleton_of
-from compresskit.sparse.structured.coupling import Coupling, Couplings, couplings_of_one
+from compresskit.sparse.structured.coupling import Coupling, couplings_of_one
 from compresskit.sparse.structured.resize import Changes, resized
 
 HEAD_DIM = "head_dim"
@@ -81,13 +81,14 @@ class Trial:
         except Exception:  # whatever a model's constructor raises over a wrong value
             return None
 
-    def couplings(self, changes: Changes) -> Couplings | None:
-        """What belongs together with ``changes``; None where they make no model that runs."""
+    def has_heads(self, changes: Changes, units: int, size: int) -> bool:
+        """Whether ``changes`` make a model that runs and has so many groups of heads of that size."""
         try:
-            config = resized(self.config, changes)
-            return couplings_of_one(config, self.directory, trust_remote_code=self.trust_remote_code)
+            config, trust = resized(self.config, changes), self.trust_remote_code
+            found = couplings_of_one(config, self.directory, heads_only=True, trust_remote_code=trust).heads
         except Exception:
-            return None
+            return False
+        return [(heads.units, heads.size) for heads in found] == [(units, size)]
 
     def _anatomy_of(self, config: Any) -> Anatomy:
         return anatomy_of(skeleton_of(config, self.directory, trust_remote_code=self.trust_remote_code))
@@ -120,9 +121,8 @@ def find_head_keys(trial: Trial, coupling: Coupling) -> Keys | None:
     """The keys that set how many heads there are while nothing else changes; None where there are none."""
     wanted = _doubled(trial.anatomy, coupling)
     for keys in _head_candidates(trial, coupling):
-        if trial.shapes(keys.changes(2 * coupling.units)) == wanted and _has_heads(
-            trial.couplings(keys.changes(2 * coupling.units)), 2 * coupling.units, coupling.size
-        ):
+        changes = keys.changes(2 * coupling.units)
+        if trial.shapes(changes) == wanted and trial.has_heads(changes, 2 * coupling.units, coupling.size):
             return keys
     return None
 
@@ -161,7 +161,7 @@ def find_hidden_keys(
                 if axes is None or not _is_read_and_written(trial.anatomy, heads, axes):
                     continue
                 units = heads.units * (2 if follow else 1)
-                if _has_heads(trial.couplings(changes), units, heads.size):
+                if trial.has_heads(changes, units, heads.size):
                     return keys, head_keys, axes
     return None
 
@@ -223,12 +223,6 @@ def _head_candidates(
                 yield Keys(scaled, ((HEAD_DIM, int(stated)),))
             else:
                 yield from (Keys(scaled, ((HEAD_DIM, size),)) for size in dict.fromkeys(sizes))
-
-
-def _has_heads(couplings: Couplings | None, units: int, size: int) -> bool:
-    if couplings is None or len(couplings.heads) != 1:
-        return False
-    return (couplings.heads[0].units, couplings.heads[0].size) == (units, size)
 
 
 def _doubled(anatomy: Anatomy, coupling: Coupling) -> Shapes:

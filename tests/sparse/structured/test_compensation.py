@@ -34,6 +34,7 @@ def compensated(
     forecast = stage.forecast(outlook(model))
     result, after = stage.run(model, context), open_model(place / "out")
     assert forecast.after.anatomy.parameter_shapes == after.anatomy.parameter_shapes
+    assert result.metrics["calibration_tokens"] == 26
     assert result.metrics["parameters_kept"] == after.anatomy.num_parameters
     return forecast, after
 

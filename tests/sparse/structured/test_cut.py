@@ -107,6 +107,8 @@ def test_everything_at_once_loads_and_is_as_foreseen(name: str, tmp_path: Path) 
     assert stage.faults(outlook(model), "stages[0]") == []
     result, after = run(stage, model, tmp_path)
     check_sizes(stage, model, after)
+    forecast = stage.forecast(outlook(model))
+    assert forecast.layers == len({layer.name for layer in result.layers})
     assert len(after.anatomy.blocks) == 2
     whole, small = load_model(model), load_model(after)
     kept, (_, reader, _, attention, writers) = kept_by(model, **options).units, FAMILIES[name]
