@@ -107,6 +107,12 @@ def test_a_width_that_follows_another_is_said_to(tmp_path: Path) -> None:
     )
 
 
+def test_a_number_that_happens_to_count_as_many_is_not_taken_for_the_heads(tmp_path: Path) -> None:
+    model = build("GPT2LMHeadModel", tmp_path / "model", chunk_size_feed_forward=4)
+    _, after = run(Prune("cut", options={"hidden": 0.5}), model, tmp_path)
+    assert (after.config.n_embd, after.config.n_head, after.config.chunk_size_feed_forward) == (16, 2, 4)
+
+
 def test_one_key_value_head_cannot_be_shared_out(tmp_path: Path) -> None:
     model = build("LlamaForCausalLM", tmp_path, num_key_value_heads=1)
     said = faults(model, heads=0.5)
