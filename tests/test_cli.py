@@ -122,7 +122,7 @@ WRONG = {
     ),
     "heads that grouping forbids": (
         "prune {m}/model -o out --method cut --set heads=3",
-        ["--set heads stages[0].heads", "query heads", "got 3", "nearest legal ones are 2"],
+        ["--set heads stages[0].heads", "query heads", "got 3", "nearest legal one is 2"],
     ),
     "more parameters than are left": (
         "prune {m}/model -o out --method cut --set layers=1 --set parameters=0.9",

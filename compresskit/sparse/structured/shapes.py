@@ -76,7 +76,8 @@ def choose_units(wanted: Wanted, dimension: Dimension, legal: Sequence[int], mul
             return legal[counts.index(wanted)]
         near = sorted(sorted(counts, key=lambda count: abs(count - wanted))[:2])
         expected = f"a legal number of {what}, fewer than {total}"
-        cure = f"The nearest legal ones are {' and '.join(map(str, near))}."
+        verb = "one is" if len(near) == 1 else "ones are"
+        cure = f"The nearest legal {verb} {' and '.join(map(str, near))}."
         raise PatternError(Fault(kind, expected, str(wanted), cure))
     exact = wanted * dimension.units
     nearest = min([*reversed(legal), dimension.units], key=lambda units: (abs(units - exact), -units))
