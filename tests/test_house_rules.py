@@ -21,6 +21,7 @@ from compresskit.quant import QUANTIZERS
 from compresskit.recipe import STAGES
 from compresskit.registry import Registry
 from compresskit.sparse import PRUNERS
+from compresskit.sparse.structured import IMPORTANCES
 
 ROOT = Path(compresskit.__file__).parent
 FAMILIES = {"quant", "sparse", "distill"}
@@ -138,7 +139,11 @@ def test_help_does_not_import_torch(command: str) -> None:
 
 
 def methods() -> list[tuple[str, type[Any], str]]:
-    tables: list[tuple[Registry[Any], str]] = [(PRUNERS, "prune"), (QUANTIZERS, "quantize")]
+    tables: list[tuple[Registry[Any], str]] = [
+        (PRUNERS, "prune"),
+        (IMPORTANCES, "measure"),
+        (QUANTIZERS, "quantize"),
+    ]
     found = [(f"{r.kind} {name}", r[name], verb) for r, verb in tables for name in r]
     return found + [(f"loss {name}", LOSSES[name], "__call__") for name in LOSSES]
 
