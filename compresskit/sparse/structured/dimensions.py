@@ -134,7 +134,9 @@ def find_dimensions(
             if kind in wanted:
                 raise
             fault = error.faults[0]
-            missing[kind] = fault.got if isinstance(fault, Fault) else str(fault)
+            missing[kind] = str(fault)
+            if isinstance(fault, Fault):
+                missing[kind] = f"expected {fault.expected}, got {fault.got}"
     axes = {name: tuple(along) for name, along in finder.axes.items()}
     return Dimensions(finder.widths, axes, finder.follow, missing)
 
@@ -153,7 +155,7 @@ class _Finder:
         coupling = _only(self.couplings.ffn, FFN, "one linear layer in each block that reads neurons")
         keys = find_ffn_keys(self.trial, coupling)
         if keys is None:
-            raise _no_keys(self.trial, FFN, f"a key for {coupling.units} neurons")
+            raise _no_keys(self.trial, f"a key for {coupling.units} neurons")
         self._add(FFN, coupling, keys)
 
     def heads(self) -> None:
@@ -165,6 +167,9 @@ class _Finder:
         if self.follow:
             return
         coupling, keys = self._attention(HEADS), self.head_keys
+        if keys is None and coupling.units == 1:
+            expected, got = "heads that can go one by one", "one group: they share a norm, or keys and values"
+            raise PatternError(Fault(HEADS, expected, got, OTHERWISE))
         if keys is None:
             expected = "heads that something other than the hidden size counts"
             got = "a model whose heads together are always as wide as the hidden size, or no key for them"
@@ -191,7 +196,7 @@ class _Finder:
         width = _width(trial.anatomy, heads)
         found = find_hidden_keys(trial, width, heads, others, follow=head_keys is None)
         if found is None:
-            raise _no_keys(self.trial, HIDDEN, f"keys for the hidden size {width} alone")
+            raise _no_keys(self.trial, f"keys for the hidden size {width} alone")
         keys, followers, axes = found
         if followers is not None:
             self.follow = True
@@ -247,5 +252,5 @@ def _only(found: tuple[Coupling, ...], kind: str, expected: str) -> Coupling:
     raise PatternError(Fault(kind, expected, got, OTHERWISE))
 
 
-def _no_keys(trial: Trial, kind: str, expected: str) -> ModelError:
-    return ModelError(Fault(f"{trial.directory}: config.json", expected, f"none for {kind}", OTHERWISE))
+def _no_keys(trial: Trial, expected: str) -> ModelError:
+    return ModelError(Fault(f"{trial.directory}: config.json", expected, "none", OTHERWISE))

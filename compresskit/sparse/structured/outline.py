@@ -181,7 +181,7 @@ class Outline:
             notes.append(f"{self.total - shape.blocks} of {self.total} blocks go.")
         if dimensions:
             notes += [self._width_note(dimensions, kind, units) for kind, units in shape.units.items()]
-            notes += [f"{kind} stays as it is: {why}." for kind, why in dimensions.missing.items()]
+            notes += [f"{kind}: all stay; {why}." for kind, why in dimensions.missing.items()]
         return notes
 
     def _width_note(self, dimensions: Dimensions, kind: str, units: int) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -18,7 +19,7 @@ from compresskit.sparse.stage import Prune
 from compresskit.sparse.structured.dimensions import Dimension
 from compresskit.sparse.structured.keys import Keys
 from compresskit.sparse.structured.shapes import choose_units, legal_units
-from tests.sparse.structured.zoo import FAMILIES, build, follows, outlook, planned, run
+from tests.sparse.structured.zoo import FAMILIES, GROUPED, build, follows, outlook, planned, run
 from tests.tiny import tiny_llama
 
 NO_KEYS = Keys(())
@@ -120,6 +121,20 @@ def test_one_key_value_head_cannot_be_shared_out(tmp_path: Path) -> None:
     assert (
         "s.heads: expected fewer than 4 query heads in whole groups of 4 that share keys and values" in said
     )
+
+
+def test_heads_that_share_a_norm_stay_and_it_is_said(tmp_path: Path) -> None:
+    config = transformers.Olmo2Config(**{key: value for key, value in GROUPED.items() if key != "head_dim"})
+    transformers.Olmo2ForCausalLM(config).save_pretrained(tmp_path)
+    model = open_model(tmp_path)
+    assert faults(model, heads=0.5) == (
+        "s.heads: expected heads that can go one by one, "
+        "got one group: they share a norm, or keys and values. Cut layers only, or another model."
+    )
+    assert "expected keys for the hidden size 32 alone, got none" in faults(model, hidden=0.5)
+    notes = planned(model, parameters=0.8).notes
+    assert notes[0].startswith("ffn: ")
+    assert "heads: all stay; expected heads that can go one by one, got one group" in notes[2]
 
 
 @pytest.mark.parametrize("trim", ["width", "depth", "both"])
