@@ -120,6 +120,22 @@ WRONG = {
         "distill --teacher {m}/model --student cut:layers=9 -o out",
         ["--student stages[0].layers", "9", "2"],
     ),
+    "heads that grouping forbids": (
+        "prune {m}/model -o out --method cut --set heads=3",
+        ["--set heads stages[0].heads", "query heads", "got 3", "nearest legal one is 2"],
+    ),
+    "more parameters than are left": (
+        "prune {m}/model -o out --method cut --set layers=1 --set parameters=0.9",
+        ["--set parameters stages[0].parameters", "got 0.9", "The nearest is 0."],
+    ),
+    "a multiple that does not fit": (
+        "prune {m}/model -o out --method cut --set ffn=0.5 --set multiple=128",
+        ["stages[0].ffn", "multiple of 128", "Lower multiple"],
+    ),
+    "a cut by no such importance": (
+        "prune {m}/model -o out --method cut --set ffn=0.5 --set importance=activations",
+        ["stages[0].importance", "Did you mean: activation"],
+    ),
     "unknown strategy": ("finetune {m}/model -o out --nproc 2 --strategy fdsp", ["--strategy", "fsdp"]),
     "unknown loss": (
         "distill --teacher {m}/model --student {m}/model -o out --loss kl",

@@ -20,7 +20,8 @@ from compresskit.errors import UnknownMethodError
 from compresskit.quant import QUANTIZERS
 from compresskit.recipe import STAGES
 from compresskit.registry import Registry
-from compresskit.sparse import PRUNERS, TRAINED_PRUNERS
+from compresskit.sparse import ALLOCATIONS, PRUNERS, RECOVERIES, TRAINED_PRUNERS
+from compresskit.sparse.structured import IMPORTANCES
 
 ROOT = Path(compresskit.__file__).parent
 FAMILIES = {"quant", "sparse", "distill"}
@@ -142,8 +143,14 @@ def test_help_does_not_import_torch(command: str) -> None:
 
 
 def methods() -> list[tuple[str, type[Any], str]]:
-    tables: list[tuple[Registry[Any], str]] = [(PRUNERS, "prune"), (QUANTIZERS, "quantize")]
-    tables.append((TRAINED_PRUNERS, "update"))
+    tables: list[tuple[Registry[Any], str]] = [
+        (PRUNERS, "prune"),
+        (IMPORTANCES, "measure"),
+        (ALLOCATIONS, "fractions"),
+        (RECOVERIES, "recover"),
+        (TRAINED_PRUNERS, "update"),
+        (QUANTIZERS, "quantize"),
+    ]
     found = [(f"{r.kind} {name}", r[name], verb) for r, verb in tables for name in r]
     return found + [(f"loss {name}", LOSSES[name], "__call__") for name in LOSSES]
 

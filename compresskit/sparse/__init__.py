@@ -19,11 +19,11 @@ PRUNERS: Registry[Pruner] = Registry(
     },
 )
 
-# Methods that take whole layers or neurons away, so the result is smaller and has no zeros to keep.
+# Methods that take layers, neurons, heads or channels away: the result is smaller and has no zeros to keep.
 STRUCTURED_PRUNERS: Registry[StructuredPruner] = Registry(
     "structured pruner",
     {
-        "cut": "compresskit.sparse.cut:Cut",
+        "cut": "compresskit.sparse.structured.cut:Cut",
     },
 )
 

@@ -14,6 +14,7 @@ from compresskit.errors import Fault
 from compresskit.sparse.pattern import Pattern
 
 if TYPE_CHECKING:
+    from compresskit.calibration.oneshot import Calibrated
     from compresskit.modeling.source import ModelSource
     from compresskit.stage import Forecast, Outlook, StageContext, StageResult
 
@@ -107,16 +108,21 @@ class Recovery(Protocol):
 class StructuredPruner(Protocol):
     """A frozen dataclass that takes layers or neurons away: the result is an ordinary, smaller model."""
 
+    @property
+    def reads_data(self) -> bool:
+        """Whether it needs calibration rows."""
+        ...
+
     def faults(self, model: Outlook, where: str) -> list[Fault]:
         """Everything wrong for such a ``model``; reads no weight."""
         ...
 
-    def forecast(self, model: Outlook) -> Forecast:
+    def forecast(self, model: Outlook, calibrated: Calibrated) -> Forecast:
         """What the smaller model will be; called only when there are no faults."""
         ...
 
-    def run(self, model: ModelSource, context: StageContext) -> StageResult:
-        """Write the smaller model into ``context.out``."""
+    def run(self, model: ModelSource, context: StageContext, calibrated: Calibrated) -> StageResult:
+        """Write the smaller model into ``context.out``; ``calibrated`` says what to calibrate on."""
         ...
 
 

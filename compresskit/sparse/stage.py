@@ -23,7 +23,7 @@ from compresskit.sparse import ALLOCATIONS, PRUNERS, RECOVERIES, STRUCTURED_PRUN
 if TYPE_CHECKING:
     from compresskit.modeling.anatomy import Linear
     from compresskit.modeling.source import ModelSource
-    from compresskit.sparse.base import Recovery
+    from compresskit.sparse.base import Recovery, StructuredPruner
     from compresskit.sparse.pattern import Pattern
     from compresskit.stage import Forecast, Outlook, StageContext, StageResult
 
@@ -33,7 +33,7 @@ UNIFORM = "uniform"
 
 @dataclass(frozen=True)
 class Prune:
-    """Zero the weights a method finds least useful, or cut whole layers and neurons away.
+    """Zero the weights a method finds least useful, or cut layers, neurons, heads and channels away.
 
     Attributes:
         method: a name of ``compresskit.sparse.PRUNERS`` or ``STRUCTURED_PRUNERS``.
@@ -108,17 +108,17 @@ class Prune:
         faults = option_faults(method, self._options, where=where, stage=Prune, reserved=("pattern",))
         faults += number_faults(self, where) + self.skip_faults(where)
         if self.reshapes:
-            return faults or list(method(**dict(self._options)).faults(model, where))
+            return faults or self._cut_faults(method(**dict(self._options)), model, where)
         faults += (wrong := self._choice_faults(where))
         if not wrong and self.reads_data:
             faults += length_faults(self, model.config, where)
         faults += self.pattern_faults(model, where)
-        return faults if faults else self._division_faults(model, where)
+        return faults or self._division_faults(model, where)
 
     def forecast(self, model: Outlook) -> Forecast:
         """What this stage will do to such a ``model``; called only when it has no faults."""
         if self.reshapes:
-            forecast: Forecast = STRUCTURED_PRUNERS[self.method](**dict(self._options)).forecast(model)
+            forecast: Forecast = STRUCTURED_PRUNERS[self.method](**dict(self._options)).forecast(model, self)
             return forecast
         from compresskit.sparse.outlook import forecast_zeroing
 
@@ -132,8 +132,8 @@ class Prune:
             StatisticError: calibration measured nothing usable.
         """
         if self.reshapes:
-            result: StageResult = STRUCTURED_PRUNERS[self.method](**dict(self._options)).run(model, context)
-            return result
+            cut = STRUCTURED_PRUNERS[self.method](**dict(self._options))
+            return cut.run(model, context, self)
         from compresskit.sparse.oneshot import run_oneshot
 
         return run_oneshot(self, model, context)
@@ -222,6 +222,10 @@ class Prune:
             return []
         cure = f"Did you mean: {nearest(self.on_indivisible, ON_INDIVISIBLE)}?"
         return [Fault(f"{where}.on_indivisible", "error or skip", repr(self.on_indivisible), cure)]
+
+    def _cut_faults(self, method: StructuredPruner, model: Outlook, where: str) -> list[Fault]:
+        faults = length_faults(self, model.config, where) if method.reads_data else []
+        return faults + method.faults(model, where)
 
     def pattern_faults(self, model: Outlook | ModelSource, where: str) -> list[Fault]:
         """What is wrong with the pattern and the targets alone."""

@@ -129,6 +129,17 @@ def test_a_changed_table_is_written(dtype: str, model: Model, tmp_path: Path) ->
     assert torch.equal(after.tensor(embedding), before.tensor(embedding))
 
 
+def test_one_without_a_place_to_write_only_reads(tmp_path: Path) -> None:
+    source = open_model(make("llama", tmp_path / "model"))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with StreamedModel(source, None) as streamed:
+        for index, block in enumerate(streamed.blocks):
+            with streamed.block(index):
+                for name in (n for n in source.names() if n.startswith(f"{block}.")):
+                    assert torch.equal(streamed.parameter(name), source.tensor(name))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_a_block_is_read_once(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     whole = Stored.read

@@ -6,6 +6,8 @@ if they added up, are least.
 
 Paper: layer by layer sensitivity, Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017,
 https://arxiv.org/abs/1608.08710; the division is that of a separable convex problem, by marginal costs.
+
+Shapes: none; layers are counted by their weights.
 """
 
 from __future__ import annotations

@@ -1,4 +1,10 @@
-"""Uniform: the same fraction of every layer."""
+"""Uniform: the same fraction of every layer.
+
+Paper: the choice of Frantar & Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in
+One-Shot", ICML 2023, https://arxiv.org/abs/2301.00774, and of most since.
+
+Shapes: none; nothing is looked at.
+"""
 
 from __future__ import annotations
 
@@ -20,5 +26,12 @@ class Uniform:
         return ""
 
     def fractions(self, survey: Survey) -> Mapping[str, float]:
-        """The same for all."""
+        """Give all the same.
+
+        Args:
+            survey: of which only the names and the target are read.
+
+        Returns:
+            Layer -> the target.
+        """
         return dict.fromkeys(survey.sizes, survey.zero_fraction)

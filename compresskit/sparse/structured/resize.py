@@ -63,41 +63,6 @@ def with_blocks(
     return {**lists, depth: len(keep)}
 
 
-def with_shapes(
-    config: Any,
-    directory: Path,
-    old: int,
-    new: int,
-    shapes: Mapping[str, tuple[int, ...]],
-    *,
-    trust_remote_code: bool = False,
-) -> Changes:
-    """The change that turns a width of ``old`` into ``new`` and gives the model exactly ``shapes``.
-
-    Args:
-        config: of the model, its blocks already cut.
-        directory: of the model, for errors and code of its own.
-        old: the width now, which a key holds, or which follows from another where a key holds null.
-        new: the width to come.
-        shapes: every parameter's shape after the change.
-        trust_remote_code: whether that code may run.
-
-    Raises:
-        ModelError: no key of the configuration does that.
-    """
-    data = config.to_dict()
-    keys = [k for k, v in data.items() if _is_int(v, old)] + [k for k, v in data.items() if v is None]
-
-    def fits(after: Anatomy) -> bool:
-        return dict(after.parameter_shapes) == dict(shapes)
-
-    width = _search(config, keys, new, {}, directory, fits, trust_remote_code)
-    if width is None:
-        cure = "Cut layers only, or another model."
-        raise ModelError(Fault(f"{directory}: config.json", f"a key for the width {old}", "none", cure))
-    return {width: new}
-
-
 def _search(
     config: Any,
     keys: Iterable[str],

@@ -10,7 +10,7 @@ from tiny import tiny_llama
 
 from compresskit.errors import ModelError
 from compresskit.modeling import ModelSource, open_model
-from compresskit.sparse.cut import Cut
+from compresskit.sparse.stage import Prune
 from compresskit.stage import Outlook
 
 CODE = """
@@ -50,7 +50,7 @@ def test_a_cut_is_foreseen_with_the_models_own_code(model: ModelSource) -> None:
         weight_bytes=4.0,
         trust_remote_code=True,
     )
-    cut = Cut(layers=1, ffn=0.5)
+    cut = Prune("cut", options={"layers": 1, "ffn": 0.5})
     assert cut.faults(before, "stages[0]") == []
     after = cut.forecast(before).after
     assert len(after.anatomy.blocks) == 1
