@@ -1,8 +1,8 @@
 """Reconstruct: retrain what is left of each component until it gives again what it gave in the dense model.
 
 Paper: block by block, Guo et al., "EBFT: Effective and Block-Wise Fine-Tuning for Sparse LLMs", 2024,
-https://arxiv.org/abs/2402.12419; attention and feed-forward network apart, which takes less memory and did
-better there: Wagner et al., "A Free Lunch in LLM Compression: Revisiting Retraining after Pruning", 2025,
+https://arxiv.org/abs/2402.12419; attention and feed-forward network apart, which takes less memory and does
+as well: Wagner et al., "A Free Lunch in LLM Compression: Revisiting Retraining after Pruning", 2025,
 https://arxiv.org/abs/2510.14444. The inputs are what the pruned blocks before give, the targets are the dense
 model's.
 
