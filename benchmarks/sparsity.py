@@ -5,8 +5,10 @@
 
 Both sides calibrate on the same token ids and leave the head alone; both checkpoints, as saved, are loaded
 by plain transformers and scored by the same evaluator. Each method stands plain, with OWL at 70%, and with
-block reconstruction. How far Wanda's masks agree with llm-compressor's is told as well, with
-``true_sequential`` off, as that is how it measures: all layers of a block before any of them is pruned.
+block reconstruction; Wanda's and SparseGPT's also with ``true_sequential``. A share of zeros is a row's for
+Wanda, the whole layer's for the others, as in their papers. How far Wanda's masks agree with
+llm-compressor's is told as well; since it rounds a row's zeros down, it is asked for the share that gives it
+as many as ours has.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ METHODS = ("magnitude", "wanda", "sparsegpt", "alps")
 """From the worst expected to the best."""
 PATTERNS = ("50%", "60%", "70%", "2:4", "4:8")
 PEERS_METHODS = ("wanda", "sparsegpt")
-PLAIN, OWL, RECONSTRUCT, IN_ONE_STEP = "", " owl", " reconstruct", " in one step"
+BY_ROW = ("wanda",)
+PLAIN, OWL, RECONSTRUCT, IN_TURN = "", " owl", " reconstruct", " true_sequential"
 OWL_FIELDS = {"sparsity_profile": "owl", "owl_m": 5, "owl_lmbda": 0.08}
 LIMIT_PERCENT = 0.2  # how much worse ours may be
 
@@ -60,13 +63,15 @@ def jobs_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for pattern in options.patterns:
         for method in options.methods:
-            fields = {"method": method, "pattern": pattern, "ignore": ["lm_head"]}
+            share = pattern.endswith("%") and method not in BY_ROW
+            form = f"{pattern}:layer" if share else pattern
+            fields = {"method": method, "pattern": form, "ignore": ["lm_head"]}
             found[f"{method} {pattern}"] = fields
             if pattern == "70%":
                 found[f"{method} {pattern}{OWL}"] = {**fields, "allocation": "owl"}
             found[f"{method} {pattern}{RECONSTRUCT}"] = {**fields, "recover": "reconstruct"}
-            if method == "wanda":
-                found[f"{method} {pattern}{IN_ONE_STEP}"] = {**fields, "true_sequential": False}
+            if method in PEERS_METHODS:
+                found[f"{method} {pattern}{IN_TURN}"] = {**fields, "true_sequential": True}
     return {name: {"prune": fields} for name, fields in found.items()}
 
 
@@ -84,30 +89,52 @@ def of_model(model: Path, options: argparse.Namespace, python: str | None, place
     ids = save_ids(model, options.train, **rows, place=place)
     weights = b"".join(path.read_bytes() for path in sorted(model.glob("*.safetensors")))
     home = (options.work or place) / f"sparse-peer-{digest_of(weights + ids.read_bytes())}"
-    theirs = peers_jobs(options)
+    theirs = peers_jobs(model, options)
     task = {"model": str(model), "ids": str(ids)}
     found["peer"], versions = figures_of([python, str(PEER_JOBS)], task, theirs, options, home)
     found["versions"] |= {f"peer {name}": version for name, version in versions.items()}
     mine = {job["name"]: job for job in ours}
     for job in theirs:
-        name = f"{job['name']}{IN_ONE_STEP}"
-        if name in mine and not isinstance(found["peer"][job["name"]], str):
-            one, other = place / "ours" / key_of(mine[name]), home / key_of(job)
-            found["agreement"][name] = agreement(one, other)
+        if job["method"] in BY_ROW and not isinstance(found["peer"][job["name"]], str):
+            one, other = place / "ours" / key_of(mine[job["name"]]), home / key_of(job)
+            found["agreement"][job["name"]] = agreement(one, other)
     return found
 
 
-def peers_jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
+def peers_jobs(model: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """The cells that llm-compressor has."""
+    from compresskit.modeling import open_model
+
+    linears = [linear for linear in open_model(model).anatomy.linears.values() if linear.block]
+    rows: dict[int, int] = {}
+    for linear in linears:
+        rows[linear.in_features] = rows.get(linear.in_features, 0) + linear.out_features
     found = []
     for pattern in options.patterns:
         for method in (m for m in PEERS_METHODS if m in options.methods):
             fields = {**sparsity_fields(pattern), "ignore": ["re:.*lm_head"]}
+            if method in BY_ROW and fields["mask_structure"] == "0:0":
+                fields["sparsity"] = rounded_down_alike(fields["sparsity"], rows)
             found.append({"name": f"{method} {pattern}", "method": method, "fields": fields})
             if pattern == "70%":
                 owl = {**fields, **OWL_FIELDS}
                 found.append({"name": f"{method} {pattern}{OWL}", "method": method, "fields": owl})
     return found
+
+
+def rounded_down_alike(share: float, rows: Mapping[int, int]) -> float:
+    """The share which, each row's zeros rounded down, gives most nearly the zeros of ``share`` rounded.
+
+    Args:
+        share: of each row.
+        rows: inputs -> how many rows have so many.
+    """
+    wanted = {inputs: round(share * inputs) for inputs in rows}
+
+    def amiss(tried: float) -> int:
+        return sum(abs(int(inputs * tried) - wanted[inputs]) * count for inputs, count in rows.items())
+
+    return min([share, *(count / inputs + 1e-9 for inputs, count in wanted.items())], key=amiss)
 
 
 def agreement(one: Path, other: Path) -> float:

@@ -49,7 +49,7 @@ class Prune:
         samples: calibration rows, for a method that needs any.
         context_length: tokens per calibration row; None is the model's own maximum, 2048 at most.
         true_sequential: calibrate each layer on what the pruned layers before it make, also within its block;
-            else only on what the pruned blocks before it make.
+            else, as the papers of the methods do, only on what the pruned blocks before it make.
         on_indivisible: what to do about layers the pattern does not fit: ``error``, or ``skip`` them, which
             is told in the result's warnings.
         options: the method's own fields, e.g. ``{"layers": 3, "ffn": 0.5}`` for ``cut``.
@@ -68,7 +68,7 @@ class Prune:
     data: DataSpec | None = None
     samples: int = 128
     context_length: int | None = None
-    true_sequential: bool = True
+    true_sequential: bool = False
     on_indivisible: str = "error"
     options: Mapping[str, Any] | Options = ()
 
