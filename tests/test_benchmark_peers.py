@@ -11,7 +11,7 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
 
-from benchmarks import cost_peer, quality
+from benchmarks import cost_peer, quality, sparsity
 from benchmarks.peers import call
 from benchmarks.random_llama import MODEL, TEXT, word_tokenizer, write_random_llama
 from compresskit.measure import read_records
@@ -84,11 +84,11 @@ def test_schemes_are_the_presets_of_compressed_tensors(preset: str) -> None:
     assert made.input_activations == known.input_activations
 
 
-@pytest.mark.parametrize("module", [cost_peer, quality])
+@pytest.mark.parametrize("module", [cost_peer, quality, sparsity])
 def test_a_missing_peer_is_told_with_its_cure(
     module: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    needed = ("--model", "m", "--train", "t", "--evaluate", "e") if module is quality else ()
+    needed = () if module is cost_peer else ("--model", "m", "--train", "t", "--evaluate", "e")
     for python in ((), ("--peer-python", sys.executable)):
         with pytest.raises(SystemExit) as stop:
             run_main(module, monkeypatch, *needed, *python)
@@ -177,6 +177,61 @@ def test_quality_of_a_tiny_model_is_scored_and_recorded(
     # Groups of 64 fit no layer of width 32: nothing is left to quantise.
     assert any(note.startswith("rtn w4a16-g64: ") for note in record.notes)
     assert "| w4a16-g64 | rtn | failed | - | - | - |" in capsys.readouterr().out
+
+
+def test_pruners_of_a_tiny_model_are_scored_and_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ours alone: every variant is a cell of its own."""
+    model = tiny_llama(tmp_path / "tiny")
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"Story {i}. " * 9}) + "\n" for i in range(40)))
+    run_main(
+        sparsity,
+        monkeypatch,
+        *("--model", str(model), "--train", str(text), "--evaluate", str(text), "--alone", "--rows", "4"),
+        *("--context-length", "32", "--methods", "magnitude", "wanda", "--patterns", "70%", "2:4"),
+        *("--documents", "3", "--results", str(tmp_path / "results")),
+    )
+    (record,) = read_records(next((tmp_path / "results").glob("sparsity-peer-*.json")))
+    rows = {row["cell"]: row["ours"] for row in record.values["rows"]}
+    variants = {"", " owl", " reconstruct"}
+    assert set(rows) == {
+        *(f"{method} 70%{variant}" for method in ("magnitude", "wanda") for variant in variants),
+        *(f"{method} 2:4{variant}" for method in ("magnitude", "wanda") for variant in ("", " reconstruct")),
+        *(f"wanda {pattern} true_sequential" for pattern in ("70%", "2:4")),
+    }
+    assert all(isinstance(figure, float) for figure in rows.values())
+    assert len(set(rows.values())) > 6
+
+
+def test_pruners_out_of_order_and_behind_are_told() -> None:
+    options = sparsity.arguments().parse_args(
+        ["--model", "m", "--train", "t", "--evaluate", "e", "--patterns", "2:4", "--alone"]
+    )
+    found = {
+        "dense": 1.0,
+        "ours": {"magnitude 2:4": 1.5, "wanda 2:4": 1.4, "sparsegpt 2:4": 1.41, "alps 2:4": 1.2},
+        "peer": {"wanda 2:4": 1.4, "sparsegpt 2:4": 1.39, "wanda 70% owl": "it failed"},
+        "agreement": {"wanda 2:4": 1.0},
+    }
+    rows = sparsity.rows_of(found)
+    assert sparsity.verdicts(rows, options) == [
+        "sparsegpt 2:4 is 1.44% worse than llm-compressor's.",
+        "2:4: sparsegpt (1.4100) is no better than wanda (1.4000).",
+    ]
+    assert "| wanda 2:4 | 1.4000 | 40.00 | 1.4000 | +0.00 | 1.00000 |" in sparsity.table("m", 1.0, rows)
+
+
+def test_the_peer_is_asked_for_as_many_zeros() -> None:
+    """It rounds a row's zeros down; ours are rounded to the nearest."""
+    for share in (0.5, 0.6, 0.7):
+        for widths in ({128: 7, 384: 1}, {64: 5, 172: 2}, {64: 1}):
+            asked = sparsity.rounded_down_alike(share, widths)
+            many = {inputs: int(inputs * asked) - round(share * inputs) for inputs in widths}
+            assert sum(abs(more) * widths[inputs] for inputs, more in many.items()) <= min(widths.values())
+    assert sparsity.rounded_down_alike(0.5, {64: 5, 172: 2}) == 0.5
+    assert call.sparsity_fields("2:8") == {"sparsity": 0.75, "mask_structure": "6:8"}
 
 
 def test_what_falls_short_is_said() -> None:

@@ -101,14 +101,20 @@ def steps_of(block: str, family: str, layers: Sequence[str], *, is_eager: bool) 
 
 
 def slow_walk(
-    model: Any, anatomy: Anatomy, rows: Sequence[Row], layers: Sequence[str], family: str
+    model: Any,
+    anatomy: Anatomy,
+    rows: Sequence[Row],
+    layers: Sequence[str],
+    family: str,
+    *,
+    in_turn: bool = True,
 ) -> tuple[dict[str, LayerStats], dict[str, float]]:
     """Change ``layers`` of ``model`` step by step, each with statistics of the model as changed so far."""
     all_stats: dict[str, LayerStats] = {}
     errors: dict[str, float] = {}
     outside = [n for n in layers if anatomy.linears[n].block is None]
     front = [n for n in outside if "project_in" in n]
-    is_eager = model.config._attn_implementation == "eager"
+    is_eager = not in_turn or model.config._attn_implementation == "eager"
     steps = [front]
     for block in anatomy.blocks:
         steps += steps_of(block, family, layers, is_eager=is_eager)
@@ -146,7 +152,8 @@ def check_against_the_slow_way(
     with StreamedModel(source, out) as streamed:
         walked = walk(streamed, rows, visit, EVERY, layers=layers, **options)
     reference = load_model(source)
-    stats, errors = slow_walk(reference, source.anatomy, rows, chosen, family)
+    in_turn = options.get("true_sequential", True)
+    stats, errors = slow_walk(reference, source.anatomy, rows, chosen, family, in_turn=in_turn)
     assert list(walked.relative_error) == [n for n in source.anatomy.linears if n in chosen]
     for name in chosen:
         assert got[name].num_tokens == stats[name].num_tokens == walked.num_tokens
@@ -165,6 +172,34 @@ def check_against_the_slow_way(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_step_sees_the_changed_ones_before_it(family: str, model: Model, tmp_path: Path) -> None:
     check_against_the_slow_way(family, model(family), tmp_path / "out", some_rows(20, 7, 1))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_a_whole_block_may_be_measured_before_it_is_changed(
+    family: str, model: Model, tmp_path: Path
+) -> None:
+    walked = check_against_the_slow_way(
+        family, model(family), tmp_path / "out", some_rows(20, 7, 1), true_sequential=False
+    )
+    assert walked.warnings == ()
+
+
+def test_a_visit_may_leave_weights_alone_and_a_walk_write_nothing(model: Model, tmp_path: Path) -> None:
+    source = open_model(model("llama"))
+    seen: dict[str, int] = {}
+
+    def look(layer: str, weight_OI: Tensor, stats: LayerStats) -> None:
+        seen[layer] = stats.num_tokens
+
+    (tmp_path / "out").mkdir()
+    for out in (None, tmp_path / "out"):
+        with StreamedModel(source, out) as streamed:
+            walked = walk(streamed, some_rows(20, 7), look, EVERY)
+        assert set(walked.relative_error.values()) == {None}
+    inside = [name for name, linear in source.anatomy.linears.items() if linear.block]
+    assert seen == dict.fromkeys(inside, 27)
+    written = open_model(tmp_path / "out")
+    assert all(torch.equal(written.tensor(name), source.tensor(name)) for name in source.names())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

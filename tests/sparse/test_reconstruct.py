@@ -139,7 +139,7 @@ def test_a_stage_recovers_each_component(method: str, model: ModelSource, text: 
             load_model(m, dtype="float32")(ids).logits.log_softmax(-1) for m in (model, without, pruned)
         )
     lost = [float((want.exp() * (want - got)).sum(-1).mean()) for got in (far, near)]
-    assert lost[1] < 0.9 * lost[0]
+    assert lost[1] < 0.95 * lost[0]
 
 
 def test_a_grid_keeps_weights_from_being_retrained(model: ModelSource) -> None:
