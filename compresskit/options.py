@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass, fields
 from math import inf, isfinite
 from typing import Any, get_args, get_type_hints
 
-from compresskit.errors import Fault
+from compresskit.errors import Fault, UnknownMethodError
 from compresskit.fields import describe, fit
 from compresskit.registry import Registry, nearest
 
@@ -26,6 +26,9 @@ class Choice:
 
     method: str
     options: Options = ()
+
+    def __str__(self) -> str:
+        return self.method
 
     def to_json(self) -> Any:
         """As a recipe writes it."""
@@ -72,10 +75,13 @@ def choice_of(value: str | Mapping[str, Any] | Choice) -> Choice:
 
 def choice_faults(choice: Choice, table: Registry[Any], *, where: str) -> list[Fault]:
     """What is wrong with ``choice`` as a name of ``table`` and fields of the class of that name."""
-    if choice.method not in table:
-        got = repr(choice.method) if choice.method else "a mapping without the key method"
-        cure = f"Did you mean: {nearest(choice.method, table)}?"
-        return [Fault(where, f"the name of a {table.kind}", got, cure)]
+    if not choice.method:
+        cure = f"Write a name, or add the key method: {', '.join(table)}."
+        return [Fault(where, "the key method", "a mapping without it", cure)]
+    try:
+        table.require(choice.method, where=where)
+    except UnknownMethodError as error:
+        return [fault for fault in error.faults if isinstance(fault, Fault)]
     return option_faults(table[choice.method], choice.options, where=where)
 
 

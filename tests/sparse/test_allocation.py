@@ -230,11 +230,13 @@ def test_a_measured_cost_is_that_of_the_pruned_model(model: ModelSource, text: P
 
 def test_what_an_allocation_cannot_do_is_told_before(model: ModelSource) -> None:
     assert "expected uniform, got owl with 2:4" in faults(Prune(pattern="2:4", allocation="owl"), model)
-    assert "Did you mean: owl?" in faults(Prune(allocation="olw"), model)
+    said = faults(Prune(allocation="olw"), model)
+    assert said == ("stages[0].allocation: expected the name of an allocation, got 'olw'. Did you mean: owl?")
     said = faults(Prune(allocation={"method": "owl", "spraed": 0.1}), model)
     assert "stages[0].allocation.spraed: expected a field of Owl" in said
     assert "Did you mean: spread?" in said
-    assert "without the key method" in faults(Prune(allocation={"spread": 0.1}), model)
+    said = faults(Prune(allocation={"spread": 0.1}), model)
+    assert "stages[0].allocation: expected the key method, got a mapping without it" in said
     said = faults(Prune(pattern="95%", allocation="owl"), model)
     assert "expected more than 0.08 and less than 0.92, the spread of owl, got 95%" in said
     assert "at most 0.95" in faults(Prune(pattern="97%", allocation="global"), model)
