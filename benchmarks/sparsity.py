@@ -53,7 +53,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--context-length", type=int, default=512)
     parser.add_argument("--documents", type=int, default=None, help="score the first so many; default: all")
-    parser.add_argument("--work", type=Path, default=None, help="keep checkpoints and figures here")
+    parser.add_argument("--work", type=Path, default=None, help="keep the peer's checkpoints here")
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser
 
@@ -95,7 +95,8 @@ def of_model(model: Path, options: argparse.Namespace, python: str | None, place
     found["versions"] |= {f"peer {name}": version for name, version in versions.items()}
     mine = {job["name"]: job for job in ours}
     for job in theirs:
-        if job["method"] in BY_ROW and not isinstance(found["peer"][job["name"]], str):
+        figures = (found[side][job["name"]] for side in ("ours", "peer"))
+        if job["method"] in BY_ROW and not any(isinstance(figure, str) for figure in figures):
             one, other = place / "ours" / key_of(mine[job["name"]]), home / key_of(job)
             found["agreement"][job["name"]] = agreement(one, other)
     return found

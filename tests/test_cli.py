@@ -65,6 +65,17 @@ def test_dry_run_writes_nothing(cli: Run, material: Path, tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+def test_choices_take_a_name_a_mapping_or_single_fields(cli: Run, material: Path) -> None:
+    argv = ("prune", material / "model", "--method", "wanda", "--pattern", "60%", "--dry-run")
+    done = cli(*argv, "--allocation", "owl", "--recover", "{method: reconstruct, epochs: 2}")
+    assert done.exit_code == 0, done.output
+    assert "wanda 60% owl reconstruct" in done.output
+    for typed in (("--allocation", "owl", "--set", "allocation.spread=2"), ("--recover", "{epochs: 2}")):
+        assert cli(*argv, *typed).exit_code != 0
+    said = cli(*argv, "--allocation", "owl", "--set", "allocation.spread=2").output
+    assert "allocation.spread: expected a number above 0 and at most 0.5, got 2" in said
+
+
 def test_plan_prints_the_schema(cli: Run) -> None:
     assert json.loads(cli("plan", "--schema").stdout)["title"] == "compresskit recipe"
 

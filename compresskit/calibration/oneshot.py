@@ -165,18 +165,20 @@ def refine_bytes(stage: Calibrated, config: Any, anatomy: Anatomy, layers: Seque
     from compresskit.calibration.refine import components
 
     sizes = {name: linear.out_features * linear.in_features for name, linear in anatomy.linears.items()}
-    largest = 0
+    largest, wide, width = 0, 0, _width(config)
     for block in anatomy.blocks:
-        inside = [name for name in layers if anatomy.linears[name].block == block]
-        for of in components(block, inside).values():
-            largest = max(largest, sum(sizes[name] for name in of))
+        inside = components(block, [name for name in layers if anatomy.linears[name].block == block])
+        largest = max(largest, *(sum(sizes[name] for name in of) for of in inside.values()), 0)
+        # A component that is a layer gives what the layer does, any other what goes on to the next block.
+        gives = (anatomy.linears[n].out_features if n in anatomy.linears else width for n in inside)
+        wide = max(wide, sum(gives))
     length = row_length(stage, config)
     batch = max(length, min(BATCH_TOKENS, stage.samples * length))
     inner = max((linear.out_features for linear in anatomy.linears.values() if linear.block), default=0)
     # Weights in float32, those in training, gradients, two moments; what a backward pass needs of a batch.
-    memory = largest * 4 * 5 + batch * (8 * _width(config) + 6 * inner) * 4
-    # The dense model's hidden states, what it gave in two components, and what reaches one.
-    kept = 4 * stage.samples * length * _width(config) * 4
+    memory = largest * 4 * 5 + batch * (8 * width + 6 * inner) * 4
+    # The dense model's hidden states, what its components gave, and what reaches one, twice over.
+    kept = stage.samples * length * (3 * width + wide) * 4
     return memory + min(kept, SPILL_BYTES), kept if kept > SPILL_BYTES else 0
 
 

@@ -13,10 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from compresskit.calibration.activations import Activations
 from compresskit.calibration.collect import Enough
@@ -24,8 +27,6 @@ from compresskit.calibration.relay import Relay
 from compresskit.calibration.rows import Row
 from compresskit.modeling.streaming import StreamedModel, return_memory
 from compresskit.progress import Progress
-
-HIDDEN = "hidden_states"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,13 @@ class Component:
     examples: Callable[[], Iterator[Example]]
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """Stands in an argument's place for the tensor that is kept under this number."""
+
+    number: int
+
+
 class Refine(Protocol):
     """Changes a component so that it gives what it gave in the dense model, as far as it can."""
 
@@ -95,7 +103,8 @@ class Refining:
         self, streamed: StreamedModel, batches: Sequence[Row], refine: Refine, spill: Path | None
     ) -> None:
         self._streamed, self._batches, self._refine, self._spill = streamed, batches, refine, spill
-        self._dense, self._inputs = self._place("dense"), self._place("inputs")
+        self._dense = self._place("dense")
+        self._inputs: list[Activations] = []
         self._targets: dict[str, Activations] = {}
         self._waiting: dict[str, set[str]] = {}
         self._layers: dict[str, tuple[str, ...]] = {}
@@ -118,7 +127,7 @@ class Refining:
         runs = dict.fromkeys(self._layers, 0)
         for leaf in map(_leaf, self._layers):
             if leaf not in self._targets:
-                self._targets[leaf] = self._place(leaf)
+                self._targets[leaf] = self._place(f"target-{leaf}")
 
         def keep(name: str, batch: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -156,7 +165,7 @@ class Refining:
 
     def close(self) -> None:
         """Remove all files."""
-        for place in (self._dense, self._inputs, *self._targets.values()):
+        for place in (self._dense, *self._inputs, *self._targets.values()):
             place.close()
 
     @property
@@ -178,8 +187,7 @@ class Refining:
 
         def examples() -> Iterator[Example]:
             for batch, row in enumerate(self._batches):
-                value = self._inputs[batch].to(self._streamed.device)
-                args, kwargs = _put(calls[batch], value)
+                args, kwargs = tree_map_only(_Kept, partial(self._kept, batch), calls[batch])
                 target = self._targets[_leaf(name)][batch].to(self._streamed.device)
                 yield Example(args, kwargs, target, row.get("attention_mask"))
                 self._progress.advance(len(row["input_ids"]), note=name)
@@ -194,8 +202,11 @@ class Refining:
                 self._streamed.set_parameter(parameter, value)
         return_memory()
 
+    def _kept(self, batch: int, kept: _Kept) -> Tensor:
+        return self._inputs[kept.number][batch].to(self._streamed.device)
+
     def _call(self, module: nn.Module, batch: int, row: Row) -> Any:
-        """What ``module`` is called with, its first tensor left out and kept as the input of ``batch``."""
+        """What ``module`` is called with; what has a value for each token is kept as inputs of ``batch``."""
         found: list[Any] = []
 
         def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -207,9 +218,18 @@ class Refining:
             self._through(row, self._hidden[batch])
         handle.remove()
         self._progress.advance(len(row["input_ids"]))
-        args, kwargs = found[0]
-        self._inputs[batch] = args[0] if args else kwargs[_first_key(kwargs)]
-        return _put((args, kwargs), None)
+        tokens, numbers = row["input_ids"].numel(), count()
+
+        def put_away(value: Tensor) -> Tensor | _Kept:
+            if not value.is_floating_point() or value[..., 0].numel() != tokens:
+                return value
+            number = next(numbers)
+            if number == len(self._inputs):
+                self._inputs.append(self._place(f"input-{number}"))
+            self._inputs[number][batch] = value
+            return _Kept(number)
+
+        return tree_map_only(Tensor, put_away, found[0])
 
     def _through(self, row: Row, hidden: Tensor) -> Tensor:
         return self._relay.through(self._index, row, hidden.to(self._streamed.device))
@@ -232,13 +252,3 @@ def components(block: str, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 def _leaf(name: str) -> str:
     return name.rpartition(".")[2]
-
-
-def _first_key(kwargs: Mapping[str, Any]) -> str:
-    return HIDDEN if HIDDEN in kwargs else next(iter(kwargs))
-
-
-def _put(call: Any, value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """``call`` with ``value`` in the place of its first tensor."""
-    args, kwargs = call
-    return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, _first_key(kwargs): value})

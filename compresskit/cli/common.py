@@ -146,7 +146,7 @@ def one_stage_recipe(
             data.setdefault("data", {})[name.removeprefix("data.")] = value
             origins[name] = f"--set {name}"
         else:
-            stage[name] = value
+            _set_field(stage, name, value)
             origins[f"{where}.{name}"] = f"--set {name}"
     for name in ("dtype", "device", "trust_remote_code"):
         if given.get(name):
@@ -166,11 +166,21 @@ def one_stage_recipe(
     return recipe_from(data, {**origins, "model": "MODEL"})
 
 
+def _set_field(stage: dict[str, Any], name: str, value: Any) -> None:
+    """Set ``steps``, or with ``allocation.spread`` a field of what ``allocation`` names."""
+    outer, _, inner = name.partition(".")
+    if not inner:
+        stage[name] = value
+        return
+    named = stage.get(outer, {})
+    stage[outer] = {**({"method": named} if isinstance(named, str) else named), inner: value}
+
+
 def _typed(text: Any, hint: Any) -> Any:
     """``text`` as it is where the field takes text, else read as a YAML scalar."""
     if not isinstance(text, str):
         return list(text) if isinstance(text, tuple) else text
-    if fit(text, hint)[0]:
+    if fit(text, hint)[0] and not (text.startswith("{") and fit({}, hint)[0]):
         return text
     return parse_yaml(text, "option")[0]
 

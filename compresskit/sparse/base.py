@@ -82,7 +82,7 @@ class Recovered:
     """What retraining a component came to.
 
     Attributes:
-        parameters: new values by qualified name, in the shape and dtype that the module has them.
+        parameters: new values by qualified name, float32, in the shape that the module has them.
         before: squared norm of the difference to the dense model's output over that of the latter.
         after: the same with the new values.
     """

@@ -82,7 +82,9 @@ def run_oneshot(stage: Prune, model: ModelSource, context: StageContext) -> Stag
     return StageResult(
         promises=tuple(Zeros(layer=layer, pattern=str(patterns[layer])) for layer in layers),
         layers=tuple(
-            replace(run.records[name], relative_error=walked.relative_error[name]) for name in layers
+            # What pruning a layer did to its output is not what it does once it was retrained.
+            replace(run.records[n], relative_error=None if n in run.retrained else walked.relative_error[n])
+            for n in layers
         ),
         metrics={
             "zero_fraction": run.zeros / run.weights,
@@ -102,6 +104,7 @@ class _Run:
         self.model, self.method, self.patterns, self.recovery = model, method, patterns, recovery
         self.records: dict[str, LayerRecord] = {}
         self.recovered: dict[str, dict[str, float]] = {}
+        self.retrained: set[str] = set()
         self.zeros = self.weights = 0
 
     def visit(self, layer: str, weight_OI: Tensor, stats: LayerStats) -> Tensor:
@@ -129,6 +132,7 @@ class _Run:
         """Recover a component; see ``refine.Refine``."""
         done: Recovered = self.recovery.recover(component)
         self.recovered[component.name] = {"error_before": done.before, "error_after": done.after}
+        self.retrained |= {layer for layer in component.layers if f"{layer}.weight" in done.parameters}
         note = f"output error of {component.name} {done.before:.4f} before recovery, {done.after:.4f} after"
         for layer in component.layers:
             record = self.records[layer]

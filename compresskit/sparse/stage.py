@@ -216,6 +216,20 @@ class Prune:
             faults.append(Fault(f"{where}.recover", expected, ", ".join(quantised), cure))
         return faults
 
+    def _unused(self, where: str) -> list[Fault]:
+        """Fields that mean nothing to a structured method, and were given."""
+        names = ("pattern", "allocation", "recover", "targets", "ignore", "true_sequential", "on_indivisible")
+        return [
+            Fault(
+                f"{where}.{name}",
+                f"nothing, with method {self.method}, which zeroes no weights",
+                str(getattr(self, name)),
+                "Leave it out, or choose another method.",
+            )
+            for name in names
+            if getattr(self, name) != getattr(_PLAIN, name)
+        ]
+
     def skip_faults(self, where: str) -> list[Fault]:
         """What is wrong with what to do about layers the pattern does not fit."""
         if self.on_indivisible in ON_INDIVISIBLE:
@@ -224,6 +238,8 @@ class Prune:
         return [Fault(f"{where}.on_indivisible", "error or skip", repr(self.on_indivisible), cure)]
 
     def _cut_faults(self, method: StructuredPruner, model: Outlook, where: str) -> list[Fault]:
+        if unused := self._unused(where):
+            return unused
         faults = length_faults(self, model.config, where) if method.reads_data else []
         return faults + method.faults(model, where)
 
@@ -258,3 +274,7 @@ class Prune:
         cure = "Choose another pattern, add these layers to ignore"
         cure += "." if unfit == len(layers) else ", or set on_indivisible to skip."
         return fit_faults(linears, layers, misfit, where=f"{where}.pattern", cure=cure)
+
+
+_PLAIN = Prune()
+"""Every field at its default."""

@@ -79,6 +79,8 @@ def survey(
         return found
 
     def pruned(layer: str, weight_OI: Tensor, level: float) -> Tensor:
+        room = _room(method.pattern, weight_OI.shape[0], weight_OI.shape[1])
+        level = _within(level, room) / room
         keep_OI = replace(method.pattern, zero_fraction=level).keep_largest(score(layer))
         return weight_OI.where(keep_OI, 0)
 
@@ -111,7 +113,7 @@ def patterns_of(pattern: Pattern, fractions: Mapping[str, float], found: Survey)
     by_row = isinstance(pattern, RowUnstructured)
     # Zeros come in portions: an input in every row, or a single weight.
     portion = {n: rows if by_row else 1 for n, (rows, _) in found.sizes.items()}
-    room = {n: inputs if by_row else rows * inputs for n, (rows, inputs) in found.sizes.items()}
+    room = {n: _room(pattern, *size) for n, size in found.sizes.items()}
     total = found.zero_fraction * sum(portion[n] * room[n] for n in room)
     low, high = -1.0, 1.0
     for _ in range(SHIFTS):  # what limits leave over, all others share
@@ -127,6 +129,11 @@ def patterns_of(pattern: Pattern, fractions: Mapping[str, float], found: Survey)
             still -= portion[name]
     suffix = "" if by_row else ":layer"
     return {n: parse_pattern(f"{percent(counts[n] / room[n])}{suffix}") for n in room}
+
+
+def _room(pattern: Pattern, rows: int, inputs: int) -> int:
+    """How many portions of zeros a layer has room for."""
+    return inputs if isinstance(pattern, RowUnstructured) else rows * inputs
 
 
 def _within(fraction: float, room: int) -> float:

@@ -108,6 +108,24 @@ def test_every_layer_that_does_not_fit_is_named(model: ModelSource) -> None:
     assert "divisible by 8" in faults(none, model), "skipping all of them is no way out"
 
 
+def test_what_a_cut_has_no_use_for_is_refused(model: ModelSource) -> None:
+    given = {
+        "pattern": "2:4",
+        "allocation": "owl",
+        "recover": "reconstruct",
+        "targets": ("*.mlp.*",),
+        "ignore": ("*.0.*",),
+        "true_sequential": True,
+        "on_indivisible": "skip",
+    }
+    said = faults(Prune("cut", options={"layers": 1}, **given), model).splitlines()  # type: ignore[arg-type]
+    assert [line.split(":")[0] for line in said] == [f"stages[0].{name}" for name in (
+        "pattern", "allocation", "recover", "targets", "ignore", "true_sequential", "on_indivisible"
+    )]  # fmt: skip
+    assert "expected nothing, with method cut, which zeroes no weights, got reconstruct" in said[2]
+    assert faults(Prune("cut", options={"layers": 1}), model) == ""
+
+
 def test_names_options_numbers_and_targets(model: ModelSource) -> None:
     assert "Did you mean: wanda?" in faults(Prune("wnada"), model)
     stage = Prune(

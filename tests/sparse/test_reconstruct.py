@@ -102,7 +102,9 @@ def test_bfloat16_is_trained_in_float32() -> None:
     linear, inputs, target = pruned_linear()
     low = linear.to(torch.bfloat16)
     done = Reconstruct(epochs=20).recover(component_of(low, ("part",), inputs.bfloat16(), target.bfloat16()))
-    assert done.parameters["part.weight"].dtype == torch.bfloat16
+    new = done.parameters["part.weight"]
+    assert new.dtype == torch.float32
+    assert not torch.equal(new, new.bfloat16().float()), "a checkpoint of float32 is not rounded"
     assert done.after < done.before
 
 
@@ -133,6 +135,7 @@ def test_a_stage_recovers_each_component(method: str, model: ModelSource, text: 
     assert list(recovered) == [f"model.layers.{i}.{part}" for i in range(3) for part in ("self_attn", "mlp")]
     assert all(found["error_after"] < found["error_before"] for found in recovered.values())
     assert all("before recovery" in record.note for record in result.layers)
+    assert {record.relative_error for record in result.layers} == {None}, "it was of other weights"
     ids = torch.tensor([list(TEXT.encode())])
     with torch.no_grad():
         want, far, near = (

@@ -22,6 +22,7 @@ from compresskit.sparse.base import Survey
 SHIFT = 15
 """Bits of a float32 that are not looked at: scores are told apart to 0.4%."""
 BINS = 1 << (31 - SHIFT)
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +54,8 @@ class Overall:
         free, wanted = dict(counts), survey.zero_fraction * sum(_total(count) for count in counts.values())
         found: dict[str, float] = {}
         while True:
-            shares = _below(free, wanted)
-            full = [layer for layer, share in shares.items() if share > self.most]
+            shares = _below(free, wanted) if free else {}
+            full = [layer for layer, share in shares.items() if share > self.most + ROUNDING]
             if not full:
                 return {layer: found.get(layer, shares.get(layer, 0.0)) for layer in survey.sizes}
             for layer in full:

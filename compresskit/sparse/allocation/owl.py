@@ -2,7 +2,7 @@
 
 Paper: Yin et al., "Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for Pruning LLMs to High
 Sparsity", ICML 2024, https://arxiv.org/abs/2310.05175. An outlier is a weight whose score is more than so
-many times the mean of its layer's, counted block by block.
+many times the mean of its block's.
 
 Shapes: O = out_features, I = in_features.
 """
@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+import torch
+
 from compresskit.options import Within
 from compresskit.sparse.base import Survey
 
@@ -22,7 +24,7 @@ class Owl:
     """All layers of a block get the same fraction, which falls as the part of its outliers rises.
 
     Attributes:
-        outlier: how many times a layer's mean score makes an outlier.
+        outlier: how many times the mean score of a block makes an outlier.
         spread: half of how far the fractions of two blocks are apart at most.
     """
 
@@ -41,19 +43,22 @@ class Owl:
         """Count outliers block by block, and spread the fractions as their shares are spread.
 
         Args:
-            survey: whose scores are gone through once, one layer at a time.
+            survey: whose scores are gone through twice, one layer at a time.
 
         Returns:
             Layer -> zero fraction; their mean, weighted by weights, is the target.
         """
-        outliers: dict[str | None, int] = {}
         weights: dict[str | None, int] = {}
+        sums: dict[str | None, float] = {}
         for layer, (rows, inputs) in survey.sizes.items():
-            score_OI, block = survey.score(layer), survey.blocks[layer]
-            found = int((score_OI > self.outlier * score_OI.mean()).sum())
-            outliers[block] = outliers.get(block, 0) + found
+            block = survey.blocks[layer]
             weights[block] = weights.get(block, 0) + rows * inputs
-        share = {block: count / weights[block] for block, count in outliers.items()}
+            sums[block] = sums.get(block, 0.0) + float(survey.score(layer).sum(dtype=torch.float64))
+        share = dict.fromkeys(weights, 0.0)
+        for layer in survey.sizes:
+            block = survey.blocks[layer]
+            least = self.outlier * sums[block] / weights[block]
+            share[block] += int((survey.score(layer) > least).sum()) / weights[block]
         least, most = min(share.values()), max(share.values())
         if most == least:
             return dict.fromkeys(survey.sizes, survey.zero_fraction)

@@ -82,8 +82,9 @@ class Reconstruct:
                 optimizer.step()
                 optimizer.zero_grad()
                 step += 1
-        new = {name: value.detach().to(state[name].dtype) for name, value in free.items()}
-        after, _ = _error(module, {**wide, **{name: value.float() for name, value in new.items()}}, component)
+        new = {name: value.detach() for name, value in free.items()}
+        as_run = {name: value.to(state[name].dtype).float() for name, value in new.items()}
+        after, _ = _error(module, {**wide, **as_run}, component)
         if not after < before:
             return Recovered({}, before, before)
         return Recovered({f"{component.name}.{name}": value for name, value in new.items()}, before, after)
