@@ -202,14 +202,18 @@ def rows_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for method, scheme in found["cells"]:
         ours, peer = (found[side].get(f"{method} {scheme}") for side in ("ours", "peer"))
-        row: dict[str, Any] = {"method": method, "scheme": scheme}
-        row |= {"ours": ours, "peer": peer, "worse_percent": None, "lost_percent": None}
-        if not isinstance(ours, str):
-            row["lost_percent"] = 100 * (ours / found["dense"] - 1)
-            if isinstance(peer, float):
-                row["worse_percent"] = 100 * (ours / peer - 1)
-        rows.append(row)
+        rows.append({"method": method, "scheme": scheme, **compared(ours, peer, found["dense"])})
     return rows
+
+
+def compared(ours: float | str, peer: float | str | None, dense: float) -> dict[str, Any]:
+    """Both figures, what ours loses against the dense model, and how much worse it is than the peer's."""
+    row: dict[str, Any] = {"ours": ours, "peer": peer, "worse_percent": None, "lost_percent": None}
+    if not isinstance(ours, str):
+        row["lost_percent"] = 100 * (ours / dense - 1)
+        if isinstance(peer, float):
+            row["worse_percent"] = 100 * (ours / peer - 1)
+    return row
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[str]:
@@ -232,12 +236,13 @@ def verdicts(rows: list[dict[str, Any]]) -> list[str]:
     return said
 
 
+def cell(value: Any, form: str) -> str:
+    """A figure of a table; a figure that is a sentence says why there is none."""
+    return "-" if value is None else "failed" if isinstance(value, str) else format(value, form)
+
+
 def table(name: str, dense: float, rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
-
-    def cell(value: Any, form: str) -> str:
-        return "-" if value is None else "failed" if isinstance(value, str) else format(value, form)
-
     lines = [f"{name}, dense {dense:.4f}", "", "| scheme | method | ours | lost % | theirs | ours worse % |"]
     lines.append("|---|---|---|---|---|---|")
     for row in rows:

@@ -28,7 +28,7 @@ from benchmarks.peers.call import (
     save_ids,
     sparsity_fields,
 )
-from benchmarks.quality import digest_of, figures_of, key_of, score
+from benchmarks.quality import cell, compared, digest_of, figures_of, key_of, score
 from benchmarks.run import RESULTS, append_record
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "alps")
@@ -156,15 +156,8 @@ def rows_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row for each cell: both figures, what each loses against dense, and how much worse ours is."""
     rows = []
     for name, ours in found["ours"].items():
-        peer = found["peer"].get(name)
-        row: dict[str, Any] = {"cell": name, "ours": ours, "peer": peer}
-        row |= {"lost_percent": None, "worse_percent": None}
-        row["agreement"] = found["agreement"].get(name)
-        if not isinstance(ours, str):
-            row["lost_percent"] = 100 * (ours / found["dense"] - 1)
-            if isinstance(peer, float):
-                row["worse_percent"] = 100 * (ours / peer - 1)
-        rows.append(row)
+        row = compared(ours, found["peer"].get(name), found["dense"])
+        rows.append({"cell": name, **row, "agreement": found["agreement"].get(name)})
     return rows
 
 
@@ -193,10 +186,6 @@ def verdicts(rows: list[dict[str, Any]], options: argparse.Namespace) -> list[st
 
 def table(name: str, dense: float, rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
-
-    def cell(value: Any, form: str) -> str:
-        return "-" if value is None else "failed" if isinstance(value, str) else format(value, form)
-
     lines = [
         f"{name}, dense {dense:.4f}",
         "",
