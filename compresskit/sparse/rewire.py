@@ -76,7 +76,7 @@ class Rewiring(Timetable):
             moment: where training stands.
 
         Returns:
-            The weight (O, I), with exactly the zeros of the pattern; as it was where nothing is known to grow by.
+            The weight (O, I), with exactly the zeros of the pattern; the same one where nothing is known.
         """
         if moment.step == 0:
             return weight_OI.where(self.pattern.keep_largest(weight_OI.abs()), 0)

@@ -22,8 +22,8 @@ class ParamAccess(Protocol):
 
     Attributes:
         collecting: while set, the gradients of masked parameters are summed up, as they are before the mask,
-            for the next :meth:`change`, which has to come while it is set still; a parameter that took no part
-            in the loss has zeros. Each rank keeps as much of a sum as it keeps of the parameter.
+            for the next :meth:`change`, which has to come while it is set still; a parameter that took no
+            part in the loss has zeros. Each rank keeps as much of a sum as it keeps of the parameter.
     """
 
     collecting: bool

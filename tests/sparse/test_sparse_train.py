@@ -220,6 +220,10 @@ def test_faults_come_together(source: ModelSource) -> None:
     assert fault.where == "s.precision"
     (fault,) = SparseTrain(method="srste", pattern="2:4", options={"end": 0.5}).faults(outlook(source), "s")
     assert fault.where == "s.end"
+    for method in ("gradual", "movement"):
+        early = {"begin": 0.5, "end": 0.5}
+        (fault,) = SparseTrain(method=method, options=early, steps=9).faults(outlook(source), "s")
+        assert (fault.where, fault.expected) == ("s.begin", "less than end: 0.5")
     (fault,) = SparseTrain(method="movement").faults(outlook(source), "s")
     assert fault.where == "s.steps"
     (fault,) = SparseTrain(loss="forward_k").faults(outlook(source), "s")
@@ -242,6 +246,27 @@ def test_what_may_not_meet_is_refused_with_the_cure(
     recipe = ck.Recipe(model=str(source.directory), data=text, stages=stages)
     with pytest.raises(PlanError, match=said):
         ck.plan(recipe)
+
+
+def test_zeros_may_move_in_layers_without_earlier_ones(
+    source: ModelSource, text: DataSpec, tmp_path: Path
+) -> None:
+    """The plan and the run agree on it, whether the earlier zeros are of this chain or of the model's own."""
+    before = ck.Prune("magnitude", targets=("*.q_proj", "*.k_proj"), pattern="2:4")
+    meeting = SparseTrain(method="rigl", targets=("*.mlp.*", "*.q_proj"), options=OFTEN, **FEW)
+    apart = replace(meeting, ignore=("*.q_proj",))
+    recipe = ck.Recipe(model=str(source.directory), data=text, stages=[before, meeting])
+    with pytest.raises(
+        PlanError, match=r"after 1-prune, .* such as those of model.layers.0.self_attn.q_proj"
+    ):
+        ck.plan(recipe)
+    ck.run(replace(recipe, stages=(before, apart)), tmp_path / "both", measures=())
+    ck.run(replace(recipe, stages=(before,)), tmp_path / "first", measures=())
+    made = replace(recipe, model=str(tmp_path / "first"), stages=(meeting,))
+    with pytest.raises(PlanError, match="after the stages that made this model"):
+        ck.plan(made)
+    assert len(ck.plan(replace(made, stages=(apart,))).stages) == 1
+    assert not set(apart.layers(outlook(source))) & set(before.layers(outlook(source)))
 
 
 def test_the_forecast_counts_what_a_method_holds(source: ModelSource) -> None:

@@ -115,7 +115,7 @@ def test_without_a_change_that_is_due_nothing_differs(make_model: Make, rows: Ro
 
 
 def test_a_gradient_is_zero_where_the_loss_did_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And is summed all the same: another rank's loss may have needed the layer, and its sum waits for this."""
+    """And is summed all the same: another rank's loss may have needed the layer."""
     sums: list[Tensor] = []
     monkeypatch.setattr(access_module.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(access_module.dist, "broadcast", lambda *_: None)
