@@ -189,6 +189,17 @@ def test_a_restart_gives_the_same_bytes(
     assert record["resumed_from"] == 0, "another schedule is another run"
 
 
+def test_activation_checkpointing_changes_nothing(text: DataSpec, tmp_path: Path) -> None:
+    """Of layers outside the blocks neither, which are not computed once more."""
+    source = open_model(str(tiny_llama(tmp_path / "model", tie_word_embeddings=False)))
+    stage = SparseTrain(method="movement", pattern="75%", ignore=(), options=OFTEN, **FEW)
+    stage = replace(stage, micro_batch_size=2)
+    _, once = run(stage, source, text, tmp_path / "once")
+    _, again = run(replace(stage, activation_checkpointing=True), source, text, tmp_path / "again")
+    for name in source.names():
+        torch.testing.assert_close(again.tensor(name), once.tensor(name), msg=name)
+
+
 def test_faults_come_together(source: ModelSource) -> None:
     stage = SparseTrain(
         pattern="90",
