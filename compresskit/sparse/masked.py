@@ -146,8 +146,8 @@ class Masked:
     twice: tuple[str, ...] = ()
 
     def load(self, source: ModelSource) -> nn.Module:
-        """See ``Adaptation.load``."""
-        model = Plain().load(source)
+        """See ``Adaptation.load``; in fp32: :meth:`save` chooses again, and rounding makes weights equal."""
+        model = Plain().load(source).float()
         for name in self.ends:
             layer: Any = model.get_submodule(name)
             pruner = self._pruner(name)

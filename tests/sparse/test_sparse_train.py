@@ -133,9 +133,11 @@ def test_a_weight_that_is_stored_the_other_way_round(text: DataSpec, tmp_path: P
     assert "Add these layers to ignore" in fault.cure
 
 
-def test_stored_in_bfloat16_the_zeros_are_as_many(text: DataSpec, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["gradual", "srste"])
+def test_stored_in_bfloat16_the_zeros_are_as_many(method: str, text: DataSpec, tmp_path: Path) -> None:
     source = open_model(str(tiny_llama(tmp_path / "model", dtype=torch.bfloat16)))
-    stage = SparseTrain(options=OFTEN, precision="bf16", loss="forward_kl", **FEW)
+    how: dict[str, Any] = {"method": "srste", "pattern": "1:4"} if method == "srste" else {"options": OFTEN}
+    stage = SparseTrain(precision="bf16", loss="forward_kl", **how, **FEW)
     result, made = run(stage, source, text, tmp_path / "s")
     assert made.dtype(f"{LAYER}.weight") == torch.bfloat16
     assert result.metrics["final_loss"] > result.metrics["first_loss"], "its teacher is what it was at first"
