@@ -29,6 +29,7 @@ from compresskit.modeling.packed import packed_fault
 from compresskit.modeling.skeleton import resolve_dtype
 from compresskit.quant.scheme import parse
 from compresskit.recipe import Recipe, resolved
+from compresskit.sparse.chain import moving_faults, promised_layers, zeroed_layers
 from compresskit.stage import Forecast, Json, Outlook, Stage
 
 PACKAGES = (
@@ -54,12 +55,13 @@ MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".model")
 
 @dataclass(frozen=True, slots=True)
 class PlannedStage:
-    """One stage in its place in the chain, and what it will do."""
+    """One stage in its place in the chain, what it will do, and the layers whose zeros it will promise."""
 
     index: int
     stage: Stage
     before: Outlook
     forecast: Forecast
+    zeroed: tuple[str, ...]
 
     @property
     def name(self) -> str:
@@ -232,12 +234,14 @@ def plan(recipe: Recipe, *, cache: Path | None = None, build_dir: Path | None = 
     stages: list[PlannedStage] = []
     for index, stage in enumerate(recipe.stages):
         where = f"stages[{index}]"
-        found = stage.faults(outlook, where) + _chain_faults(stage, stages, source, where)
+        found = stage.faults(outlook, where)
+        layers = () if found else zeroed_layers(stage, outlook)
+        found += _chain_faults(stage, layers, stages, source, where)
         faults += found
         if found:
             continue
         forecast = stage.forecast(outlook)
-        stages.append(PlannedStage(index + 1, stage, outlook, forecast))
+        stages.append(PlannedStage(index + 1, stage, outlook, forecast, layers))
         outlook = forecast.after
     if len(stages) == len(recipe.stages):
         faults += _export_faults(recipe, outlook)
@@ -282,8 +286,10 @@ def _source_faults(source: ModelSource, recipe: Recipe) -> list[Fault]:
     return [packed_fault(source, "model")]
 
 
-def _chain_faults(stage: Stage, before: list[PlannedStage], source: ModelSource, where: str) -> list[Fault]:
-    """What this place in the chain forbids, whatever the stage."""
+def _chain_faults(
+    stage: Stage, layers: tuple[str, ...], before: list[PlannedStage], source: ModelSource, where: str
+) -> list[Fault]:
+    """What this place in the chain forbids, whatever the stage, which makes zeros in ``layers``."""
     faults = []
     last = next((s for s in before if getattr(s.stage, "ends_chain", False)), None)
     if last is not None:
@@ -305,17 +311,11 @@ def _chain_faults(stage: Stage, before: list[PlannedStage], source: ModelSource,
                 cure,
             )
         )
-    inherited = {promise.kind for promise in inherited_promises(source.directory)}
-    kept = [s for s in before if not s.reshapes]
-    zeroed = next(
-        (s.name for s in kept if hasattr(s.stage, "pattern")), EARLIER if "zeros" in inherited else ""
-    )
-    if zeroed and getattr(stage, "regrows", False):
-        got = f"{stage.kind} after {zeroed}, whose zeros it would let grow"
-        cure = "Use method gradual, which keeps them, or leave the earlier zeros out."
-        faults.append(Fault(f"{where}.method", "a method that keeps the zeros there are", got, cure))
-    holds = zeroed or next((s.name for s in kept if not s.trains or s.forecast.after.layer_bits), "")
-    holds = holds or (EARLIER if inherited else "")
+    inherited = inherited_promises(source.directory)
+    zeroed = {s.name: s.zeroed for s in before} | {EARLIER: promised_layers(inherited)}
+    faults += moving_faults(stage, layers, zeroed, where)
+    held = [s for s in before if s.zeroed or s.forecast.after.layer_bits or not (s.trains or s.reshapes)]
+    holds = held[0].name if held else EARLIER if inherited else ""
     if stage.reshapes and holds:
         got = f"a cut after {holds}, whose groups it would break"
         faults.append(Fault(where, "cutting before zeroing or quantising", got, "Put the cut first."))

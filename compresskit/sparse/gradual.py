@@ -16,6 +16,7 @@ from typing import Annotated, ClassVar
 
 from torch import Tensor
 
+from compresskit.errors import Fault
 from compresskit.options import Within
 from compresskit.sparse.base import Moment
 from compresskit.sparse.pattern import Pattern
@@ -46,6 +47,16 @@ class Gradual(Timetable):
     def unfit(pattern: Pattern) -> str:
         """Nothing: zeros of any pattern can be made a few at a time."""
         return ""
+
+    def faults(self, where: str) -> list[Fault]:
+        """Of a schedule that ends before it begins, which would make all zeros in one step."""
+        if self.begin < self.end:
+            return []
+        return [
+            Fault(
+                f"{where}.begin", f"less than end: {self.end}", f"{self.begin}", "Lower begin, or raise end."
+            )
+        ]
 
     def patterns(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Pattern]:
         """The same for every layer."""

@@ -131,7 +131,8 @@ class Masked:
         options: its own fields.
         ends: layer -> pattern, as :func:`compresskit.sparse.pattern.parse_pattern` reads it.
         steps: see :func:`mask_in_place`.
-        passes_per_step: see there.
+        passes_per_step: see there; of a layer that is computed once.
+        twice: layers that the backward pass computes once more.
     """
 
     masks_gradients: ClassVar[bool] = True
@@ -142,14 +143,16 @@ class Masked:
     ends: Mapping[str, str]
     steps: int = 1
     passes_per_step: int = 1
+    twice: tuple[str, ...] = ()
 
     def load(self, source: ModelSource) -> nn.Module:
-        """See ``Adaptation.load``."""
-        model = Plain().load(source)
+        """See ``Adaptation.load``; in fp32: :meth:`save` chooses again, and rounding makes weights equal."""
+        model = Plain().load(source).float()
         for name in self.ends:
             layer: Any = model.get_submodule(name)
             pruner = self._pruner(name)
-            mask_in_place(layer, pruner, steps=self.steps, passes_per_step=self.passes_per_step)
+            passes = self.passes_per_step * (2 if name in self.twice else 1)
+            mask_in_place(layer, pruner, steps=self.steps, passes_per_step=passes)
         return model
 
     def save(self, source: ModelSource, out: Path, tensors: Mapping[str, Tensor]) -> None:

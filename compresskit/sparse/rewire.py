@@ -64,6 +64,10 @@ class Rewiring(Timetable):
         """A score (O, I), fp32, for each weight that might grow: the highest do."""
         raise NotImplementedError
 
+    def knows(self, moment: Moment) -> bool:
+        """Whether there is something to grow by; else all zeros stay where they are."""
+        return True
+
     def update(self, weight_OI: Tensor, moment: Moment) -> Tensor:
         """Drop the smallest weights and let as many grow; one dropped and grown at once keeps its value.
 
@@ -72,10 +76,12 @@ class Rewiring(Timetable):
             moment: where training stands.
 
         Returns:
-            The weight (O, I), with exactly the zeros of the pattern.
+            The weight (O, I), with exactly the zeros of the pattern; the same one where nothing is known.
         """
         if moment.step == 0:
             return weight_OI.where(self.pattern.keep_largest(weight_OI.abs()), 0)
+        if not self.knows(moment):
+            return weight_OI
         weight_N = weight_OI.flatten()
         size, alive_N = weight_N.numel(), weight_N != 0
         alive, wanted = int(alive_N.sum()), size - round(self.pattern.zero_fraction * size)

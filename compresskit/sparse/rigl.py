@@ -24,6 +24,11 @@ class RigL(Rewiring):
 
     needs_gradient: ClassVar[bool] = True
 
+    def knows(self, moment: Moment) -> bool:
+        """Not by a gradient that overflowed, nor where the layer took no part in the step."""
+        gradient_OI = moment.gradient_OI
+        return gradient_OI is not None and bool(gradient_OI.isfinite().all()) and bool(gradient_OI.any())
+
     def growth(self, weight_OI: Tensor, moment: Moment) -> Tensor:
         """The size of the gradient, of weights that are zero too."""
         assert moment.gradient_OI is not None

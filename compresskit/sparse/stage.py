@@ -57,6 +57,7 @@ class Prune:
 
     kind: ClassVar[str] = "prune"
     trains: ClassVar[bool] = False
+    zeroes: ClassVar[bool] = True
 
     method: str = "wanda"
     _: KW_ONLY

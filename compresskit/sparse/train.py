@@ -37,6 +37,7 @@ class SparseTrain(TaughtFields):
 
     kind: ClassVar[str] = "sparse_train"
     trains: ClassVar[bool] = True
+    zeroes: ClassVar[bool] = True
     loss_falls: ClassVar[bool] = False  # of a dense model at first, of a sparse one at last
 
     method: str = "gradual"
@@ -103,6 +104,9 @@ class SparseTrain(TaughtFields):
         if not misplaced and (expected := method.unfit(parse_pattern(str(self.pattern)))):
             cure = f"Choose such a pattern, or another method than {self.method}."
             misplaced.append(Fault(f"{where}.pattern", expected, repr(self.pattern), cure))
+        if not faults and not misplaced:
+            told = getattr(self.pruner(str(self.pattern)), "faults", None)
+            faults += told(where) if told else []
         if not misplaced and self.swaps_layers:
             misplaced += self._swap_faults(model, where)
         return faults + misplaced
@@ -122,6 +126,10 @@ class SparseTrain(TaughtFields):
             expected = f"bf16 or fp32 with method {self.method}, whose pull knows no loss scale"
             faults.append(Fault(f"{where}.precision", expected, self.precision, cure))
         return faults
+
+    def layers(self, model: Outlook | ModelSource) -> tuple[str, ...]:
+        """The layers that end with zeros; the stage has no faults for ``model``."""
+        return tuple(self.patterns(model))
 
     def patterns(self, model: Outlook | ModelSource) -> dict[str, Pattern]:
         """Layer -> the pattern it ends with; the stage has no faults for ``model``."""

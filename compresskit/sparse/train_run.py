@@ -122,10 +122,12 @@ def run_sparse(stage: SparseTrain, model: ModelSource, context: StageContext) ->
     adaptation: Part | None = None
     zeroing: Part | None = None
     if stage.swaps_layers:
-        passes = passes_per_step(stage)
+        twice: tuple[str, ...] = ()
         if stage.activation_checkpointing and TRAINED_PRUNERS[stage.method].learns_scores:
-            passes *= 2  # the backward pass computes each block once more
-        adaptation = Part(MASKED, options | {"steps": stage.steps or 1, "passes_per_step": passes})
+            # The backward pass computes each block once more, and nothing else.
+            twice = tuple(layer for layer in ends if model.anatomy.linears[layer].block)
+        passes = {"passes_per_step": passes_per_step(stage), "twice": twice}
+        adaptation = Part(MASKED, options | passes | {"steps": stage.steps or 1})
     else:
         turned = tuple(layer for layer in ends if model.anatomy.linears[layer].transposed)
         zeroing = Part(SCHEDULED, options | {"transposed": turned, "seed": context.seed})

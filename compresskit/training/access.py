@@ -22,10 +22,15 @@ class ParamAccess(Protocol):
 
     Attributes:
         collecting: while set, the gradients of masked parameters are summed up, as they are before the mask,
-            for the next :meth:`change`. Each rank keeps as much of a sum as it keeps of the parameter.
+            for the next :meth:`change`, which has to come while it is set still; a parameter that took no
+            part in the loss has zeros. Each rank keeps as much of a sum as it keeps of the parameter.
     """
 
     collecting: bool
+
+    def drop(self) -> None:
+        """Forget what was collected, and collect no more; no collective."""
+        ...
 
     def local(self, parameter: nn.Parameter) -> Tensor:
         """This rank's own part of ``parameter``; all of it where nothing is sharded."""
@@ -64,6 +69,11 @@ class Whole:
         self.collecting = False
         self._sums: dict[nn.Parameter, Tensor] = {}
 
+    def drop(self) -> None:
+        """See :meth:`ParamAccess.drop`."""
+        self.collecting = False
+        self._sums.clear()
+
     def local(self, parameter: nn.Parameter) -> Tensor:
         """The parameter."""
         return parameter.detach()
@@ -90,9 +100,16 @@ class Whole:
         mine = self._sums.setdefault(parameter, torch.zeros_like(gradient))
         mine += gradient
 
+    def _own(self, parameter: nn.Parameter) -> Tensor | None:
+        """What this rank collected, of which nothing stays; zeros if its loss did without ``parameter``."""
+        if not self.collecting:
+            return None
+        found = self._sums.pop(parameter, None)
+        return torch.zeros_like(self.local(parameter)) if found is None else found
+
     def _collected(self, parameter: nn.Parameter) -> Tensor | None:
-        """The whole of what was collected, over all ranks, and nothing of it stays."""
-        total = self._sums.pop(parameter, None)
+        """The whole of what was collected, over all ranks."""
+        total = self._own(parameter)
         if total is not None and dist.is_available() and dist.is_initialized():
             dist.all_reduce(total)
         return total
@@ -173,7 +190,7 @@ class Partitioned(Whole):
 
     def _collected(self, parameter: nn.Parameter) -> Tensor | None:
         """The parts of all ranks together."""
-        part = self._sums.pop(parameter, None)
+        part = self._own(parameter)
         if part is None:
             return None
         parts = [torch.empty_like(part) for _ in range(dist.get_world_size(_group(parameter)))]
@@ -208,6 +225,11 @@ class Sharded:
         self.collecting = False
         self._sums: dict[nn.Parameter, Any] = {}
 
+    def drop(self) -> None:
+        """See :meth:`ParamAccess.drop`."""
+        self.collecting = False
+        self._sums.clear()
+
     def local(self, parameter: nn.Parameter) -> Tensor:
         """The shard."""
         shard: Tensor = parameter.to_local()  # type: ignore[attr-defined]
@@ -241,8 +263,11 @@ class Sharded:
 
         sharded: Any = parameter.detach()
         whole = sharded.full_tensor()
-        gradient = self._sums.pop(parameter, None)
-        made = new(whole, None if gradient is None else gradient.full_tensor())
+        gradient = None
+        if self.collecting:
+            found = self._sums.pop(parameter, None)
+            gradient = torch.zeros_like(whole) if found is None else found.full_tensor()
+        made = new(whole, gradient)
 
         def part(tensor: Tensor) -> Tensor:
             mesh, placements = sharded.device_mesh, sharded.placements

@@ -123,8 +123,15 @@ class StageTrainer(Trainer):
         """Change the zeros that are due after this step, before it is evaluated or saved."""
         step = self.state.global_step
         if self._zeroing is not None and self._zeroing.due(step, self.state.max_steps):
+            if self.access.collecting and self._overflowed():
+                self.access.drop()
+                return
             model, optimizer = cast(nn.Module, self.model), _bare(self.optimizer)
             change_zeros(model, self._zeroing, self.access, optimizer, step, self.state.max_steps)
+
+    def _overflowed(self) -> bool:
+        """Whether the optimiser skipped the step just taken, on any rank; every rank asks."""
+        return on_every_rank(bool(self.accelerator.optimizer_step_was_skipped), self.args.device)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(cast(Sized, train_dataset or self.train_dataset))

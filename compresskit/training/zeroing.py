@@ -30,7 +30,10 @@ class Zeroing(Protocol):
         ...
 
     def needs_gradient(self, step: int, steps: int) -> bool:
-        """Whether that change looks at the gradient of the whole weight in ``step``."""
+        """Whether that change looks at the gradient of the whole weight in ``step``.
+
+        Such a change is left out where the optimiser skipped the step, since the gradient overflowed.
+        """
         ...
 
     def change(
@@ -41,7 +44,8 @@ class Zeroing(Protocol):
         Args:
             layer: one of :attr:`layers`.
             weight_OI: as training left it; not modified.
-            gradient_OI: of the step just taken, up to a factor, where :meth:`needs_gradient` asked for it.
+            gradient_OI: of the step just taken, up to a factor, where :meth:`needs_gradient` asked for it;
+                zeros where the layer took no part in that step.
             step: optimiser steps taken.
             steps: of the whole run.
 
@@ -64,7 +68,7 @@ def change_zeros(
         step: optimiser steps taken.
         steps: of the whole run.
     """
-    access.collecting = False
     for layer in zeroing.layers:
         new = partial(zeroing.change, layer, step=step, steps=steps)
         access.change(weight_of(model, layer), optimizer, new)
+    access.drop()

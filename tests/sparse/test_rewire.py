@@ -102,3 +102,14 @@ def test_weights_that_training_left_at_zero_are_made_up_for(cls: Any) -> None:
 def test_other_patterns_are_refused(cls: Any, pattern: Any) -> None:
     assert "80%:layer" in cls.unfit(pattern)
     assert cls.unfit(LayerUnstructured(0.5)) == ""
+
+
+@pytest.mark.parametrize("spoilt", [torch.nan, torch.inf, -torch.inf, 0.0])
+@pytest.mark.parametrize("step", [10, 30])
+def test_without_a_gradient_to_go_by_zeros_stay(spoilt: float, step: int) -> None:
+    """One number that is not finite tells nothing of the others; nor do zeros alone."""
+    method, gradient_OI = RigL(pattern=LayerUnstructured(0.5)), torch.zeros(4, 8)
+    weight_OI = method.update(torch.randn(4, 8), Moment(0, STEPS))
+    gradient_OI[1, 2] = spoilt
+    made_OI = method.update(weight_OI, Moment(step, STEPS, gradient_OI=gradient_OI))
+    assert torch.equal(made_OI, weight_OI)

@@ -133,9 +133,11 @@ def test_a_weight_that_is_stored_the_other_way_round(text: DataSpec, tmp_path: P
     assert "Add these layers to ignore" in fault.cure
 
 
-def test_stored_in_bfloat16_the_zeros_are_as_many(text: DataSpec, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["gradual", "srste"])
+def test_stored_in_bfloat16_the_zeros_are_as_many(method: str, text: DataSpec, tmp_path: Path) -> None:
     source = open_model(str(tiny_llama(tmp_path / "model", dtype=torch.bfloat16)))
-    stage = SparseTrain(options=OFTEN, precision="bf16", loss="forward_kl", **FEW)
+    how: dict[str, Any] = {"method": "srste", "pattern": "1:4"} if method == "srste" else {"options": OFTEN}
+    stage = SparseTrain(precision="bf16", loss="forward_kl", **how, **FEW)
     result, made = run(stage, source, text, tmp_path / "s")
     assert made.dtype(f"{LAYER}.weight") == torch.bfloat16
     assert result.metrics["final_loss"] > result.metrics["first_loss"], "its teacher is what it was at first"
@@ -189,6 +191,17 @@ def test_a_restart_gives_the_same_bytes(
     assert record["resumed_from"] == 0, "another schedule is another run"
 
 
+def test_activation_checkpointing_changes_nothing(text: DataSpec, tmp_path: Path) -> None:
+    """Of layers outside the blocks neither, which are not computed once more."""
+    source = open_model(str(tiny_llama(tmp_path / "model", tie_word_embeddings=False)))
+    stage = SparseTrain(method="movement", pattern="75%", ignore=(), options=OFTEN, **FEW)
+    stage = replace(stage, micro_batch_size=2)
+    _, once = run(stage, source, text, tmp_path / "once")
+    _, again = run(replace(stage, activation_checkpointing=True), source, text, tmp_path / "again")
+    for name in source.names():
+        torch.testing.assert_close(again.tensor(name), once.tensor(name), msg=name)
+
+
 def test_faults_come_together(source: ModelSource) -> None:
     stage = SparseTrain(
         pattern="90",
@@ -220,6 +233,10 @@ def test_faults_come_together(source: ModelSource) -> None:
     assert fault.where == "s.precision"
     (fault,) = SparseTrain(method="srste", pattern="2:4", options={"end": 0.5}).faults(outlook(source), "s")
     assert fault.where == "s.end"
+    for method in ("gradual", "movement"):
+        early = {"begin": 0.5, "end": 0.5}
+        (fault,) = SparseTrain(method=method, options=early, steps=9).faults(outlook(source), "s")
+        assert (fault.where, fault.expected) == ("s.begin", "less than end: 0.5")
     (fault,) = SparseTrain(method="movement").faults(outlook(source), "s")
     assert fault.where == "s.steps"
     (fault,) = SparseTrain(loss="forward_k").faults(outlook(source), "s")
@@ -242,6 +259,27 @@ def test_what_may_not_meet_is_refused_with_the_cure(
     recipe = ck.Recipe(model=str(source.directory), data=text, stages=stages)
     with pytest.raises(PlanError, match=said):
         ck.plan(recipe)
+
+
+def test_zeros_may_move_in_layers_without_earlier_ones(
+    source: ModelSource, text: DataSpec, tmp_path: Path
+) -> None:
+    """The plan and the run agree on it, whether the earlier zeros are of this chain or of the model's own."""
+    before = ck.Prune("magnitude", targets=("*.q_proj", "*.k_proj"), pattern="2:4")
+    meeting = SparseTrain(method="rigl", targets=("*.mlp.*", "*.q_proj"), options=OFTEN, **FEW)
+    apart = replace(meeting, ignore=("*.q_proj",))
+    recipe = ck.Recipe(model=str(source.directory), data=text, stages=[before, meeting])
+    with pytest.raises(
+        PlanError, match=r"after 1-prune, .* such as those of model.layers.0.self_attn.q_proj"
+    ):
+        ck.plan(recipe)
+    ck.run(replace(recipe, stages=(before, apart)), tmp_path / "both", measures=())
+    ck.run(replace(recipe, stages=(before,)), tmp_path / "first", measures=())
+    made = replace(recipe, model=str(tmp_path / "first"), stages=(meeting,))
+    with pytest.raises(PlanError, match="after the stages that made this model"):
+        ck.plan(made)
+    assert len(ck.plan(replace(made, stages=(apart,))).stages) == 1
+    assert not set(apart.layers(outlook(source))) & set(before.layers(outlook(source)))
 
 
 def test_the_forecast_counts_what_a_method_holds(source: ModelSource) -> None:

@@ -15,6 +15,7 @@ from compresskit.modeling import load_model, open_model
 from compresskit.sparse.masked import Masked, MaskedLinear
 from compresskit.sparse.pattern import NM, LayerUnstructured, RowUnstructured
 from compresskit.sparse.srste import SRSTE
+from compresskit.training.access import cast_like
 
 LAYER = "model.layers.0.mlp.up_proj"
 
@@ -62,6 +63,20 @@ def test_what_is_saved_is_what_was_computed(tmp_path: Path) -> None:
     assert NM(2, 4).missing(made.weight_OI(LAYER) == 0) == ()
     other = LAYER.replace("up", "gate")
     assert torch.equal(made.weight_OI(other), source.weight_OI(other))
+
+
+def test_stored_in_bfloat16_it_keeps_what_was_computed_with(tmp_path: Path) -> None:
+    """Four numbers that are one in bfloat16 are still four while training."""
+    source = open_model(str(tiny_llama(tmp_path / "model", dtype=torch.bfloat16)))
+    masked = Masked(method="srste", ends={LAYER: "2:4"})
+    stored = {name: t.dtype for name, t in masked.load(source).state_dict().items()}
+    trained = {name: source.tensor(name).float() for name in source.names()}
+    trained[f"{LAYER}.weight"] = 1 + torch.tensor([1e-3, 3e-3, 0.0, 2e-3]).repeat(64, 8)
+    (tmp_path / "out").mkdir()
+    masked.save(source, tmp_path / "out", cast_like(trained, stored))
+    made_OI = open_model(str(tmp_path / "out")).weight_OI(LAYER)
+    assert made_OI.dtype == torch.bfloat16
+    assert torch.equal(made_OI != 0, torch.tensor([False, True, False, True]).repeat(64, 8))
 
 
 def test_only_groups_will_do() -> None:

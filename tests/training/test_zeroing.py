@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from compresskit.errors import ModelError, PlanError
+from compresskit.sparse.train_run import Scheduled
+from compresskit.training import access as access_module
 from compresskit.training.access import Whole
 from compresskit.training.fields import TrainingFields
 from compresskit.training.fit import fit
@@ -110,3 +112,69 @@ def test_without_a_change_that_is_due_nothing_differs(make_model: Make, rows: Ro
     train(idle, rows, tmp_path / "idle", Columns(columns=0))
     for (name, mine), true in zip(idle.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(mine, true), name
+
+
+def test_a_gradient_is_zero_where_the_loss_did_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is summed all the same: another rank's loss may have needed the layer."""
+    sums: list[Tensor] = []
+    monkeypatch.setattr(access_module.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(access_module.dist, "broadcast", lambda *_: None)
+    monkeypatch.setattr(access_module.dist, "all_reduce", sums.append)
+    weight, access, given = nn.Parameter(torch.ones(2, 4)), Whole(), []
+
+    def keep(whole_OI: Tensor, gradient_OI: Tensor | None) -> Tensor:
+        given.append(gradient_OI)
+        return whole_OI
+
+    access.change(weight, torch.optim.SGD([weight]), keep)
+    assert given == [None]
+    assert sums == []
+    access.collecting = True
+    access.change(weight, torch.optim.SGD([weight]), keep)
+    assert len(sums) == 1
+    assert torch.equal(given[1], torch.zeros(2, 4))
+
+
+def rigl(*layers: str) -> Scheduled:
+    options = {"update_every": 2, "end": 0.75}
+    return Scheduled(method="rigl", options=options, ends=dict.fromkeys(layers, "50%:layer"))
+
+
+def zeros_by_step(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Tensor]]:
+    """Fills with where each layer is zero after each change."""
+    found: dict[str, list[Tensor]] = {}
+    change = Scheduled.change
+
+    def noted(self: Scheduled, layer: str, *rest: Any, **moment: Any) -> Tensor:
+        made = change(self, layer, *rest, **moment)
+        found.setdefault(layer, []).append(made == 0)
+        return made
+
+    monkeypatch.setattr(Scheduled, "change", noted)
+    return found
+
+
+def test_a_layer_that_took_no_part_in_the_step_keeps_its_zeros(
+    make_model: Make, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zeros, model = zeros_by_step(monkeypatch), make_model()
+    model.spare = nn.Linear(8, 8)
+    train(model, rows, tmp_path, rigl(LAYER, "spare"))
+    assert len(zeros["spare"]) == len(zeros[LAYER]) == 4  # after steps 0, 2, 4 and 6
+    assert not torch.equal(zeros[LAYER][0], zeros[LAYER][1])
+    assert all(torch.equal(now, zeros["spare"][0]) for now in zeros["spare"])
+    assert torch.equal(model.spare.weight == 0, zeros["spare"][0])
+
+
+def test_a_step_that_overflowed_moves_no_zeros(
+    make_model: Make, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As each does here; the change before the first step looks at no gradient."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(
+        torch.amp, "GradScaler", lambda device: scaler(device, init_scale=2.0**60, backoff_factor=0.99)
+    )
+    zeros, model = zeros_by_step(monkeypatch), make_model()
+    train(model, rows, tmp_path, rigl(LAYER), precision="fp16")
+    assert len(zeros[LAYER]) == 1
+    assert torch.equal(model.get_submodule(LAYER).weight == 0, zeros[LAYER][0])
