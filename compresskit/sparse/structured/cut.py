@@ -37,6 +37,7 @@ from compresskit.sparse.structured.surgery import (
     Patient,
     Surgery,
     choose,
+    require_fit,
     smaller_tensors,
     write_config,
 )
@@ -94,7 +95,7 @@ class Cut:
         try:
             self._plan(model)
         except InputError as error:
-            named = ("parameters", "compensate", *WIDTHS)
+            named = ("layers", "parameters", "compensate", "importance", *WIDTHS)
             faults = [
                 Fault(f"{where}.{f.where}" if f.where in named else f.where, f.expected, f.got, f.cure)
                 for f in error.faults
@@ -149,7 +150,8 @@ class Cut:
 
         Raises:
             PatternError: an earlier stage promised zeros or a grid, which a cut would break.
-            ModelError: no key of the configuration sets what is to be cut, or no units can be told apart.
+            ModelError: no key of the configuration sets what is to be cut, no units can be told apart, or a
+                block that stays would be another one in its new place.
             DataError: the calibration data cannot be read.
         """
         held = sorted({p.kind for p in context.promises} & {"zeros", "grid"})
@@ -166,6 +168,7 @@ class Cut:
         if self.compensate:
             shifts, tokens = compensate(subject, surgery, kept)
             kept = replace(kept, shifts=shifts)
+        _, left = require_fit(surgery.patient, surgery.dimensions, kept.blocks, surgery.units)
         records: list[LayerRecord] = []
         tensors = smaller_tensors(model, surgery, kept, records)
         write_shards(context.out, tensors, shard_bytes=SHARD_BYTES)
@@ -182,7 +185,7 @@ class Cut:
                 "units_before": {kind: whole[kind].units for kind in surgery.units},
                 "units_kept": dict(surgery.units),
                 "parameters_before": model.anatomy.num_parameters,
-                "parameters_kept": surgery.anatomy.num_parameters,
+                "parameters_kept": left.num_parameters,
                 "calibration_tokens": tokens,
             },
             warnings=warnings,

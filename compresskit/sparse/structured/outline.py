@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from compresskit.errors import Fault, PatternError
+from compresskit.sparse.structured import IMPORTANCES
 from compresskit.sparse.structured.compensation import cut_kinds, with_biases
+from compresskit.sparse.structured.coupling import kinds_of_block
 from compresskit.sparse.structured.dimensions import (
     FFN,
     HEADS,
@@ -68,6 +70,7 @@ class Outline:
         shape = Shape(self.total if self.cut.layers is None else self.cut.layers, units)
         if self.cut.parameters is not None:
             shape = self._chosen(dimensions, shape, self.cut.parameters)
+        self._require_alike(shape)
         notes = [*self._notes(dimensions, shape), *(f"{key} is on: layers get biases." for key in switched)]
         surgery = operate(self.patient, dimensions, shape.blocks, shape.units, notes)
         if self.cut.parameters is not None:
@@ -163,6 +166,15 @@ class Outline:
             raise PatternError(Fault("parameters", "widths that the architecture allows", got, cure))
         cut = {kind: n for kind, n in found.units.items() if n < widths[kind].units}
         return Shape(found.blocks, cut)
+
+    def _require_alike(self, shape: Shape) -> None:
+        """What is planned is what is left, whichever blocks the data will choose."""
+        kinds = kinds_of_block(self.patient.anatomy)
+        if shape.blocks == self.total or kinds == 1 or not IMPORTANCES[self.cut.importance].reads_data:
+            return
+        expected = "blocks that all have the same parameters, where data chooses which stay"
+        cure = "Set importance: magnitude, which keeps evenly spaced blocks."
+        raise PatternError(Fault("importance", expected, f"{kinds} kinds of block", cure))
 
     def _require_near(self, left: int, parameters: float) -> None:
         """The shape nearest to the target is near enough."""
