@@ -17,9 +17,11 @@ from math import prod
 from typing import TYPE_CHECKING, Annotated, Any
 
 from compresskit.calibration.oneshot import (
+    BATCH_TOKENS,
     Calibrated,
     calibration_bytes,
     calibration_rows,
+    row_length,
     spilled_bytes,
     walk_bytes,
 )
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
     from compresskit.stage import StageContext
 
 SHARD_BYTES = 1 << 28
+LOGITS = 5
+"""Tensors of the size of a batch's logits that are alive at once where a loss is differentiated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +125,7 @@ class Cut:
             if IMPORTANCES[self.importance].reads_gradients:
                 whole = model.anatomy.num_parameters * model.weight_bytes
                 rows += round(2 * whole) + (len(model.anatomy.blocks) - 1) * rows
+                rows += _logits_bytes(calibrated, model)
             else:
                 rows += round(walk_bytes(model.anatomy, model.weight_bytes))
                 spilled = spilled_bytes(calibrated, model.config, model.anatomy)
@@ -241,6 +246,14 @@ class Cut:
             cure = "Choose activation or magnitude: this model does not predict the next token."
             return [Fault(f"{where}.importance", expected, self.importance, cure)]
         return []
+
+
+def _logits_bytes(calibrated: Calibrated, model: Outlook) -> int:
+    """Logits of a batch, as made and in float32, what the loss keeps of them, and the gradients of both."""
+    head = model.anatomy.linears.get(model.anatomy.head or "")
+    length = row_length(calibrated, model.config)
+    tokens = max(length, min(BATCH_TOKENS, calibrated.samples * length))
+    return LOGITS * 4 * tokens * (head.out_features if head else 0)
 
 
 def _is_cut(name: str, model: Outlook, surgery: Surgery) -> bool:

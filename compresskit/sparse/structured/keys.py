@@ -84,7 +84,7 @@ class Trial:
             return None
 
     def has_heads(self, changes: Changes, heads: Coupling, units: int) -> bool:
-        """Whether ``changes`` make a model that runs and has ``units`` groups of heads, which lie as ``heads``.
+        """Whether ``changes`` make a model that runs and has ``units`` groups of heads, as ``heads`` are.
 
         Without some of its units its layers are those of ``heads``; fixed parts that heads are dealt out to
         would shift what stays.
