@@ -39,6 +39,8 @@ class LayerStats:
         num_tokens: tokens seen; 0 means the layer never ran.
         input_sq_mean_I: mean of x_j**2, (I,), in squared activation units.
         input_mean_I: mean of x_j, (I,), in activation units.
+        input_variance_I: variance of x_j, (I,), in squared activation units: there if both means above are,
+            whose difference in float32 would lose that of inputs which hardly vary.
         input_abs_mean_I: mean of ``|x_j|``, (I,), in activation units.
         input_abs_max_I: maximum of ``|x_j|``, (I,), in activation units.
         input_gram_II: mean of x_i x_j, (I, I), in squared activation units.
@@ -52,6 +54,7 @@ class LayerStats:
     num_tokens: int
     input_sq_mean_I: Tensor | None = None
     input_mean_I: Tensor | None = None
+    input_variance_I: Tensor | None = None
     input_abs_mean_I: Tensor | None = None
     input_abs_max_I: Tensor | None = None
     input_gram_II: Tensor | None = None
@@ -70,6 +73,8 @@ class LayerStats:
             elif value is not None:
                 value = value / (scale.square() if need == "input_sq_mean" else scale)
             fields[name] = value
+        if self.input_variance_I is not None:
+            fields["input_variance_I"] = self.input_variance_I / scale.square()
         sample = None if self.sample_NI is None else (self.sample_NI / scale).to(self.sample_NI.dtype)
         return replace(self, sample_NI=sample, shared={}, **fields)
 
@@ -206,6 +211,9 @@ class Accumulator:
             if need != "input_abs_max":
                 sums /= tokens
         fields: Any = {STATISTICS[need]: sums.float() for need, sums in self._vectors.items()}
+        if {"input_mean", "input_sq_mean"} <= self._vectors.keys():
+            square_I, mean_I = self._vectors["input_sq_mean"], self._vectors["input_mean"]
+            fields["input_variance_I"] = (square_I - mean_I.square()).clamp_(min=0).float()
         kept_NI = torch.cat(self._kept) if self._kept else None
         if self._gram_II is not None:
             self._add_kept()
@@ -228,7 +236,8 @@ class Accumulator:
             if need == "input_mean":
                 sums += x_TI.sum(0, dtype=torch.float64)
             elif need == "input_sq_mean":
-                sums += x_TI.square().sum(0, dtype=torch.float64)
+                exact = "input_mean" in self._vectors  # the variance wants squares that are not rounded
+                sums += (x_TI.double() if exact else x_TI).square().sum(0, dtype=torch.float64)
             elif need == "input_abs_mean":
                 sums += x_TI.abs().sum(0, dtype=torch.float64)
             elif need == "input_abs_max":

@@ -88,10 +88,10 @@ def find_couplings(
     Raises:
         ModelError: the blocks differ, or a block of it cannot be run by itself.
     """
-    kinds = {_inside(anatomy, block) for block in anatomy.blocks}
-    if len(kinds) != 1:
+    kinds = kinds_of_block(anatomy)
+    if kinds != 1:
         cure = "Cut layers only, or another model."
-        got = f"{len(kinds)} kinds of block"
+        got = f"{kinds} kinds of block"
         raise ModelError(Fault("model", "blocks that all have the same parameters", got, cure))
     one = resized(config, with_blocks(config, anatomy, directory, (0,), trust_remote_code=trust_remote_code))
     return couplings_of_one(one, directory, trust_remote_code=trust_remote_code)
@@ -130,6 +130,11 @@ def couplings_of_one(
             size = input_MN.shape[1] // units
             (heads if mixes else ffn).append(Coupling(name.removeprefix(block), relative, units, size))
     return Couplings(tuple(ffn), tuple(heads))
+
+
+def kinds_of_block(anatomy: Anatomy) -> int:
+    """How many kinds of block there are, by the names and shapes of their parameters."""
+    return len({_inside(anatomy, block) for block in anatomy.blocks})
 
 
 def _inside(anatomy: Anatomy, block: str) -> tuple[tuple[str, tuple[int, ...]], ...]:

@@ -17,9 +17,11 @@ from math import prod
 from typing import TYPE_CHECKING, Annotated, Any
 
 from compresskit.calibration.oneshot import (
+    BATCH_TOKENS,
     Calibrated,
     calibration_bytes,
     calibration_rows,
+    row_length,
     spilled_bytes,
     walk_bytes,
 )
@@ -37,6 +39,7 @@ from compresskit.sparse.structured.surgery import (
     Patient,
     Surgery,
     choose,
+    require_fit,
     smaller_tensors,
     write_config,
 )
@@ -47,6 +50,8 @@ if TYPE_CHECKING:
     from compresskit.stage import StageContext
 
 SHARD_BYTES = 1 << 28
+LOGITS = 5
+"""Tensors of the size of a batch's logits that are alive at once where a loss is differentiated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +99,7 @@ class Cut:
         try:
             self._plan(model)
         except InputError as error:
-            named = ("parameters", "compensate", *WIDTHS)
+            named = ("layers", "parameters", "compensate", "importance", *WIDTHS)
             faults = [
                 Fault(f"{where}.{f.where}" if f.where in named else f.where, f.expected, f.got, f.cure)
                 for f in error.faults
@@ -120,6 +125,7 @@ class Cut:
             if IMPORTANCES[self.importance].reads_gradients:
                 whole = model.anatomy.num_parameters * model.weight_bytes
                 rows += round(2 * whole) + (len(model.anatomy.blocks) - 1) * rows
+                rows += _logits_bytes(calibrated, model)
             else:
                 rows += round(walk_bytes(model.anatomy, model.weight_bytes))
                 spilled = spilled_bytes(calibrated, model.config, model.anatomy)
@@ -149,7 +155,8 @@ class Cut:
 
         Raises:
             PatternError: an earlier stage promised zeros or a grid, which a cut would break.
-            ModelError: no key of the configuration sets what is to be cut, or no units can be told apart.
+            ModelError: no key of the configuration sets what is to be cut, no units can be told apart, or a
+                block that stays would be another one in its new place.
             DataError: the calibration data cannot be read.
         """
         held = sorted({p.kind for p in context.promises} & {"zeros", "grid"})
@@ -166,6 +173,7 @@ class Cut:
         if self.compensate:
             shifts, tokens = compensate(subject, surgery, kept)
             kept = replace(kept, shifts=shifts)
+        _, left = require_fit(surgery.patient, surgery.dimensions, kept.blocks, surgery.units)
         records: list[LayerRecord] = []
         tensors = smaller_tensors(model, surgery, kept, records)
         write_shards(context.out, tensors, shard_bytes=SHARD_BYTES)
@@ -182,7 +190,7 @@ class Cut:
                 "units_before": {kind: whole[kind].units for kind in surgery.units},
                 "units_kept": dict(surgery.units),
                 "parameters_before": model.anatomy.num_parameters,
-                "parameters_kept": surgery.anatomy.num_parameters,
+                "parameters_kept": left.num_parameters,
                 "calibration_tokens": tokens,
             },
             warnings=warnings,
@@ -238,6 +246,14 @@ class Cut:
             cure = "Choose activation or magnitude: this model does not predict the next token."
             return [Fault(f"{where}.importance", expected, self.importance, cure)]
         return []
+
+
+def _logits_bytes(calibrated: Calibrated, model: Outlook) -> int:
+    """Logits of a batch, as made and in float32, what the loss keeps of them, and the gradients of both."""
+    head = model.anatomy.linears.get(model.anatomy.head or "")
+    length = row_length(calibrated, model.config)
+    tokens = max(length, min(BATCH_TOKENS, calibrated.samples * length))
+    return LOGITS * 4 * tokens * (head.out_features if head else 0)
 
 
 def _is_cut(name: str, model: Outlook, surgery: Surgery) -> bool:

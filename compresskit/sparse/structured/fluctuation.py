@@ -48,8 +48,10 @@ class FluctuationImportance:
         def take(stats: Mapping[str, LayerStats]) -> None:
             for layer, found in stats.items():
                 inputs = model.anatomy.linears[layer].in_features
-                mean_I, square_I = found.require(MEAN, inputs), found.require(SQUARE, inputs)
-                variance_I = (square_I.double() - mean_I.double().square()).clamp_(min=0).cpu()
+                for need in (MEAN, SQUARE):
+                    found.require(need, inputs)
+                assert found.input_variance_I is not None
+                variance_I = found.input_variance_I.double().cpu()
                 worth_I = variance_I * model.weight_OI(layer).double().square().sum(0)
                 for kind in subject.dimensions.widths if subject.dimensions else ():
                     tally.add_inputs(kind, layer, worth_I)

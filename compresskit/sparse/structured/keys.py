@@ -17,6 +17,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compresskit.modeling.anatomy import Anatomy, anatomy_of
 from compresskit.modeling.skeleton import skeleton_of
 from compresskit.sparse.structured.coupling import Coupling, couplings_of_one
@@ -81,17 +83,35 @@ class Trial:
         except Exception:  # whatever a model's constructor raises over a wrong value
             return None
 
-    def has_heads(self, changes: Changes, units: int, size: int) -> bool:
-        """Whether ``changes`` make a model that runs and has so many groups of heads of that size."""
+    def has_heads(self, changes: Changes, heads: Coupling, units: int) -> bool:
+        """Whether ``changes`` make a model that runs and has ``units`` groups of heads, as ``heads`` are.
+
+        Without some of its units its layers are those of ``heads``; fixed parts that heads are dealt out to
+        would shift what stays.
+        """
         try:
             config, trust = resized(self.config, changes), self.trust_remote_code
             found = couplings_of_one(config, self.directory, heads_only=True, trust_remote_code=trust).heads
         except Exception:
             return False
-        return [(heads.units, heads.size) for heads in found] == [(units, size)]
+        return len(found) == 1 and found[0].units == units and _is_larger(found[0], heads)
 
     def _anatomy_of(self, config: Any) -> Anatomy:
         return anatomy_of(skeleton_of(config, self.directory, trust_remote_code=self.trust_remote_code))
+
+
+def _is_larger(large: Coupling, small: Coupling) -> bool:
+    """Whether ``large`` without some of its units is ``small``: the first stay, then such as come."""
+    if (large.reader, large.size, large.makers.keys()) != (small.reader, small.size, small.makers.keys()):
+        return False
+    chance = torch.randperm(large.units, generator=torch.Generator().manual_seed(0))
+    for stay_U in (torch.arange(small.units), chance[: small.units].sort().values):
+        number_U = torch.full((large.units,), -1).index_copy(0, stay_U, torch.arange(small.units))
+        for name, owner_F in large.makers.items():
+            left_F = number_U[owner_F]
+            if not torch.equal(left_F[left_F >= 0], small.makers[name]):
+                return False
+    return True
 
 
 def coupled_axes(anatomy: Anatomy, coupling: Coupling) -> dict[str, int]:
@@ -122,7 +142,7 @@ def find_head_keys(trial: Trial, coupling: Coupling) -> Keys | None:
     wanted = _doubled(trial.anatomy, coupling)
     for keys in _head_candidates(trial, coupling):
         changes = keys.changes(2 * coupling.units)
-        if trial.shapes(changes) == wanted and trial.has_heads(changes, 2 * coupling.units, coupling.size):
+        if trial.shapes(changes) == wanted and trial.has_heads(changes, coupling, 2 * coupling.units):
             return keys
     return None
 
@@ -161,7 +181,7 @@ def find_hidden_keys(
                 if axes is None or not _is_read_and_written(trial.anatomy, heads, axes):
                     continue
                 units = heads.units * (2 if follow else 1)
-                if trial.has_heads(changes, units, heads.size):
+                if trial.has_heads(changes, heads, units):
                     return keys, head_keys, axes
     return None
 

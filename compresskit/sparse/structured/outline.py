@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from compresskit.errors import Fault, PatternError
+from compresskit.sparse.structured import IMPORTANCES
 from compresskit.sparse.structured.compensation import cut_kinds, with_biases
+from compresskit.sparse.structured.coupling import kinds_of_block
 from compresskit.sparse.structured.dimensions import (
     FFN,
     HEADS,
@@ -60,14 +62,13 @@ class Outline:
             PatternError: what is asked for is not legal, or nothing is left to choose.
         """
         dimensions, whole = self._dimensions(), self.patient
-        switched: Changes = {}
-        if self.cut.compensate:
-            switched = self._give_biases(dimensions)
-            dimensions = self._dimensions() if switched else dimensions
-        units = self._given_units(dimensions) if dimensions else {}
-        shape = Shape(self.total if self.cut.layers is None else self.cut.layers, units)
-        if self.cut.parameters is not None:
-            shape = self._chosen(dimensions, shape, self.cut.parameters)
+        shape, switched = self._shape(dimensions), Changes()
+        if self.cut.compensate:  # where widths are chosen, biases count: only what is cut then gets one
+            switched = self._give_biases(dimensions, shape)
+            if switched:
+                dimensions = self._dimensions()
+                shape = self._shape(dimensions, within=shape)
+        self._require_alike(shape)
         notes = [*self._notes(dimensions, shape), *(f"{key} is on: layers get biases." for key in switched)]
         surgery = operate(self.patient, dimensions, shape.blocks, shape.units, notes)
         if self.cut.parameters is not None:
@@ -75,9 +76,17 @@ class Outline:
         added = self.patient.anatomy.parameter_shapes.keys() - whole.anatomy.parameter_shapes.keys()
         return replace(surgery, switched=switched, added=frozenset(added))
 
-    def _give_biases(self, dimensions: Dimensions | None) -> Changes:
-        """Let ``patient`` have the biases that compensation needs."""
-        kinds = cut_kinds(dimensions.widths) if dimensions else []
+    def _shape(self, dimensions: Dimensions | None, within: Shape | None = None) -> Shape:
+        """The shape that is left; where widths are chosen, those are cut that ``within`` cuts."""
+        units = self._given_units(dimensions) if dimensions else {}
+        shape = Shape(self.total if self.cut.layers is None else self.cut.layers, units)
+        if self.cut.parameters is None:
+            return shape
+        return self._chosen(dimensions, shape, self.cut.parameters, within)
+
+    def _give_biases(self, dimensions: Dimensions | None, shape: Shape) -> Changes:
+        """Let ``patient`` have the biases that compensation needs for what ``shape`` cuts."""
+        kinds = cut_kinds(shape.units)
         if dimensions is None or not kinds:
             got, cure = "neither", "Leave compensate out, or cut ffn or heads."
             raise PatternError(Fault("compensate", "neurons or heads that are cut", got, cure))
@@ -134,7 +143,9 @@ class Outline:
                 raise PatternError(Fault(HEADS, expected, str(units[HEADS]), cure))
         return units
 
-    def _chosen(self, dimensions: Dimensions | None, given: Shape, parameters: float) -> Shape:
+    def _chosen(
+        self, dimensions: Dimensions | None, given: Shape, parameters: float, within: Shape | None
+    ) -> Shape:
         """The shape that leaves a fraction ``parameters`` of all parameters."""
         widths = dimensions.widths if dimensions else {}
         units: dict[str, Sequence[int]] = {}
@@ -142,7 +153,9 @@ class Outline:
             if kind in given.units:
                 units[kind] = [given.units[kind]]
             elif dimensions and (kind in self.free or dimensions.heads_follow):
-                units[kind] = [*self._legal(dimensions, kind), width.units]
+                is_cut = within and kind in within.units
+                units[kind] = [] if within and not is_cut else self._legal(dimensions, kind)
+                units[kind] = [*units[kind], *(() if is_cut else [width.units])]
         blocks = range(1, self.total + 1) if self.depth_is_free else [given.blocks]
         free = frozenset({*self.free, *(["layers"] if self.depth_is_free else [])})
         if not free & {"layers", *widths}:
@@ -164,6 +177,15 @@ class Outline:
         cut = {kind: n for kind, n in found.units.items() if n < widths[kind].units}
         return Shape(found.blocks, cut)
 
+    def _require_alike(self, shape: Shape) -> None:
+        """What is planned is what is left, whichever blocks the data will choose."""
+        kinds = kinds_of_block(self.patient.anatomy)
+        if shape.blocks == self.total or kinds == 1 or not IMPORTANCES[self.cut.importance].reads_data:
+            return
+        expected = "blocks that all have the same parameters, where data chooses which stay"
+        cure = "Set importance: magnitude, which keeps evenly spaced blocks."
+        raise PatternError(Fault("importance", expected, f"{kinds} kinds of block", cure))
+
     def _require_near(self, left: int, parameters: float) -> None:
         """The shape nearest to the target is near enough."""
         total = self.parameters
@@ -181,8 +203,21 @@ class Outline:
             notes.append(f"{self.total - shape.blocks} of {self.total} blocks go.")
         if dimensions:
             notes += [self._width_note(dimensions, kind, units) for kind, units in shape.units.items()]
-            notes += [f"{kind}: all stay; {why}." for kind, why in dimensions.missing.items()]
+            notes += [f"{kind}: all stay; {why}." for kind, why in self._uncut(dimensions, shape).items()]
         return notes
+
+    def _uncut(self, dimensions: Dimensions, shape: Shape) -> dict[str, str]:
+        """Widths that ``parameters`` was to choose and leaves as they are, and why."""
+        found = dict(dimensions.missing)
+        for kind in self.free:
+            if kind in dimensions.widths and kind not in shape.units:
+                width, legal = dimensions.widths[kind], self._legal(dimensions, kind)
+                found[kind] = "no shape with fewer is nearer to the number of parameters"
+                if not legal:
+                    found[kind] = f"no fewer than {width.units} make a multiple of {self.cut.multiple}"
+                if width.units == 1:
+                    found[kind] = "expected more than one group, got one: they share keys and values"
+        return found
 
     def _width_note(self, dimensions: Dimensions, kind: str, units: int) -> str:
         width = dimensions.widths[kind]

@@ -65,6 +65,7 @@ class Surgery:
     """What a cut leaves of a model.
 
     Attributes:
+        patient: the model that is cut, with every bias that it gets.
         blocks: how many; all of them where none goes.
         units: of each width that is cut, how many.
         dimensions: all widths that are known; None where none is cut.
@@ -75,6 +76,7 @@ class Surgery:
         added: biases of the whole model that its checkpoint does not have; they are zero.
     """
 
+    patient: Patient
     blocks: int
     units: Mapping[str, int]
     dimensions: Dimensions | None
@@ -117,19 +119,41 @@ def operate(
     """What is left of ``patient`` after a cut to ``blocks`` and ``units``.
 
     Raises:
-        ModelError: a model of the changed configuration has other shapes than the cut leaves.
+        ModelError: a model of the changed configuration has other parameters than the cut leaves.
     """
     keep = spaced(len(patient.anatomy.blocks), blocks)
+    config, anatomy = require_fit(patient, dimensions, keep, units)
+    return Surgery(patient, blocks, units, dimensions, config, anatomy, tuple(notes))
+
+
+def require_fit(
+    patient: Patient, dimensions: Dimensions | None, keep: Sequence[int], units: Mapping[str, int]
+) -> tuple[Any, Anatomy]:
+    """The configuration and the parts of what is left: what it names is what the cut leaves, shape by shape.
+
+    Blocks may differ by their position, or by a list of the configuration that names some of them.
+
+    Raises:
+        ModelError: a model of the changed configuration has other parameters than the cut leaves.
+    """
     changes = {**patient.with_blocks(keep), **(dimensions.changes(units) if dimensions else {})}
-    config, anatomy = patient.after(changes)
-    if dimensions is not None:
-        wanted = _shapes(patient.anatomy, dimensions, keep, units)
-        wrong = [n for n, shape in anatomy.parameter_shapes.items() if wanted.get(n) != shape]
-        if wrong or len(wanted) != len(anatomy.parameter_shapes):
-            got = f"another shape for {', '.join(wrong[:10]) or 'the whole'}"
-            where, cure = f"{patient.directory}: config.json", "Cut layers only, or another model."
-            raise ModelError(Fault(where, "keys that set the widths alone", got, cure))
-    return Surgery(blocks, units, dimensions, config, anatomy, tuple(notes))
+    where, cure = f"{patient.directory}: config.json", "Cut layers only, or another model."
+    if not units:
+        cure = "Keep other blocks: another number of layers, importance: magnitude, or cut another model."
+    try:
+        config, anatomy = patient.after(changes)
+    except Exception as error:  # whatever a model's constructor raises over a wrong value
+        got = f"{type(error).__name__}: {error}"
+        raise ModelError(Fault(where, "keys that make a model of what stays", got, cure)) from error
+    wanted, found = _shapes(patient.anatomy, dimensions, keep, units), anatomy.parameter_shapes
+    wrong = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
+    if wrong:
+        expected = "keys that set the widths alone" if units else "blocks that are the same in another place"
+        got = f"other parameters for blocks {', '.join(map(str, keep))}" if not units else "another shape"
+        more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        fault = Fault(where, expected, f"{got}: {', '.join(wrong[:10])}{more}", cure)
+        raise ModelError(fault)
+    return config, anatomy
 
 
 def choose(surgery: Surgery, scores: Scores, blocks: int) -> Kept:
@@ -172,8 +196,7 @@ def smaller_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the smaller model, read one at a time; fills ``records`` as it goes."""
     anatomy, entered = model.anatomy, None
-    stem = anatomy.blocks[0].rpartition(".")[0] if anatomy.blocks else ""
-    renamed = {anatomy.blocks[old]: f"{stem}.{new}" for new, old in enumerate(kept.blocks)}
+    renamed = _renamed(anatomy, kept.blocks)
     with Progress("cutting", len(kept.blocks), unit="blocks") as progress:
         for name in _names(model, surgery):
             block = anatomy.block_of(name)
@@ -210,20 +233,25 @@ def write_config(model: ModelSource, changes: Changes, out: Path) -> None:
     (out / CONFIG).write_text(text, encoding="utf-8")
 
 
+def _renamed(anatomy: Anatomy, keep: Sequence[int]) -> dict[str, str]:
+    """The new name of each block that stays."""
+    stem = anatomy.blocks[0].rpartition(".")[0] if anatomy.blocks else ""
+    return {anatomy.blocks[old]: f"{stem}.{new}" for new, old in enumerate(keep)}
+
+
 def _shapes(
-    anatomy: Anatomy, dimensions: Dimensions, keep: Sequence[int], units: Mapping[str, int]
+    anatomy: Anatomy, dimensions: Dimensions | None, keep: Sequence[int], units: Mapping[str, int]
 ) -> dict[str, tuple[int, ...]]:
     """Every parameter's shape after a cut."""
-    stem = anatomy.blocks[0].rpartition(".")[0]
-    renamed = {anatomy.blocks[old]: f"{stem}.{new}" for new, old in enumerate(keep)}
+    renamed = _renamed(anatomy, keep)
     found = {}
     for name, shape in anatomy.parameter_shapes.items():
         block = anatomy.block_of(name)
         if block is not None and block not in renamed:
             continue
         new = list(shape)
-        for axis in dimensions.axes_of(name, anatomy):
-            if axis.kind in units:
+        for axis in dimensions.axes_of(name, anatomy) if dimensions else ():
+            if dimensions and axis.kind in units:
                 new[axis.axis] = new[axis.axis] // dimensions.widths[axis.kind].units * units[axis.kind]
         found[name if block is None else renamed[block] + name.removeprefix(block)] = tuple(new)
     return found

@@ -101,8 +101,39 @@ def test_all_widths_at_once_load(name: str, tmp_path: Path, monkeypatch: pytest.
     model = build(name, tmp_path / "model")
     options: dict[str, Any] = {"ffn": 0.6, "hidden": 0.5, "layers": 2, "importance": "fluctuation"}
     _, after = compensated(model, tmp_path, monkeypatch, **options)
-    assert load_model(after).num_parameters() == after.anatomy.num_parameters
-    assert follows(name) == ("mlp_bias" not in after.config.to_dict())
+    whole = load_model(after)
+    assert whole.num_parameters() == after.anatomy.num_parameters
+    assert bool(after.config.to_dict().get("mlp_bias")) == (not follows(name))
+    kept = kept_by(model, ROWS, **options)
+    uncut, reader = load_model(model), FAMILIES[name][1]
+    for new, old in enumerate(kept.blocks):
+        layer: Any = whole.get_submodule(f"{after.anatomy.blocks[new]}.{reader}")
+        before: Any = uncut.get_submodule(f"{model.anatomy.blocks[old]}.{reader}")
+        means = mean_inputs(uncut, f"{model.anatomy.blocks[old]}.{reader}")
+        gone = ~kept.units["ffn"][old]
+        shift = before.weight[:, gone] @ means[gone] + (0 if before.bias is None else before.bias)
+        torch.testing.assert_close(layer.bias, shift[kept.units["hidden"]], rtol=1e-4, atol=1e-5)
+
+
+def mean_inputs(whole: nn.Module, name: str) -> Tensor:
+    """What the layer called ``name`` reads on average over ROWS."""
+    seen: list[Tensor] = []
+    hook = whole.get_submodule(name).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].flatten(0, -2))
+    )
+    with torch.no_grad():
+        for row in ROWS:
+            whole(row["input_ids"][None])
+    hook.remove()
+    return torch.cat(seen).mean(0)
+
+
+def test_only_what_parameters_cuts_gets_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("LlamaForCausalLM", tmp_path / "model", intermediate_size=256)
+    forecast, after = compensated(model, tmp_path, monkeypatch, parameters=0.63, multiple=64)
+    assert (after.config.mlp_bias, after.config.attention_bias) == (True, False)
+    assert after.anatomy.num_parameters == pytest.approx(0.63 * model.anatomy.num_parameters, rel=0.05)
+    assert [note for note in forecast.notes if "is on" in note] == ["mlp_bias is on: layers get biases."]
 
 
 def test_compensation_that_has_no_place_is_refused(tmp_path: Path) -> None:

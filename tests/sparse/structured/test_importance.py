@@ -198,6 +198,37 @@ def test_fluctuation_is_the_variance_of_what_is_read_times_its_weights(tmp_path:
     torch.testing.assert_close(found.units["hidden"], hidden, rtol=1e-3, atol=1e-9)
 
 
+def test_a_unit_that_is_nearly_a_constant_has_a_variance_all_the_same(tmp_path: Path) -> None:
+    model = build("GPT2LMHeadModel", tmp_path / "model")
+    changed: Any = load_model(model)
+    with torch.no_grad():
+        changed.transformer.h[3].mlp.c_fc.weight.mul_(1e-2)
+        changed.transformer.h[3].mlp.c_fc.bias.fill_(100.0)
+    changed.save_pretrained(tmp_path / "constant")
+    model = open_model(tmp_path / "constant")
+    found = scores(model, "fluctuation", ROWS).units["ffn"]
+    layer = "transformer.h.3.mlp.c_proj"
+    whole, given, _ = watched(model, [layer], ROWS)
+    weight: Any = whole.get_submodule(layer).weight.detach()
+    want = given[layer].double().var(0, correction=0) * weight.double().square().sum(1)
+    assert float(want.min()) > 0
+    torch.testing.assert_close(found[3], want, rtol=0.05, atol=0.0)
+
+
+def test_the_forecast_of_taylor_counts_the_logits(tmp_path: Path) -> None:
+    def forecast(vocabulary: int) -> tuple[int, int]:
+        place = tmp_path / str(vocabulary)
+        model = build("LlamaForCausalLM", place, vocab_size=vocabulary, max_position_embeddings=2048)
+        options = {"ffn": 0.5, "importance": "taylor"}
+        stage = Prune("cut", samples=1, context_length=2048, options=options)
+        return stage.forecast(outlook(model)).memory_bytes, model.anatomy.num_parameters
+
+    (large, parameters), (small, fewer) = forecast(8192), forecast(4096)
+    more = large - small - 2 * 4 * (parameters - fewer)  # the weights and their gradients
+    logits = 4 * 2048 * 4096
+    assert more >= 4 * logits, "in float32, their log-softmax, and the gradients of both"
+
+
 def test_what_is_worth_most_stays(tmp_path: Path) -> None:
     model = build("LlamaForCausalLM", tmp_path)
     surgery = planned(model, layers=2, ffn=8, heads=2, hidden=16)

@@ -234,6 +234,13 @@ def test_a_width_that_is_not_there_stays_and_is_named(tmp_path: Path) -> None:
     model = build("LlamaForCausalLM", tmp_path, num_key_value_heads=1)
     surgery = planned(model, parameters=0.5)
     assert "heads" not in surgery.units
+    assert (
+        "heads: all stay; expected more than one group, got one: they share keys and values." in surgery.notes
+    )
+    wide = build("LlamaForCausalLM", tmp_path / "3", intermediate_size=256)
+    notes = planned(wide, parameters=0.63, multiple=64).notes
+    assert "heads: all stay; no fewer than 2 make a multiple of 64." in notes
+    assert "hidden: all stay; no fewer than 32 make a multiple of 64." in notes
     assert surgery.anatomy.num_parameters == pytest.approx(0.5 * model.anatomy.num_parameters, rel=0.05)
 
 
