@@ -224,7 +224,10 @@ class Cut:
             expected = "layers, ffn, heads, hidden or parameters"
             cure = "Say how many layers to keep, or parameters: 0.5."
             faults.append(Fault(where, expected, "none of them", cure))
-        if self.layers is not None and not 1 <= self.layers < blocks:
+        if self.layers is not None and blocks < 2:
+            got, cure = "one" if blocks else "none", "Leave layers out, or cut another model."
+            faults.append(Fault(f"{where}.layers", "a model with blocks to spare", got, cure))
+        elif self.layers is not None and not 1 <= self.layers < blocks:
             cure = "Give how many layers to keep."
             faults.append(Fault(f"{where}.layers", f"1 to {blocks - 1} of {blocks}", str(self.layers), cure))
         for name in (*WIDTHS, "parameters"):
