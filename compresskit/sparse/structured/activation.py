@@ -24,9 +24,10 @@ NEED = "input_abs_mean"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationImportance:
-    """What is loud stays. Of a head all outputs count; of a hidden channel, all layers that read it.
+    """What is loud stays. Of a head all outputs count; of a hidden channel, all layers in blocks.
 
-    Hidden channels are measured where layers read them: behind the norms.
+    Hidden channels are measured where these layers read them: behind the norms. What reads them outside the
+    blocks, such as the output layer, does not count.
     """
 
     reads_data: ClassVar[bool] = True

@@ -7,7 +7,8 @@ neuron of a feed-forward network is one input, a key/value head with all query h
 of these heads' outputs. Norms mix neurons and attention mixes tokens, so all three are told apart.
 
 No layer's weight takes part: in the probe each linear layer gives random numbers instead of a product, which
-cuts the model into pieces and needs no memory for weights.
+cuts the model into pieces and needs no memory for their weights. Of a large parameter with more axes, such as
+that of all experts, there is one part along the first axis: all experts are one and the same.
 
 Shapes: M = tokens of all sequences, N = inputs of a reader, F = outputs of a maker, U = units.
 """
@@ -33,6 +34,8 @@ from compresskit.sparse.structured.resize import resized, with_blocks
 VOCABULARY = 64
 SEQUENCES = 16  # so many that no ReLU is closed in all of them
 TOKENS = 7
+LARGE = 1 << 22
+"""Entries of a parameter that gets memory of its own in a probe."""
 SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -146,7 +149,10 @@ def _inside(anatomy: Anatomy, block: str) -> tuple[tuple[str, tuple[int, ...]], 
 
 
 def _probe(config: Any, directory: Path, trust_remote_code: bool) -> nn.Module:
-    """A model in float32 that has random weights where it has no linear layer, which stay on meta."""
+    """A model in float32 that has random weights where it has no linear layer, which stay on meta.
+
+    Those of more than :data:`LARGE` entries in three axes or more repeat one part along the first.
+    """
     small = resized(config, {"vocab_size": VOCABULARY})
     for name in SPECIAL:
         token = getattr(small, name, None)
@@ -162,7 +168,9 @@ def _probe(config: Any, directory: Path, trust_remote_code: bool) -> nn.Module:
         torch.manual_seed(0)
         for name, parameter in list(model.named_parameters()):
             if name.rpartition(".")[0] not in linears:
-                assign(model, name, 1 + 0.2 * torch.randn(parameter.shape))
+                repeats = parameter.dim() > 2 and parameter.numel() > LARGE
+                value = 1 + 0.2 * torch.randn(parameter.shape[1:] if repeats else parameter.shape)
+                assign(model, name, value.expand(parameter.shape))
         fill_buffers(model, torch.device("cpu"))
     return model.eval().requires_grad_(False)
 

@@ -5,7 +5,9 @@ together: Muralidharan et al., "Compact Language Models via Pruning and Knowledg
 NeurIPS 2024, https://arxiv.org/abs/2407.14679.
 
 Hidden channels go from the whole residual stream: norms are then taken over those left, and what an
-architecture derives from its width (Gemma's factor on embeddings) follows the new one.
+architecture derives from its width (Gemma's factor on embeddings) follows the new one. So does what it
+derives from the position of a block, which is told where its modules hold it, and from the number of heads
+(slopes of a bias on attention), which is not.
 
 Shapes: L = blocks, U = units of a width.
 """
@@ -35,6 +37,7 @@ from compresskit.sparse.structured.base import Subject
 from compresskit.sparse.structured.compensation import compensate
 from compresskit.sparse.structured.dimensions import WIDTHS
 from compresskit.sparse.structured.outline import TRIMS, Outline
+from compresskit.sparse.structured.position import moved, moved_note
 from compresskit.sparse.structured.surgery import (
     Patient,
     Surgery,
@@ -182,6 +185,7 @@ class Cut:
             changes |= surgery.dimensions.changes(surgery.units)
         write_config(model, changes, context.out)
         copy_sidecars(model.directory, context.out)
+        warnings = (*warnings, *moved_note(moved(surgery.patient, kept.blocks)))
         whole = surgery.dimensions.widths if surgery.dimensions else {}
         return StageResult(
             layers=tuple(records),
@@ -224,7 +228,10 @@ class Cut:
             expected = "layers, ffn, heads, hidden or parameters"
             cure = "Say how many layers to keep, or parameters: 0.5."
             faults.append(Fault(where, expected, "none of them", cure))
-        if self.layers is not None and not 1 <= self.layers < blocks:
+        if self.layers is not None and blocks < 2:
+            got, cure = "one" if blocks else "none", "Leave layers out, or cut another model."
+            faults.append(Fault(f"{where}.layers", "a model with blocks to spare", got, cure))
+        elif self.layers is not None and not 1 <= self.layers < blocks:
             cure = "Give how many layers to keep."
             faults.append(Fault(f"{where}.layers", f"1 to {blocks - 1} of {blocks}", str(self.layers), cure))
         for name in (*WIDTHS, "parameters"):

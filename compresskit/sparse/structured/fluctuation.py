@@ -24,7 +24,7 @@ MEAN, SQUARE = "input_mean", "input_sq_mean"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FluctuationImportance:
-    """The variance of each input times the squared norm of its weights, over all layers that read a unit."""
+    """The variance of each input times the squared norm of its weights, over layers in blocks."""
 
     reads_data: ClassVar[bool] = True
     reads_gradients: ClassVar[bool] = False

@@ -22,7 +22,7 @@ import torch
 from compresskit.modeling.anatomy import Anatomy, anatomy_of
 from compresskit.modeling.skeleton import skeleton_of
 from compresskit.sparse.structured.coupling import Coupling, couplings_of_one
-from compresskit.sparse.structured.resize import Changes, resized
+from compresskit.sparse.structured.resize import Changes, is_int, resized
 
 HEAD_DIM = "head_dim"
 MAX_HIDDEN_KEYS = 3
@@ -230,7 +230,7 @@ def _head_candidates(
     counts = {
         key: value
         for key, value in trial.values.items()
-        if _is_int(value) and value > 0 and value % units == 0 and width % value == 0 and key not in but
+        if is_int(value) and value > 0 and value % units == 0 and width % value == 0 and key not in but
     }
     stated: Any = trial.values.get(HEAD_DIM)
     for number in (1, 2):
@@ -239,7 +239,7 @@ def _head_candidates(
             sizes = [width // counts[name] for name in names]
             if not pins:
                 yield Keys(scaled)
-            elif _is_int(stated):
+            elif is_int(stated):
                 yield Keys(scaled, ((HEAD_DIM, int(stated)),))
             else:
                 yield from (Keys(scaled, ((HEAD_DIM, size),)) for size in dict.fromkeys(sizes))
@@ -256,8 +256,4 @@ def _doubled(anatomy: Anatomy, coupling: Coupling) -> Shapes:
 
 
 def _ints(trial: Trial, wanted: int) -> list[str]:
-    return [key for key, value in trial.values.items() if _is_int(value) and value == wanted]
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return [key for key, value in trial.values.items() if is_int(value) and value == wanted]

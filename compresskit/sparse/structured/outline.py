@@ -19,6 +19,7 @@ from compresskit.sparse.structured.dimensions import (
     Dimensions,
     find_dimensions,
 )
+from compresskit.sparse.structured.position import moved, moved_note
 from compresskit.sparse.structured.resize import Changes, resized
 from compresskit.sparse.structured.shapes import (
     TOLERANCE,
@@ -29,7 +30,7 @@ from compresskit.sparse.structured.shapes import (
     find_shape,
     legal_units,
 )
-from compresskit.sparse.structured.surgery import Patient, Surgery, operate
+from compresskit.sparse.structured.surgery import Patient, Surgery, operate, spaced
 
 if TYPE_CHECKING:
     from compresskit.sparse.structured.cut import Cut
@@ -71,6 +72,8 @@ class Outline:
         self._require_alike(shape)
         notes = [*self._notes(dimensions, shape), *(f"{key} is on: layers get biases." for key in switched)]
         surgery = operate(self.patient, dimensions, shape.blocks, shape.units, notes)
+        names = moved(self.patient, spaced(self.total, shape.blocks))
+        surgery = replace(surgery, notes=(*surgery.notes, *moved_note(names)))
         if self.cut.parameters is not None:
             self._require_near(surgery.anatomy.num_parameters, self.cut.parameters)
         added = self.patient.anatomy.parameter_shapes.keys() - whole.anatomy.parameter_shapes.keys()

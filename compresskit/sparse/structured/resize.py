@@ -1,7 +1,6 @@
-"""What to change in a configuration so that its model has other blocks or another feed-forward width.
+"""What to change in a configuration so that its model has other blocks; widths are found in ``keys``.
 
-Which key that is, is found by trying: a key is the right one if the model it makes differs in nothing but
-what was to change.
+Which key that is, is found by trying: a key is the right one if the model it makes has so many blocks.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def with_blocks(
     def fits(after: Anatomy) -> bool:
         return len(after.blocks) == len(keep)
 
-    keys = [k for k, v in data.items() if _is_int(v, count)]
+    keys = [k for k, v in data.items() if is_int(v) and v == count]
     depth = _search(config, keys, len(keep), lists, directory, fits, trust_remote_code)
     if depth is None:
         cure = "Cut another model."
@@ -88,5 +87,6 @@ def _is_no_list_of_blocks(key: str) -> bool:
     return key == "architectures" or "token" in key
 
 
-def _is_int(value: Any, wanted: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value == wanted
+def is_int(value: Any) -> bool:
+    """Whether ``value`` is a whole number, and no truth value."""
+    return isinstance(value, int) and not isinstance(value, bool)

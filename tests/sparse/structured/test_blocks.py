@@ -84,3 +84,24 @@ def test_heads_dealt_out_to_fixed_parts_are_not_cut(tmp_path: Path) -> None:
     assert "expected keys for the hidden size 32 alone, got none" in said(model, hidden=0.5)
     assert "s.heads: expected heads" in said(model, heads=4)
     assert said(model, ffn=0.5) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "value"),
+    [
+        ("DiffLlamaForCausalLM", {}, "self_attn.lambda_init"),
+        ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}, "attn.scaling"),
+        ("LlamaForCausalLM", {}, None),
+        ("GPT2LMHeadModel", {}, None),
+    ],
+)
+def test_what_follows_from_the_position_of_a_block_is_told(
+    name: str, settings: dict[str, Any], value: str | None, tmp_path: Path
+) -> None:
+    model = built(name, {**SMALL, **settings}, tmp_path / "model")
+    stage = Prune("cut", options={"layers": 2})
+    notes = stage.forecast(outlook(model)).notes
+    told = [f"Blocks that move compute otherwise: {value} follow from their position."] if value else []
+    assert [note for note in notes if "position" in note] == told
+    result, _ = run(stage, model, tmp_path)
+    assert list(result.warnings) == told

@@ -19,6 +19,7 @@ from compresskit.modeling.anatomy import anatomy_of
 from compresskit.modeling.skeleton import skeleton_of
 from compresskit.sparse.promise import Zeros
 from compresskit.sparse.stage import Prune
+from compresskit.sparse.structured import coupling
 from compresskit.sparse.structured.coupling import find_couplings
 from compresskit.sparse.structured.cut import Cut
 from compresskit.sparse.structured.surgery import spaced
@@ -120,9 +121,11 @@ def test_everything_at_once_loads_and_is_as_foreseen(name: str, tmp_path: Path) 
     drop_middle_blocks(whole, blocks)
     switch_off_channels(whole, small, writers, kept["hidden"])
     torch.testing.assert_close(logits(small), logits(whole), rtol=1e-4, atol=1e-5)
-    whole_again = transformers.AutoModel.from_pretrained(after.directory)
     assert sum(p.numel() for p in small.parameters()) == result.metrics["parameters_kept"]
-    assert len(list(whole_again.parameters())) > 0
+    bare = transformers.AutoModel.from_pretrained(after.directory)
+    known, prefix = small.state_dict(), f"{small.base_model_prefix}."
+    for key, tensor in bare.state_dict().items():
+        assert "pooler" in key or torch.equal(tensor, known[f"{prefix}{key}"]), key
 
 
 def check_sizes(stage: Prune, model: ModelSource, after: ModelSource) -> None:
@@ -205,6 +208,36 @@ def test_spaced_never_repeats_and_keeps_both_ends(count: int) -> None:
         assert (len(set(got)), got[0], got[-1]) == (keep, 0, count - 1)
 
 
+def test_bfloat16_in_several_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build("LlamaForCausalLM", tmp_path / "float32")
+    half = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "float32", dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
+    monkeypatch.setattr("compresskit.sparse.structured.cut.SHARD_BYTES", 1 << 13)
+    model = open_model(tmp_path / "model")
+    options = {"layers": 2, "ffn": 0.6, "heads": 0.5, "hidden": 0.5}
+    _, after = run(Prune("cut", options=options), model, tmp_path)
+    assert len(list(after.directory.glob("*.safetensors"))) > 2
+    plain = transformers.AutoModelForCausalLM.from_pretrained(after.directory)
+    assert {parameter.dtype for parameter in plain.parameters()} == {torch.bfloat16}
+    kept = kept_by(model, **options).units
+    for new, old in enumerate((0, 3)):
+        theirs, ours = half.model.layers[old], plain.model.layers[new]
+        neurons, channels = kept["ffn"][old], kept["hidden"]
+        assert torch.equal(ours.mlp.down_proj.weight, theirs.mlp.down_proj.weight[channels][:, neurons])
+        rows = kept["heads"][old].repeat_interleave(32)
+        assert torch.equal(ours.self_attn.q_proj.weight, theirs.self_attn.q_proj.weight[rows][:, channels])
+    assert torch.equal(plain.lm_head.weight, half.lm_head.weight[:, kept["hidden"]])
+
+
+def test_layers_of_a_model_without_blocks(tmp_path: Path) -> None:
+    model = outlook(build("LlamaForCausalLM", tmp_path))
+    (fault,) = Cut(layers=1).faults(replace(model, anatomy=replace(model.anatomy, blocks=())), "s")
+    assert str(fault) == (
+        "s.layers: expected a model with blocks to spare, got none. Leave layers out, or cut another model."
+    )
+
+
 def test_faults(tmp_path: Path) -> None:
     model = outlook(build("LlamaForCausalLM", tmp_path))
 
@@ -240,6 +273,18 @@ def test_a_model_whose_neurons_cannot_be_told_apart_is_refused(tmp_path: Path) -
     assert str(fault).startswith("stages[0].ffn: expected one linear layer in each block")
     assert "got no layer that reads neurons. Cut layers only, or another model." in str(fault)
     assert Cut(layers=2).faults(model, "stages[0]") == []
+
+
+def test_experts_share_memory_in_a_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coupling, "LARGE", 1000)
+    config = transformers.MixtralConfig(**{**GROUPED, "num_hidden_layers": 1}, num_local_experts=4)
+    config.architectures = ["MixtralForCausalLM"]
+    probe = coupling._probe(config, tmp_path, False)
+    experts = [p for n, p in probe.named_parameters() if p.dim() == 3]
+    assert experts
+    assert [p.untyped_storage().nbytes() for p in experts] == [p.numel() for p in experts], "a fourth"
+    found = coupling.couplings_of_one(config, tmp_path)
+    assert [(heads.units, heads.size) for heads in found.heads] == [(2, 32)]
 
 
 def test_the_forecast_keeps_what_a_cut_does_not_change(tmp_path: Path) -> None:
