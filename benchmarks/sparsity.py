@@ -3,12 +3,12 @@
     python -m benchmarks.run sparsity --model DIR --model DIR --train FILE --evaluate FILE \\
         --peer-python PEER/bin/python --work DIR
 
-Both sides calibrate on the same token ids and leave the head alone; both checkpoints, as saved, are loaded
-by plain transformers and scored by the same evaluator. Each method stands plain, with OWL at 70%, and with
-block reconstruction; Wanda's and SparseGPT's also with ``true_sequential``. A share of zeros is a row's for
-Wanda, the whole layer's for the others, as in their papers. How far Wanda's masks agree with
-llm-compressor's is told as well; since it rounds a row's zeros down, it is asked for the share that gives it
-as many as ours has.
+Both sides calibrate on the same token ids and leave the head alone, and layers that an N:M does not divide;
+both checkpoints, as saved, are loaded by plain transformers and scored by the same evaluator. Each method
+stands plain, with OWL at 70%, and with block reconstruction; Wanda's and SparseGPT's also with
+``true_sequential``. A share of zeros is a row's for Wanda, the whole layer's for the others, as in their
+papers. How far Wanda's masks agree with llm-compressor's is told as well; since it rounds a row's zeros
+down, it is asked for the share that gives it as many as ours has.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--evaluate", required=True, help="text to score")
     parser.add_argument("--patterns", nargs="+", default=PATTERNS)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--no-reconstruct", action="store_true", help="leave out the slowest cells")
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--context-length", type=int, default=512)
     parser.add_argument("--documents", type=int, default=None, help="score the first so many; default: all")
@@ -58,18 +59,30 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def jobs_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def left_alone(model: Path, pattern: str) -> list[str]:
+    """The layers that neither side prunes: the head, and those whose width ``pattern`` does not divide."""
+    from compresskit.modeling import open_model
+    from compresskit.sparse.pattern import parse_pattern
+
+    linears, form = open_model(model).anatomy.linears, parse_pattern(pattern)
+    misfits = [n for n, linear in linears.items() if form.misfit(linear.out_features, linear.in_features)]
+    return ["lm_head", *sorted({name.rpartition(".")[2] for name in misfits} - {"lm_head"})]
+
+
+def jobs_of(model: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Cell -> stage: ``wanda 2:4``, ``wanda 70% owl``, ``wanda 2:4 reconstruct`` ..."""
     found: dict[str, dict[str, Any]] = {}
     for pattern in options.patterns:
         for method in options.methods:
             share = pattern.endswith("%") and method not in BY_ROW
             form = f"{pattern}:layer" if share else pattern
-            fields = {"method": method, "pattern": form, "ignore": ["lm_head"]}
+            ignore = [n if n == "lm_head" else f"*.{n}" for n in left_alone(model, pattern)]
+            fields = {"method": method, "pattern": form, "ignore": ignore}
             found[f"{method} {pattern}"] = fields
             if pattern == "70%":
                 found[f"{method} {pattern}{OWL}"] = {**fields, "allocation": "owl"}
-            found[f"{method} {pattern}{RECONSTRUCT}"] = {**fields, "recover": "reconstruct"}
+            if not options.no_reconstruct:
+                found[f"{method} {pattern}{RECONSTRUCT}"] = {**fields, "recover": "reconstruct"}
             if method in PEERS_METHODS:
                 found[f"{method} {pattern}{IN_TURN}"] = {**fields, "true_sequential": True}
     return {name: {"prune": fields} for name, fields in found.items()}
@@ -79,7 +92,7 @@ def of_model(model: Path, options: argparse.Namespace, python: str | None, place
     """The figures of one model: dense, ours, the peer's, and how far masks agree."""
     options.tokenizer = model
     rows = {"rows": options.rows, "context_length": options.context_length}
-    ours = [{"name": name, "stage": stage} for name, stage in jobs_of(options).items()]
+    ours = [{"name": name, "stage": stage} for name, stage in jobs_of(model, options).items()]
     task = {"model": str(model), "data": options.train, **rows}
     command = [sys.executable, "-m", "benchmarks.peers.compresskit_jobs"]
     found: dict[str, Any] = {"dense": score(model, options), "peer": {}, "agreement": {}}
@@ -113,7 +126,8 @@ def peers_jobs(model: Path, options: argparse.Namespace) -> list[dict[str, Any]]
     found = []
     for pattern in options.patterns:
         for method in (m for m in PEERS_METHODS if m in options.methods):
-            fields = {**sparsity_fields(pattern), "ignore": ["re:.*lm_head"]}
+            ignore = [f"re:.*{name}$" for name in left_alone(model, pattern)]
+            fields = {**sparsity_fields(pattern), "ignore": ignore}
             if method in BY_ROW and fields["mask_structure"] == "0:0":
                 fields["sparsity"] = rounded_down_alike(fields["sparsity"], rows)
             found.append({"name": f"{method} {pattern}", "method": method, "fields": fields})
@@ -217,6 +231,7 @@ def main() -> None:
             results=options.results,
             settings={
                 **settings,
+                "left_alone": {pattern: left_alone(model, pattern) for pattern in options.patterns},
                 "train": Path(options.train).name,
                 "evaluate": Path(options.evaluate).name,
             },
