@@ -126,7 +126,8 @@ def peers_jobs(model: Path, options: argparse.Namespace) -> list[dict[str, Any]]
     found = []
     for pattern in options.patterns:
         for method in (m for m in PEERS_METHODS if m in options.methods):
-            ignore = [f"re:.*{name}$" for name in left_alone(model, pattern)]
+            # It matches names that end with a dot: with $ the head would be pruned.
+            ignore = [f"re:.*{name}" for name in left_alone(model, pattern)]
             fields = {**sparsity_fields(pattern), "ignore": ignore}
             if method in BY_ROW and fields["mask_structure"] == "0:0":
                 fields["sparsity"] = rounded_down_alike(fields["sparsity"], rows)
