@@ -175,8 +175,8 @@ def refine_bytes(stage: Calibrated, config: Any, anatomy: Anatomy, layers: Seque
     length = row_length(stage, config)
     batch = max(length, min(BATCH_TOKENS, stage.samples * length))
     inner = max((linear.out_features for linear in anatomy.linears.values() if linear.block), default=0)
-    # Weights in float32, those in training, gradients, two moments; what a backward pass needs of a batch.
-    memory = largest * 4 * 5 + batch * (8 * width + 6 * inner) * 4
+    # Weights in float32, gradients, two moments; what a backward pass needs of a batch.
+    memory = largest * 4 * 4 + batch * (8 * width + 6 * inner) * 4
     # The dense model's hidden states, what its components gave, and what reaches one, twice over.
     kept = stage.samples * length * (3 * width + wide) * 4
     return memory + min(kept, SPILL_BYTES), kept if kept > SPILL_BYTES else 0

@@ -124,17 +124,21 @@ class Refining:
         """Run the dense block ``index``, of which ``names`` will be visited, and keep what it gives."""
         self._index = index
         self._layers = components(self._streamed.blocks[index], names)
-        runs = dict.fromkeys(self._layers, 0)
         for leaf in map(_leaf, self._layers):
             if leaf not in self._targets:
                 self._targets[leaf] = self._place(f"target-{leaf}")
 
+        odd: dict[str, None] = {}
+        seen: list[str] = []
+
         def keep(name: str, batch: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
                 value = first_of(output)
-                runs[name] += 1 if value is not None else len(self._batches)
-                if value is not None:
-                    self._targets[_leaf(name)][batch] = value
+                if value is None:
+                    odd[name] = None
+                    return
+                seen.append(name)
+                self._targets[_leaf(name)][batch] = value
 
             return hook
 
@@ -144,8 +148,9 @@ class Refining:
                     module = self._streamed.module.get_submodule(name)
                     stack.callback(module.register_forward_hook(keep(name, batch)).remove)
                 self._dense[batch] = self._through(row, self._dense[batch])
+            odd |= dict.fromkeys(name for name in self._layers if seen.count(name) != 1)
+            seen.clear()
             self._progress.advance(len(row["input_ids"]))
-        odd = [name for name, count in runs.items() if count != len(self._batches)]
         self._left_out += odd
         self._waiting = {name: set(of) for name, of in self._layers.items() if name not in odd}
         self._progress.advance(len(odd) * self._passes)

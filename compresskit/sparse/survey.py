@@ -73,15 +73,15 @@ def survey(
                 spill=spill,
             )
 
-    def score(layer: str) -> Tensor:
-        weight_OI = model.weight_OI(layer).to(device)
+    def score(layer: str, weight_OI: Tensor | None = None) -> Tensor:
+        weight_OI = model.weight_OI(layer).to(device) if weight_OI is None else weight_OI
         found: Tensor = scorer.score(weight_OI, stats.get(layer))
         return found
 
     def pruned(layer: str, weight_OI: Tensor, level: float) -> Tensor:
         room = _room(method.pattern, weight_OI.shape[0], weight_OI.shape[1])
         level = _within(level, room) / room
-        keep_OI = replace(method.pattern, zero_fraction=level).keep_largest(score(layer))
+        keep_OI = replace(method.pattern, zero_fraction=level).keep_largest(score(layer, weight_OI))
         return weight_OI.where(keep_OI, 0)
 
     def cost(levels: Mapping[str, Sequence[float]]) -> Mapping[str, Mapping[float, float]]:

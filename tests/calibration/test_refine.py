@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import BloomConfig, BloomForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 from compresskit.calibration.refine import Component, components, first_of
 from compresskit.calibration.statistics import LayerStats
@@ -122,6 +122,26 @@ def test_what_does_not_run_once_is_left_out_and_told(
     assert {name.rpartition(".")[2] for name in watching.seen} == {"self_attn"}
     assert found.warnings[0].startswith("Not refined, since they do not run once in each batch")
     assert f"{source.anatomy.blocks[0]}.mlp" in found.warnings[0]
+
+
+def test_what_gives_no_tensor_is_left_out_of_a_single_batch_too(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: {"hidden": forward(self, x)})
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", _with_mlp_in_a_mapping)
+    source = open_model(model("llama"))
+    watching = Watching()
+    with StreamedModel(source, None) as streamed:
+        found = walk(streamed, some_rows(16), halved, NEEDS, refine=watching)
+    assert {name.rpartition(".")[2] for name in watching.seen} == {"self_attn"}
+    assert found.warnings[0].startswith("Not refined")
+
+
+def _with_mlp_in_a_mapping(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    hidden, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+    hidden = hidden + hidden_states
+    return hidden + self.mlp(self.post_attention_layernorm(hidden))["hidden"]  # type: ignore[no-any-return]
 
 
 def _with_mlp_twice(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:

@@ -21,7 +21,9 @@ from compresskit.errors import PlanError
 from compresskit.modeling import ModelSource, open_model
 from compresskit.sparse.pattern import parse_pattern
 from compresskit.sparse.train import SparseTrain
-from compresskit.stage import Outlook, StageContext, StageResult
+from compresskit.stage import StageResult
+from tests.sparse.test_prune_stage import outlook
+from tests.sparse.test_prune_stage import run as run_stage
 
 FEW: dict[str, Any] = {
     "steps": 12,
@@ -46,30 +48,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
     return open_model(str(tiny_llama(tmp_path_factory.mktemp("model"))))
 
 
-def outlook(source: ModelSource) -> Outlook:
-    return Outlook(
-        anatomy=source.anatomy,
-        config=source.config,
-        tokenizer=source.directory,
-        original=source.directory,
-        weight_bytes=4.0,
-    )
-
-
 def run(
     stage: SparseTrain, source: ModelSource, text: DataSpec, place: Path
 ) -> tuple[StageResult, ModelSource]:
-    (place / "out").mkdir(parents=True)
-    context = StageContext(
-        out=place / "out",
-        scratch=place / "scratch",
-        data=text,
-        original=source.directory,
-        cache=place / "cache",
-        device="cpu",
-    )
-    context.scratch.mkdir(exist_ok=True)
-    return stage.run(source, context), open_model(str(place / "out"))
+    return run_stage(stage, source, place, Path(text.source))
 
 
 CASES = [("gradual", "80%:layer"), ("gradual", "75%"), ("gradual", "2:4"), ("set", "80%:layer")]

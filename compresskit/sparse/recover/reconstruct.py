@@ -58,14 +58,15 @@ class Reconstruct:
         """
         module = component.module
         state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        wide = {name: value.detach().float() for name, value in state.items() if value.is_floating_point()}
-        free = {name: wide[name].clone().requires_grad_() for name in _trained(component)}
-        dead = {name: wide[name] == 0 for name in free if name.endswith("weight")}
+        trained = _trained(component)
+        wide = {n: v.detach().float() for n, v in state.items() if v.is_floating_point() and n not in trained}
+        free = {name: state[name].detach().to(torch.float32, copy=True).requires_grad_() for name in trained}
+        dead = {name: value.detach() == 0 for name, value in free.items() if name.endswith("weight")}
         sizes = {name: _root_mean_square(value) for name, value in free.items()}
         optimizer = torch.optim.Adam(
             [{"params": [value], "size": sizes[name]} for name, value in free.items()], betas=BETAS
         )
-        before, count = _error(module, wide, component)
+        before, count = _error(module, {**wide, **free}, component)
         steps = self.epochs * count
         step = 0
         for _ in range(self.epochs):
