@@ -69,7 +69,8 @@ def sides(options: argparse.Namespace, python: str | None, place: Path) -> dict[
     ignore = ["lm_head"]
     if options.method in PRUNERS:
         stage = {"prune": {"method": options.method, "pattern": options.pattern, "ignore": ignore}}
-        fields = {**sparsity_fields(options.pattern), "ignore": ignore}
+        # It matches names that end with a dot: plain, the head would be pruned with the rest.
+        fields = {**sparsity_fields(options.pattern), "ignore": ["re:.*lm_head"]}
     else:
         stage = {"quantize": {"method": options.method, "scheme": options.scheme, "ignore": ignore}}
         fields = {"config_groups": config_groups(parse(options.scheme)), "ignore": ignore}

@@ -56,7 +56,7 @@ class Relay:
         ]
         self._accepts = inspect.signature(streamed.module.forward).parameters
         self._num_extras: int | None = None
-        self._alike = False
+        self._alike: set[int] = set()
         self._last: tuple[int, Row, Call] | None = None
         config = streamed.source.config
         if not self._blocks or getattr(config, "is_encoder_decoder", False):
@@ -74,24 +74,28 @@ class Relay:
         if self._last is None or self._last[0] != index or not _same(self._last[1], rest):
             self._last = None  # before another is made
             call = self._call_of(row, index)
-            if not self._alike:
+            if index not in self._alike:
                 return _with_hidden(call, hidden)
             self._last = index, rest, _with_hidden(call, hidden.new_empty(0))
         return _with_hidden(self._last[2], hidden)
 
-    def enter(self, index: int, rows: Sequence[Row]) -> None:
-        """Find out whether the model calls block ``index`` alike for all of ``rows`` that have one shape.
+    def compare(self, rows: Sequence[Row]) -> None:
+        """Find out which blocks the model calls alike for all of ``rows`` that have one shape.
 
-        Then the arguments are made once for each run of rows of one shape, the first following the last.
+        Their arguments are then made once for each run of rows of one shape, the first following the last.
+        Call after :meth:`learn`; one run of the stand-ins tells of all blocks.
         """
-        self._last, self._alike = None, False
-        former: tuple[Row, Any] | None = None
+        self._alike, self._last = set(range(len(self._blocks))), None
+        former: tuple[Row, dict[int, Any]] | None = None
         for row in (*rows, rows[0]):
-            rest, call = _but_tokens(row), _without_hidden(self._call_of(row, index))
-            if former and _same(former[0], rest) and not _same(former[1], call, known_only=True):
+            rest, calls = _but_tokens(row), self._calls(row)
+            self._alike &= calls.keys()
+            if former and _same(former[0], rest):
+                _, others = former
+                self._alike = {at for at in self._alike if _same(others[at], calls[at], known_only=True)}
+            if not self._alike:
                 return
-            former = rest, call
-        self._alike = True
+            former = rest, calls
 
     @torch.no_grad()
     def through(self, index: int, row: Row, hidden: Tensor) -> Tensor:

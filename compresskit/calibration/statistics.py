@@ -177,6 +177,8 @@ class Accumulator:
             need: torch.zeros(in_features, dtype=torch.float64, device=device)
             for need in sorted(needs - {"input_gram"})
         }
+        # The variance wants sums that are not rounded.
+        self._exact = {"input_mean", "input_sq_mean"} <= needs
         self._gram_II: Tensor | None = None
         if "input_gram" in needs:
             self._gram_II = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
@@ -193,7 +195,7 @@ class Accumulator:
         if not len(input_TI):
             return
         if self._vectors:
-            self._add_vectors(input_TI.float())
+            self._add_vectors(input_TI)
         if self._gram_II is None:
             self._draw(input_TI)
         elif len(input_TI) >= SAMPLE and self.num_tokens > SAMPLE:
@@ -211,7 +213,7 @@ class Accumulator:
             if need != "input_abs_max":
                 sums /= tokens
         fields: Any = {STATISTICS[need]: sums.float() for need, sums in self._vectors.items()}
-        if {"input_mean", "input_sq_mean"} <= self._vectors.keys():
+        if self._exact:
             square_I, mean_I = self._vectors["input_sq_mean"], self._vectors["input_mean"]
             fields["input_variance_I"] = (square_I - mean_I.square()).clamp_(min=0).float()
         kept_NI = torch.cat(self._kept) if self._kept else None
@@ -231,26 +233,36 @@ class Accumulator:
         assert self._gram_II is not None
         add_gram(self._gram_II, input_TI, self._workspace)
 
-    def _add_vectors(self, x_TI: Tensor) -> None:
-        for need, sums in self._vectors.items():
-            if need == "input_mean":
-                sums += x_TI.sum(0, dtype=torch.float64)
-            elif need == "input_sq_mean":
-                exact = "input_mean" in self._vectors  # the variance wants squares that are not rounded
-                sums += (x_TI.double() if exact else x_TI).square().sum(0, dtype=torch.float64)
-            elif need == "input_abs_mean":
-                sums += x_TI.abs().sum(0, dtype=torch.float64)
-            elif need == "input_abs_max":
-                torch.maximum(sums, x_TI.abs().amax(0).double(), out=sums)
+    def _add_vectors(self, input_TI: Tensor) -> None:
+        """Float32 adds up so few tokens well; what it would lose are single ones beside all the others."""
+        for part_TI in torch.split(input_TI, SAMPLE):
+            x_TI = self._workspace.widened(part_TI)
+            for need, sums in self._vectors.items():
+                if need == "input_mean":
+                    sums += x_TI.sum(0, dtype=torch.float64) if self._exact else x_TI.sum(0)
+                elif need == "input_sq_mean":  # the last by name: the others have seen x
+                    sums += (x_TI.double() if self._exact else x_TI).square_().sum(0)
+                elif need == "input_abs_mean":
+                    sums += x_TI.abs().sum(0)
+                elif need == "input_abs_max":
+                    torch.maximum(sums, x_TI.abs().amax(0).double(), out=sums)
 
     def _draw(self, input_TI: Tensor) -> None:
         """Keep the inputs with the least of random keys: each is as likely to stay as any other."""
         keys_T = torch.rand(len(input_TI), generator=self._chance)
-        full = len(self._keys_N) == SAMPLE
-        chosen_T = keys_T < self._keys_N.max() if full else torch.ones_like(keys_T, dtype=torch.bool)
-        if not bool(chosen_T.any()):
+        room = SAMPLE - len(self._keys_N)
+        if room:
+            self._kept.append(input_TI[:room].clone())
+            self._keys_N = torch.cat([self._keys_N, keys_T[:room]])
+            if len(self._keys_N) == SAMPLE:
+                self._kept = [torch.cat(self._kept)]
+        if len(input_TI) <= room:
             return
-        keys_N = torch.cat([self._keys_N, keys_T[chosen_T]])
-        stay_N = keys_N.topk(min(SAMPLE, len(keys_N)), largest=False).indices.sort().values
-        kept_NI = torch.cat([*self._kept, input_TI[chosen_T.to(input_TI.device)]])
-        self._keys_N, self._kept = keys_N[stay_N], [kept_NI[stay_N.to(kept_NI.device)]]
+        # The new ones that are among the least take the places of those that no longer are.
+        both = torch.cat([self._keys_N, keys_T[room:]])
+        stays = torch.zeros(len(both), dtype=torch.bool)
+        stays[both.topk(SAMPLE, largest=False).indices] = True
+        places, new = (~stays[:SAMPLE]).nonzero().flatten(), stays[SAMPLE:].nonzero().flatten()
+        self._keys_N[places] = keys_T[room:][new]
+        device = input_TI.device
+        self._kept[0][places.to(device)] = input_TI[room:][new.to(device)]

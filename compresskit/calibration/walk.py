@@ -216,6 +216,7 @@ class _Walk:
                         self.relay.learn(first)
                         with _table(self.streamed, anatomy.embeddings):
                             self.relay.require_independence(first)
+                        self.relay.compare(self.batches)
                     self._block(index, by_block[blocks[index]], index < onward)
             with _table(self.streamed, anatomy.head, back):
                 self._change(whole(back), self._finish)
@@ -223,7 +224,6 @@ class _Walk:
 
     def _block(self, index: int, names: list[str], onward: bool) -> None:
         """Visit ``names`` of block ``index``, and run the batches on where ``onward``."""
-        self.relay.enter(index, self.batches)
         steps = self._steps(index, names)
         if self.refining is not None:
             self.refining.enter(index, names)

@@ -70,7 +70,7 @@ def walk_dense(subject: Subject, needs: frozenset[str], take: Take) -> Seen:
             with streamed.block(index):
                 if index == 0:
                     _learn(streamed, relay, batches[0])
-                relay.enter(index, batches)
+                    relay.compare(batches)
                 layers = [subject.model.anatomy.linears[name] for name in _readers(subject, block)]
                 with Collector(streamed.module, layers, needs, streamed.device) as collector:
                     for at, row in enumerate(batches):
