@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.modeling_utils import set_zero3_state
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from compresskit.errors import Fault, InputError, ModelError
@@ -110,7 +111,8 @@ def skeleton_of(
     """
     cls: Any = model_class(config, directory, trust_remote_code=trust_remote_code)
     try:
-        with torch.device("meta"):
+        # Under ZeRO-3 transformers would have all ranks divide the weights of whatever is made.
+        with torch.device("meta"), set_zero3_state():
             model: PreTrainedModel = cls._from_config(deepcopy(config), dtype=dtype or config.dtype)
     except Exception as error:  # whatever a model's constructor raises over its own configuration
         raise ModelError(

@@ -53,7 +53,9 @@ def culprit(model: nn.Module, wrapped: nn.Module, inputs: Mapping[str, Tensor]) 
         def look(module: nn.Module, _: Any, output: Any, name: str = name) -> None:
             if not found and not _all_finite(output):
                 spoilt = [
-                    n for n, p in module.named_parameters(recurse=False) if not own_part(p).isfinite().all()
+                    n
+                    for n, p in module.named_parameters(recurse=False)
+                    if p.requires_grad and not own_part(p).isfinite().all()
                 ]
                 tail = f", whose {spoilt[0]} is not finite" if spoilt else ", whose output overflowed"
                 found.append(name + tail)

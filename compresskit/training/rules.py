@@ -268,10 +268,10 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "frozen-bits-sharded",
         "strategy",
-        lambda s: getattr(s.fields, "base", "none") in ("nf4", "int8") and s.shards_parameters,
-        "strategy ddp, or deepspeed with zero_stage 1 or 2, for weights frozen in few bits",
-        "strategy {strategy}, which shards weights of one floating type",
-        "Use strategy ddp, or base none.",
+        lambda s: getattr(s.fields, "base", "none") == "int8" and s.shards_parameters,
+        "strategy ddp, or deepspeed with zero_stage 1 or 2, for weights frozen in int8",
+        "strategy {strategy}, which shards weights of floating types",
+        "Use strategy ddp, or base nf4.",
     ),
     Rule(
         "fp16-sharded",

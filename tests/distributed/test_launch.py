@@ -81,7 +81,10 @@ def test_a_job_survives_json(job: TrainJob) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_fsdp_distils_from_a_replica_as_one_process_does(job: TrainJob, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed ZeRO-3"])
+def test_sharded_it_distils_from_a_replica_as_one_process_does(
+    engine: str, job: TrainJob, tmp_path: Path
+) -> None:
     """Untied, in bf16 weights: what is saved has the model's own dtype and loads as the model did."""
     student = tiny_llama(
         tmp_path / "student", seed=1, dtype=torch.bfloat16, num_hidden_layers=1, tie_word_embeddings=False
@@ -95,8 +98,11 @@ def test_fsdp_distils_from_a_replica_as_one_process_does(job: TrainJob, tmp_path
     )
     (tmp_path / "one").mkdir()
     one = train(replace(job, out=str(tmp_path / "one"), scratch=str(tmp_path / "one_scratch")))
-    two = train(with_fields(job, processes=2, strategy="fsdp"))
-    assert (one.engine, two.engine, two.processes) == ("single", "fsdp", 2)
+    strategy = engine.partition(" ")[0]
+    if strategy == "deepspeed":
+        pytest.importorskip("deepspeed")
+    two = train(with_fields(job, processes=2, strategy=strategy, zero_stage=3))
+    assert (one.engine, two.engine, two.processes) == ("single", engine, 2)
     mine, true = (LossLog(Path(p) / "losses.jsonl").losses() for p in (job.scratch, tmp_path / "one_scratch"))
     assert mine == pytest.approx(true, rel=1e-5)
     saved = load_file(Path(job.out) / "model.safetensors")

@@ -41,7 +41,7 @@ BREAKS: dict[str, dict[str, Any]] = {
     "optimizer-8bit-sharded": {"strategy": "fsdp", "processes": 2, "optimizer": "adamw_8bit"},
     "optimizer-paged-cpu": {"optimizer": "paged_adamw_8bit"},
     "prefix-checkpointing": {"adapter": "prefix", "activation_checkpointing": True},
-    "frozen-bits-sharded": {"strategy": "fsdp", "processes": 2, "base": "nf4"},
+    "frozen-bits-sharded": {"strategy": "fsdp", "processes": 2, "base": "int8"},
     "fp16-sharded": {"strategy": "fsdp", "processes": 2, "precision": "fp16"},
     "matmul-name": {"matmul": "int4"},
     "matmul-int8-missing": {"matmul": "int8"},

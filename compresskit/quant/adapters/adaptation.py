@@ -51,6 +51,7 @@ class Adapted:
         held: layers whose zeros stay.
         precision: of the matrix products: ``fp32``, ``bf16`` or ``fp16``.
         seed: of the adapter's first weights.
+        sharded: the engine splits parameters among ranks; not with ``int8``.
     """
 
     masks_gradients: ClassVar[bool] = False
@@ -68,6 +69,7 @@ class Adapted:
     held: tuple[str, ...]
     precision: str
     seed: int
+    sharded: bool = False
     _loaded: list[nn.Module] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -165,7 +167,7 @@ class Adapted:
                 keep_OI=self._keep(source, layer),
             )
             weight_OI = starts[layer].rest_OI
-        return freeze(weight_OI, bias_O, self.base, dtype=COMPUTES[self.precision])
+        return freeze(weight_OI, bias_O, self.base, dtype=COMPUTES[self.precision], sharded=self.sharded)
 
     def _start(self, source: ModelSource, layer: nn.Module, name: str, start: Start | None) -> None:
         """Set the first weights of a LoRA layer, and let it keep what it must."""
@@ -194,8 +196,7 @@ class Adapted:
         """The parameter ``layer.weight`` of the next checkpoint, as it is stored."""
         grid = source.grid(layer)
         if grid is None and self.base != "none" and self.merge_into == "trained":
-            # Of the live model: it has not moved since, and LoftQ would take long to find it again.
-            weight_OI = frozen_weight(self._loaded[0].get_submodule(f"{layer}.base_layer")).cpu()
+            weight_OI = self._trained_on(source, layer)
         else:
             weight_OI = source.weight_OI(layer).float()
         magnitude_O = tensors.get(f"{layer}.lora_magnitude_vector.{ADAPTER}.weight")
@@ -210,6 +211,16 @@ class Adapted:
         if grid is not None:
             new_OI = grid.snap(new_OI)
         return new_OI.t().contiguous() if source.anatomy.linears[layer].transposed else new_OI
+
+    def _trained_on(self, source: ModelSource, layer: str) -> Tensor:
+        """The frozen weight (O, I) in float32: of the live model, for LoftQ would take long to find it again.
+
+        Where no rank has all of it, it is made once more.
+        """
+        if not self.sharded:
+            return frozen_weight(self._loaded[0].get_submodule(f"{layer}.base_layer")).cpu()
+        made = self._frozen(source, layer, source.weight_OI(layer), None, {})
+        return frozen_weight(made)
 
 
 class _Changed(Mapping[str, Tensor]):

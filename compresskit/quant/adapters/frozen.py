@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compresskit.errors import EngineError, Fault
 from compresskit.formats.grid import Grid
 from compresskit.modeling import ModelSource
 from compresskit.modeling.skeleton import skeleton
@@ -34,7 +35,9 @@ def bitsandbytes() -> Any:
     return package
 
 
-def freeze(weight_OI: Tensor, bias_O: Tensor | None, base: str, *, dtype: torch.dtype) -> nn.Linear:
+def freeze(
+    weight_OI: Tensor, bias_O: Tensor | None, base: str, *, dtype: torch.dtype, sharded: bool = False
+) -> nn.Linear:
     """A linear layer whose weight takes no gradient.
 
     Args:
@@ -42,6 +45,8 @@ def freeze(weight_OI: Tensor, bias_O: Tensor | None, base: str, *, dtype: torch.
         bias_O: or None.
         base: ``nf4`` (blocks of 64, their scales in 8 bit), ``int8`` (one scale per row) or ``none``.
         dtype: that an NF4 layer multiplies in.
+        sharded: an NF4 weight's bytes pass for float32, the type that all weights in training have, so that
+            an engine which splits such among ranks splits these too.
 
     Returns:
         The layer on the CPU, to be called like ``torch.nn.Linear``.
@@ -58,13 +63,21 @@ def freeze(weight_OI: Tensor, bias_O: Tensor | None, base: str, *, dtype: torch.
             compute_dtype=dtype,
             compress_statistics=True,
             quant_type="nf4",
+            quant_storage=torch.float32 if sharded else torch.uint8,
             device="meta",
         )
         layer.weight = nn4.Params4bit(
-            weight_OI.float(), requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
+            weight_OI.float(),
+            requires_grad=False,
+            compress_statistics=True,
+            quant_type="nf4",
+            quant_storage=layer.quant_storage,
+            module=layer,
         ).to("cpu")
         # Else an evaluation on such a CPU would repack the weight for good, its scales rounded to bfloat16.
         layer.support_avx512bf16_for_cpu = False
+        if sharded:
+            layer.register_forward_pre_hook(_follow)
     elif base == "int8":
         nn8 = bitsandbytes().nn
         layer = nn8.Linear8bitLt(inputs, rows, has_bias, has_fp16_weights=False, device="meta")
@@ -87,16 +100,29 @@ def rounded(weight_OI: Tensor, base: str) -> Tensor:
 def frozen_weight(layer: nn.Module) -> Tensor:
     """The weight (O, I) that a layer from :func:`freeze` multiplies with, in float32, on its device."""
     weight: Any = layer.weight
-    kind = type(weight).__name__
-    if kind == "Params4bit":
-        found: Tensor = bitsandbytes().functional.dequantize_4bit(weight.data, weight.quant_state)
+    scales: Any = getattr(layer, "quant_state", None)  # an engine may have made the weight a plain parameter
+    if scales is not None:
+        scales.to(weight.device)
+        found: Tensor = bitsandbytes().functional.dequantize_4bit(weight.data, scales)
         return found.float()
-    if kind == "Int8Params":
+    if type(weight).__name__ == "Int8Params":
         state: Any = layer.state
         scale_O: Tensor = state.SCB if weight.SCB is None else weight.SCB
         whole_OI: Tensor = weight.data.float() * (scale_O.to(weight.device) / INT8_STEPS)[:, None]
         return whole_OI
     return cast(Tensor, weight).detach().float()
+
+
+def _follow(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """The scales of NF4 are neither parameters nor buffers: no engine moves them."""
+    weight: Any = layer.weight
+    if weight.dtype != torch.float32:
+        cure = "Use strategy ddp, or base none."
+        raise EngineError(
+            Fault("4-bit weights", "bytes that the engine leaves alone", str(weight.dtype), cure)
+        )
+    scales: Any = layer.quant_state
+    scales.to(inputs[0].device)
 
 
 class GridLinear(nn.Linear):

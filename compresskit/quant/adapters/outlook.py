@@ -19,6 +19,7 @@ from compresskit.registry import nearest
 from compresskit.stage import Forecast
 from compresskit.targets import select
 from compresskit.training.outlook import LONGEST_ROW, forecast_training, student_faults
+from compresskit.training.rules import Setting, launched_processes
 
 if TYPE_CHECKING:
     from compresskit.modeling.anatomy import Anatomy, Linear
@@ -66,6 +67,7 @@ def qlora_faults(stage: Qlora, model: Outlook, where: str) -> list[Fault]:
             where=f"{where}.rank",
             cure=cure,
         )
+    faults += _split_faults(stage, model.anatomy, layers, where)
     faults += _prefix_faults(stage, model, where) if stage.adapter == "prefix" else []
     faults += _loftq_faults(stage, where) + _idle_faults(stage, all_gridded, where)
     return faults + _static_faults(stage, model, where) + _finish_faults(stage, model, layers, gridded, where)
@@ -74,6 +76,22 @@ def qlora_faults(stage: Qlora, model: Outlook, where: str) -> list[Fault]:
 def _rank_misfit(stage: Qlora, linear: Linear) -> str:
     least = min(linear.in_features, linear.out_features)
     return "" if stage.rank <= least else f"in_features and out_features of at least the rank, {stage.rank}"
+
+
+def _split_faults(stage: Qlora, anatomy: Anatomy, layers: Sequence[str], where: str) -> list[Fault]:
+    """Two weights are in a byte, and four bytes in each of the numbers that ranks split among them."""
+    setting = Setting(stage, launched_processes() or stage.processes, "cpu")
+    if stage.base != "nf4" or not setting.shards_parameters:
+        return []
+
+    def misfit(linear: Linear) -> str:
+        fits = linear.in_features * linear.out_features % 8 == 0
+        return (
+            "" if fits else f"weights that strategy {setting.strategy} can split in 4 bits: a multiple of 8"
+        )
+
+    cure = "Use strategy ddp, or add these layers to ignore."
+    return fit_faults(anatomy.linears, layers, misfit, where=f"{where}.strategy", cure=cure)
 
 
 def _number_faults(stage: Qlora, where: str) -> list[Fault]:

@@ -11,7 +11,7 @@ from compresskit.modeling import ModelSource
 from compresskit.quant.adapters.outlook import trained_parameters, unrounded_inputs
 from compresskit.targets import select
 from compresskit.training.job import Part
-from compresskit.training.rules import this_rank
+from compresskit.training.rules import Setting, launched_processes, this_rank
 from compresskit.training.stage import run_training
 
 if TYPE_CHECKING:
@@ -36,7 +36,9 @@ def run_qlora(stage: Qlora, model: ModelSource, context: StageContext) -> StageR
         _require_live_rows(model, targets)
     held = dict.fromkeys(p.layer for p in context.promises if p.kind == "zeros" and p.layer in targets)
     options = {name: value for name, value in asdict(stage).items() if name in FIELDS}
+    setting = Setting(stage, launched_processes() or stage.processes, context.device)
     options |= {"targets": targets, "held": tuple(held), "seed": context.seed}
+    options["sharded"] = setting.shards_parameters
     gridded = tuple(layer for layer in targets if model.grid(layer) is not None)
     regrids = stage.finish == "grid" and stage.scheme is not None and len(gridded) < len(targets)
     training = context

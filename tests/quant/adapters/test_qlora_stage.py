@@ -50,6 +50,19 @@ def model(dense: ModelSource) -> Outlook:
     )
 
 
+def test_four_bits_of_an_odd_layer_cannot_be_split(model: Outlook) -> None:
+    linears = dict(model.anatomy.linears)
+    odd = next(name for name in linears if name.endswith("q_proj"))
+    linears[odd] = replace(linears[odd], out_features=63, in_features=63)
+    model = replace(model, anatomy=replace(model.anatomy, linears=linears))
+    split = Qlora(steps=2, batch_size=2, context_length=32, processes=2, strategy="fsdp")
+    found = [str(fault) for fault in split.faults(model, "stages[1]")]
+    assert [
+        text for text in found if odd in text and "a multiple of 8" in text and "Use strategy ddp" in text
+    ]
+    assert not [text for text in map(str, replace(split, base="none").faults(model, "x")) if odd in text]
+
+
 def said(stage: Qlora, model: Outlook) -> str:
     return "\n".join(map(str, stage.faults(model, "stages[1]")))
 
@@ -104,8 +117,14 @@ def said(stage: Qlora, model: Outlook) -> str:
             ["stages[1].scheme: expected one scheme", "quantise in a stage of its own"],
         ),
         ({"finish": "grid", "scheme": "w4a16-g48", "rounding": "rtn"}, ["add these layers to ignore"]),
-        ({"processes": 2, "strategy": "fsdp"}, ["stages[1].strategy", "base none"]),
-        ({"processes": 2, "strategy": "deepspeed", "zero_stage": 3}, ["stages[1].strategy", "base none"]),
+        (
+            {"processes": 2, "strategy": "fsdp", "base": "int8"},
+            ["stages[1].strategy", "frozen in int8", "base nf4"],
+        ),
+        (
+            {"processes": 2, "strategy": "deepspeed", "zero_stage": 3, "base": "int8"},
+            ["stages[1].strategy", "base nf4"],
+        ),
         ({"optimizer": "paged_adamw_8bit"}, ["a GPU, whose memory is paged", "adamw_8bit"]),
     ],
     ids=str,

@@ -1,0 +1,106 @@
+"""The same adapters on weights frozen in four bits under every engine, in the ranks of one launch.
+
+``python every_engine_qlora.py OUT`` is one rank; it trains on the model in ``OUT/model`` and leaves
+``OUT/<run>-<engine>`` and ``.json``. Imported, it gives what one process needs to do the same.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from every_engine import FIELDS, Counting
+from torch import Tensor
+
+from compresskit.modeling import ModelSource
+from compresskit.quant.adapters.adaptation import Adapted
+from compresskit.training.fields import TrainingFields
+from compresskit.training.fit import TrainOutcome, fit
+from compresskit.training.rules import Setting
+
+STEPS = 10
+ENGINES: Mapping[str, dict[str, Any]] = {
+    "ddp": {"strategy": "ddp"},
+    "fsdp": {"strategy": "fsdp"},
+    "zero2": {"strategy": "deepspeed", "zero_stage": 2},
+    "zero3": {"strategy": "deepspeed", "zero_stage": 3},
+}
+RUNS: Mapping[str, dict[str, Any]] = {
+    "lora": {"adapter": "lora", "loftq_rounds": 0},
+    "loftq": {"adapter": "lora", "loftq_rounds": 2},
+    "dora": {"adapter": "dora", "loftq_rounds": 0},
+    "bf16": {"adapter": "lora", "loftq_rounds": 0, "precision": "bf16"},
+}
+ALL_FIELDS = replace(FIELDS, steps=STEPS, weight_decay=0.0, learning_rate=1e-2)
+
+
+def adaptation(source: ModelSource, run: str, sharded: bool) -> Adapted:
+    """Zeros are held in every layer but the head."""
+    layers = tuple(name for name in source.anatomy.linears if name != "lm_head")
+    asked: dict[str, Any] = {
+        "rank": 4,
+        "alpha": 32.0,
+        "dropout": 0.0,
+        "base": "nf4",
+        "finish": "merge",
+        "merge_into": "trained",
+        "targets": layers,
+        "held": layers,
+        "precision": "fp32",
+        "seed": 0,
+    }
+    return Adapted(**(asked | RUNS[run]), sharded=sharded)
+
+
+def train(run: str, source: ModelSource, out: Path, fields: TrainingFields) -> tuple[TrainOutcome, int]:
+    """Train into ``out``; besides the outcome, the bytes of frozen weights that this rank keeps."""
+    fields = replace(fields, precision=RUNS[run].get("precision", "fp32"))
+    sharded = Setting(fields, fields.processes, "cpu").shards_parameters
+    adapted, rows = adaptation(source, run, sharded), Counting()
+    model = adapted.load(source)
+    kept = []
+
+    def save(tensors: Mapping[str, Tensor]) -> None:
+        if tensors:
+            out.mkdir()
+            adapted.save(source, out, tensors)
+
+    outcome = fit(
+        model,
+        rows,
+        fields=fields,
+        scratch=out.with_name(f"{out.name}-s"),
+        validation=rows,
+        device="cpu",
+        save=save,
+        saves_frozen=adapted.saves_frozen,
+    )
+    for name, weight in model.named_parameters():
+        if name.endswith("base_layer.weight"):
+            shard: Any = getattr(weight, "ds_tensor", None)
+            own = weight.to_local() if hasattr(weight, "to_local") else weight if shard is None else shard
+            kept.append(own.numel() * own.element_size())
+    return outcome, sum(kept)
+
+
+def main(out: Path) -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    source = ModelSource(out / "model")
+    for engine, changes in ENGINES.items():
+        for run in RUNS:
+            name = f"{run}-{engine}"
+            fields = replace(ALL_FIELDS, processes=2, **changes)
+            outcome, kept = train(run, source, out / name, fields)
+            if torch.distributed.get_rank() == 0:
+                (out / f"{name}.json").write_text(json.dumps({**asdict(outcome), "frozen_bytes": kept}))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
