@@ -219,8 +219,9 @@ def fit_faults(
     *,
     where: str,
     cure: str,
+    size: Callable[[Linear], object] = lambda linear: linear.in_features,
 ) -> list[Fault]:
-    """One fault for all layers of one width that something does not fit in the same way.
+    """One fault for all layers of one size that something does not fit in the same way.
 
     Args:
         linears: of the model.
@@ -228,12 +229,13 @@ def fit_faults(
         misfit: what would fit such a layer; nothing where it fits.
         where: the field that does not fit.
         cure: a sentence.
+        size: what to say of such a layer.
     """
-    found: dict[tuple[str, int], list[str]] = {}
+    found: dict[tuple[str, object], list[str]] = {}
     for name in layers:
         if expected := misfit(linears[name]):
-            found.setdefault((expected, linears[name].in_features), []).append(name)
+            found.setdefault((expected, size(linears[name])), []).append(name)
     return [
-        Fault(where, expected, f"{inputs} in {', '.join(names)}", cure)
-        for (expected, inputs), names in found.items()
+        Fault(where, expected, f"{got} in {', '.join(names)}", cure)
+        for (expected, got), names in found.items()
     ]

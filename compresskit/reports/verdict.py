@@ -177,6 +177,8 @@ def _prune(chain: Chain, index: int) -> list[Finding]:
             f"GPUs with sparse tensor cores can use the {pattern} pattern, through a runtime that packs it; "
             "transformers computes with the zeros"
         )
+    elif re.search(r"\d+x\d+$", pattern):
+        runtime = "Zero blocks need a kernel that skips them to be faster, and a packed format to be smaller"
     else:
         runtime = "Unstructured zeros need a sparse kernel to be faster, and a packed format to be smaller"
     return [

@@ -51,6 +51,8 @@ class Survey:
         blocks: layer -> name of its block; None outside the blocks.
         zero_fraction: to reach over all of these layers together, in (0, 1).
         score: layer -> float (O, I): what the method, or Wanda where it has no scores, holds of each weight.
+        chosen_among: layer -> float: what the pattern chooses among, which is those scores, or one of each
+            block. None of it is negative.
         cost: ``cost(levels)`` measures the loss of the model with one layer alone pruned to each of its
             ``levels``, zero fractions: layer -> level -> nats per token.
     """
@@ -59,6 +61,7 @@ class Survey:
     blocks: Mapping[str, str | None]
     zero_fraction: float
     score: Callable[[str], Tensor]
+    chosen_among: Callable[[str], Tensor]
     cost: Callable[[Mapping[str, Sequence[float]]], Mapping[str, Mapping[float, float]]]
 
 

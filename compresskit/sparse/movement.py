@@ -19,6 +19,7 @@ from torch import Tensor
 
 from compresskit.sparse.base import Moment
 from compresskit.sparse.gradual import Gradual
+from compresskit.sparse.pattern import Block, Pattern
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,11 @@ class Movement(Gradual):
 
     masks_forward: ClassVar[bool] = True
     learns_scores: ClassVar[bool] = True
+
+    @staticmethod
+    def unfit(pattern: Pattern) -> str:
+        """Scores are of single weights and may be negative: those of a block have no sum that counts."""
+        return "a pattern of single weights, such as 80%:layer" if isinstance(pattern, Block) else ""
 
     def update(self, weight_OI: Tensor, moment: Moment) -> Tensor:
         """What a layer computes with, and in the end what is saved of it.

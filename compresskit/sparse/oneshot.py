@@ -42,7 +42,8 @@ def run_oneshot(stage: Prune, model: ModelSource, context: StageContext) -> Stag
         context: where to write and what to calibrate on; a method without needs reads no data.
 
     Returns:
-        A promise of zeros and a record for each layer pruned; layers skipped are named in a warning.
+        A promise of zeros and a record for each layer pruned; layers skipped or padded are
+        named in a warning.
 
     Raises:
         PatternError: the pattern does not fit a layer, or the targets are wrong.
@@ -55,7 +56,7 @@ def run_oneshot(stage: Prune, model: ModelSource, context: StageContext) -> Stag
     if faults:
         raise PatternError(*faults)
     layers = stage.layers(model)
-    rows, spill, warnings = None, None, skipped(stage, model, layers)
+    rows, spill, warnings = None, None, stage.uneven(model)
     if stage.reads_data:
         rows, spill, said = calibration_rows(
             stage, model, context.data, cache=context.cache, scratch=context.scratch
@@ -150,21 +151,14 @@ def _patterns(
     spill: Path | None,
 ) -> dict[str, Pattern]:
     """The pattern of each layer; told as zeros are divided."""
+    linears = model.anatomy.linears
+    patterns = {name: stage.fitted(method.pattern, linears[name]) for name in layers}
     if stage.division.method == UNIFORM:
-        return dict.fromkeys(layers, method.pattern)
+        return patterns
     allocation = ALLOCATIONS[stage.division.method](**dict(stage.division.options))
-    seen = survey(model, layers, method, cast(Any, rows), context, spill)
-    patterns = patterns_of(method.pattern, allocation.fractions(seen), seen)
+    seen = survey(model, patterns, method, cast(Any, rows), context, spill)
+    patterns = patterns_of(patterns, allocation.fractions(seen), seen)
     say(f"zeros divided by {stage.division.method}:")
     for layer, pattern in patterns.items():
         say(f"  {layer}: {pattern.zero_fraction:.1%}")
     return patterns
-
-
-def skipped(stage: Prune, model: ModelSource, layers: tuple[str, ...]) -> list[str]:
-    """Layers that the targets name and the pattern does not fit, in one sentence."""
-    named = stage.named(model)
-    left = [layer for layer in named if layer not in set(layers)]
-    if not left:
-        return []
-    return [f"{stage.pattern} does not fit {len(left)} layers, which stay dense: {', '.join(left)}."]

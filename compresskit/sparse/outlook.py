@@ -48,5 +48,5 @@ def forecast_zeroing(stage: Prune, model: Outlook) -> Forecast:
         layers=len(layers),
         memory_bytes=round(memory),
         scratch_bytes=spilled,
-        notes=(DENSE,),
+        notes=(*stage.uneven(model), DENSE),
     )

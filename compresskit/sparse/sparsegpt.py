@@ -2,7 +2,7 @@
 
 Paper: Frantar & Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
 ICML 2023, https://arxiv.org/abs/2301.00774. Which weights of a block are zeroed is decided when the sweep
-reaches it, by w^2 over the squared pivot of the inverse Hessian's factor: what the output loses by each at
+reaches it, by w over the pivot of the inverse Hessian's factor: how far the output moves without each at
 best.
 
 Shapes: O = out_features, I = in_features, B = inputs decided on together.
@@ -31,7 +31,7 @@ class SparseGPT:
         pattern: which zeros are allowed, e.g. ``NM(keep=2, of=4)``.
         damping: added to the Hessian's diagonal, as a fraction of its mean. Raised tenfold, up to 1, for as
             long as the Hessian has no Cholesky factor; the layer's record says so.
-        block: inputs that are decided on together where the pattern has no groups: each block has its share
+        block: inputs that are decided on together, where the pattern does not say: so many have their share
             of zeros.
     """
 
@@ -62,14 +62,16 @@ class SparseGPT:
         if key not in stats.shared:
             stats.shared[key] = inverse_factor(gram_II, self.damping, layer=stats.layer)
         factor_II, damping = stats.shared[key]
-        unit = self.pattern.unit if self.pattern.unit > 1 else self.block
+        unit = self.pattern.unit
+        if self.pattern.units_compete:
+            unit *= max(1, self.block // unit)
         new_OI, keep_OI = torch.empty_like(weight_OI), torch.empty_like(weight_OI, dtype=torch.bool)
         left_IO = weight_OI.t().to(torch.float32, copy=True).contiguous()
         pivot_I = factor_II.diagonal()
 
         def decide(start: int) -> None:
             some = slice(start, start + unit)
-            score_OB = (left_IO[some] / pivot_I[some, None]).square_().t().contiguous()
+            score_OB = (left_IO[some] / pivot_I[some, None]).abs_().t().contiguous()
             dead_OB = weight_OI[:, some] == 0
             score_OB[dead_OB] = -1  # zeros that are there cost nothing
             keep_OI[:, some] = self.pattern.keep_part(score_OB, start) & ~dead_OB

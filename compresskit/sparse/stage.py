@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from compresskit.sparse.pattern import Pattern
     from compresskit.stage import Forecast, Outlook, StageContext, StageResult
 
-ON_INDIVISIBLE = ("error", "skip")
+ON_INDIVISIBLE = ("error", "skip", "pad")
 UNIFORM = "uniform"
 
 
@@ -38,8 +38,9 @@ class Prune:
     Attributes:
         method: a name of ``compresskit.sparse.PRUNERS`` or ``STRUCTURED_PRUNERS``.
         pattern: where zeros may go: ``50%`` or ``0.5`` (of each row), ``50%:layer`` (of the whole layer),
-            ``2:4`` (keep 2 of every 4 inputs). A structured method has no use for it.
-        allocation: how an unstructured pattern's zeros are divided among layers: a name of
+            ``2:4`` (keep 2 of every 4 inputs), ``50%:16x16`` (of the layer's blocks of 16 outputs by 16
+            inputs, each of which goes or stays whole). A structured method has no use for it.
+        allocation: how zeros are divided among layers, of a pattern that is not N:M: a name of
             ``compresskit.sparse.ALLOCATIONS``, or a mapping of ``method`` and its own fields.
         recover: what follows upon pruning each component: a name of ``compresskit.sparse.RECOVERIES``, or a
             mapping of ``method`` and its own fields; None does nothing.
@@ -50,8 +51,9 @@ class Prune:
         context_length: tokens per calibration row; None is the model's own maximum, 2048 at most.
         true_sequential: calibrate each layer on what the pruned layers before it make, also within its block;
             else, as the papers of the methods do, only on what the pruned blocks before it make.
-        on_indivisible: what to do about layers the pattern does not fit: ``error``, or ``skip`` them, which
-            is told in the result's warnings.
+        on_indivisible: what to do about layers the pattern does not fit: ``error``, ``skip`` them, or ``pad``
+            them, as if they had more inputs (and outputs, for blocks), all zero, which are the first of the
+            zeros. What is skipped or padded is told in the result's warnings.
         options: the method's own fields, e.g. ``{"layers": 3, "ffn": 0.5}`` for ``cut``.
     """
 
@@ -153,11 +155,24 @@ class Prune:
         """
         from compresskit.sparse.pattern import parse_pattern
 
-        linears, chosen = model.anatomy.linears, self.named(model, where)
+        chosen = self.named(model, where)
         if self.on_indivisible != "skip":
             return chosen
         pattern = parse_pattern(str(self.pattern))
-        return tuple(n for n in chosen if not pattern.misfit(linears[n].out_features, linears[n].in_features))
+        return tuple(name for name in chosen if not _misfit(pattern, model.anatomy.linears[name]))
+
+    def fitted(self, pattern: Pattern, linear: Linear) -> Pattern:
+        """``pattern`` for such a layer: padded, if told to, where it does not fit."""
+        return pattern.padded if self.on_indivisible == "pad" and _misfit(pattern, linear) else pattern
+
+    def uneven(self, model: Outlook | ModelSource) -> list[str]:
+        """What is told of layers that the pattern does not fit; the stage has no faults for ``model``."""
+        from compresskit.sparse.pattern import parse_pattern
+
+        pattern, linears = parse_pattern(str(self.pattern)), model.anatomy.linears
+        odd = [name for name in self.named(model) if _misfit(pattern, linears[name])]
+        done = "are padded with zeros" if self.on_indivisible == "pad" else "stay dense"
+        return [f"{pattern} does not fit {len(odd)} layers, which {done}: {', '.join(odd)}."] if odd else []
 
     @property
     def reads_data(self) -> bool:
@@ -236,7 +251,7 @@ class Prune:
         if self.on_indivisible in ON_INDIVISIBLE:
             return []
         cure = f"Did you mean: {nearest(self.on_indivisible, ON_INDIVISIBLE)}?"
-        return [Fault(f"{where}.on_indivisible", "error or skip", repr(self.on_indivisible), cure)]
+        return [Fault(f"{where}.on_indivisible", "error, skip or pad", repr(self.on_indivisible), cure)]
 
     def _cut_faults(self, method: StructuredPruner, model: Outlook, where: str) -> list[Fault]:
         if unused := self._unused(where):
@@ -251,6 +266,10 @@ class Prune:
         faults: list[Fault] = []
         try:
             pattern = parse_pattern(str(self.pattern), where=f"{where}.pattern")
+            if getattr(pattern, "pad", False):
+                plain = str(pattern).removesuffix(":pad")
+                cure = f"Write {plain}, and set on_indivisible to pad: only layers that need it are padded."
+                faults.append(Fault(f"{where}.pattern", f"{plain}", repr(self.pattern), cure))
         except InputError as error:
             faults += [f for f in error.faults if isinstance(f, Fault)]
         try:
@@ -265,16 +284,30 @@ class Prune:
     def _fit_faults(
         self, model: Outlook | ModelSource, layers: Sequence[str], pattern: Pattern, where: str
     ) -> list[Fault]:
-        def misfit(linear: Linear) -> str | None:
-            return pattern.misfit(linear.out_features, linear.in_features)
+        from compresskit.sparse.pattern import NM, RowUnstructured
+
+        def misfit(linear: Linear) -> str:
+            return _misfit(self.fitted(pattern, linear), linear)
+
+        def size(linear: Linear) -> str:
+            by_row = isinstance(pattern, NM | RowUnstructured)
+            return f"{'' if by_row else f'{linear.out_features} x '}{linear.in_features}"
 
         linears = model.anatomy.linears
-        unfit = sum(1 for name in layers if misfit(linears[name]))
-        if self.on_indivisible == "skip" and unfit < len(layers):
+        unfit = [linears[name] for name in layers if misfit(linears[name])]
+        if self.on_indivisible == "skip" and len(unfit) < len(layers):
             return []
-        cure = "Choose another pattern, add these layers to ignore"
-        cure += "." if unfit == len(layers) else ", or set on_indivisible to skip."
-        return fit_faults(linears, layers, misfit, where=f"{where}.pattern", cure=cure)
+        ways = ["skip"] if self.on_indivisible == "error" and len(unfit) < len(layers) else []
+        if self.on_indivisible != "pad" and not any(_misfit(pattern.padded, linear) for linear in unfit):
+            ways.append("pad")
+        cure = "Choose another pattern, or add these layers to ignore."
+        if ways:
+            cure = f"{cure[:-1].replace(' or', '')}, or set on_indivisible to {' or '.join(ways)}."
+        return fit_faults(linears, layers, misfit, where=f"{where}.pattern", cure=cure, size=size)
+
+
+def _misfit(pattern: Pattern, linear: Linear) -> str:
+    return pattern.misfit(linear.out_features, linear.in_features)
 
 
 _PLAIN = Prune()

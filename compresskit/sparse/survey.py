@@ -19,7 +19,7 @@ from compresskit.calibration.walk import walk
 from compresskit.modeling import load_model, resolve_device
 from compresskit.modeling.streaming import StreamedModel
 from compresskit.sparse.base import Survey
-from compresskit.sparse.pattern import Pattern, RowUnstructured, parse_pattern, percent
+from compresskit.sparse.pattern import Block, Pattern, RowUnstructured, parse_pattern
 from compresskit.sparse.wanda import Wanda
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def scorer_of(method: Any) -> Any:
 
 def survey(
     model: ModelSource,
-    layers: Sequence[str],
+    patterns: Mapping[str, Pattern],
     method: Any,
     rows: Sequence[Row] | None,
     context: StageContext,
@@ -47,8 +47,8 @@ def survey(
 
     Args:
         model: a dense checkpoint.
-        layers: to prune.
-        method: the pruner; its pattern is unstructured.
+        patterns: layer to prune -> where its zeros may go: anywhere, or in blocks.
+        method: the pruner.
         rows: to calibrate on; None where :func:`scorer_of` ``method`` needs none and no cost is asked for.
         context: of the stage.
         spill: a file for hidden states, where they are too many for memory.
@@ -67,7 +67,7 @@ def survey(
                 rows,
                 keep,
                 scorer.needs,
-                layers=layers,
+                layers=tuple(patterns),
                 true_sequential=False,
                 title="surveying",
                 spill=spill,
@@ -79,10 +79,13 @@ def survey(
         return found
 
     def pruned(layer: str, weight_OI: Tensor, level: float) -> Tensor:
-        room = _room(method.pattern, weight_OI.shape[0], weight_OI.shape[1])
-        level = _within(level, room) / room
-        keep_OI = replace(method.pattern, zero_fraction=level).keep_largest(score(layer, weight_OI))
-        return weight_OI.where(keep_OI, 0)
+        _, room = _portions(patterns[layer], weight_OI.shape[0], weight_OI.shape[1])
+        fewer = _with_fraction(patterns[layer], _within(level, room) / room)
+        return weight_OI.where(fewer.keep_largest(score(layer, weight_OI)), 0)
+
+    def chosen_among(layer: str) -> Tensor:
+        pattern = patterns[layer]
+        return pattern.summed(score(layer)) if isinstance(pattern, Block) else score(layer)
 
     def cost(levels: Mapping[str, Sequence[float]]) -> Mapping[str, Mapping[float, float]]:
         loaded = load_model(
@@ -91,29 +94,32 @@ def survey(
         return measure_costs(loaded, model.anatomy, levels, rows or (), pruned, unit="prunings")
 
     return Survey(
-        sizes={name: (linears[name].out_features, linears[name].in_features) for name in layers},
-        blocks={name: linears[name].block for name in layers},
+        sizes={name: (linears[name].out_features, linears[name].in_features) for name in patterns},
+        blocks={name: linears[name].block for name in patterns},
         zero_fraction=method.pattern.zero_fraction,
         score=score,
+        chosen_among=chosen_among,
         cost=cost,
     )
 
 
-def patterns_of(pattern: Pattern, fractions: Mapping[str, float], found: Survey) -> dict[str, Pattern]:
-    """The pattern of each layer: together they have the zeros asked for, to one row of inputs or one weight.
+def patterns_of(
+    patterns: Mapping[str, Pattern], fractions: Mapping[str, float], found: Survey
+) -> dict[str, Pattern]:
+    """The pattern of each layer: together they have the zeros asked for, to one portion.
 
     Args:
-        pattern: unstructured.
+        patterns: layer -> that with the zeros of all layers together; not N:M.
         fractions: layer -> zero fraction.
         found: the survey that they come from.
 
     Returns:
-        Layer -> a pattern like ``pattern``, of at least one zero and one weight in each row or layer.
+        Layer -> a pattern like that of ``patterns``, of at least one zero and one weight in each row or
+        layer, or block of a layer.
     """
-    by_row = isinstance(pattern, RowUnstructured)
-    # Zeros come in portions: an input in every row, or a single weight.
-    portion = {n: rows if by_row else 1 for n, (rows, _) in found.sizes.items()}
-    room = {n: _room(pattern, *size) for n, size in found.sizes.items()}
+    portion, room = {}, {}
+    for name, (rows, inputs) in found.sizes.items():
+        portion[name], room[name] = _portions(patterns[name], rows, inputs)
     total = found.zero_fraction * sum(portion[n] * room[n] for n in room)
     low, high = -1.0, 1.0
     for _ in range(SHIFTS):  # what limits leave over, all others share
@@ -127,13 +133,21 @@ def patterns_of(pattern: Pattern, fractions: Mapping[str, float], found: Survey)
         if portion[name] <= 2 * still and counts[name] < room[name] - 1:
             counts[name] += 1
             still -= portion[name]
-    suffix = "" if by_row else ":layer"
-    return {n: parse_pattern(f"{percent(counts[n] / room[n])}{suffix}") for n in room}
+    return {n: _with_fraction(patterns[n], counts[n] / room[n]) for n in room}
 
 
-def _room(pattern: Pattern, rows: int, inputs: int) -> int:
-    """How many portions of zeros a layer has room for."""
-    return inputs if isinstance(pattern, RowUnstructured) else rows * inputs
+def _portions(pattern: Pattern, rows: int, inputs: int) -> tuple[int, int]:
+    """What zeros come in, as weights: an input in every row, one weight, or a block; how many there are."""
+    if isinstance(pattern, RowUnstructured):
+        return rows, inputs
+    if isinstance(pattern, Block):
+        return pattern.rows * pattern.columns, pattern.count(rows, inputs)
+    return 1, rows * inputs
+
+
+def _with_fraction(pattern: Any, zero_fraction: float) -> Pattern:
+    """``pattern`` with other zeros, as its text has it."""
+    return parse_pattern(str(replace(pattern, zero_fraction=zero_fraction)))
 
 
 def _within(fraction: float, room: int) -> float:

@@ -28,10 +28,12 @@ class SparseTrain(TaughtFields):
     Attributes:
         method: a name of ``compresskit.sparse.TRAINED_PRUNERS``.
         pattern: of the zeros at the end: ``80%`` or ``0.8`` (of each row), ``80%:layer`` (of the whole
-            layer), ``2:4`` (keep 2 of every 4 inputs).
+            layer), ``2:4`` (keep 2 of every 4 inputs), ``80%:16x16`` (of the layer's blocks of 16 outputs by
+            16 inputs).
         targets: which layers: module names, fnmatch patterns, ``re:`` patterns or ``Linear``.
         ignore: which of those to leave alone.
-        on_indivisible: what to do about layers the pattern does not fit: ``error``, or ``skip`` them.
+        on_indivisible: what to do about layers the pattern does not fit: ``error``, ``skip`` them, or ``pad``
+            them, as if they had more inputs (and outputs, for blocks), all zero.
         options: the method's own fields, e.g. ``{"end": 0.5}`` for ``gradual``.
     """
 
@@ -135,7 +137,8 @@ class SparseTrain(TaughtFields):
         """Layer -> the pattern it ends with; the stage has no faults for ``model``."""
         linears = model.anatomy.linears
         shapes = {n: (linears[n].out_features, linears[n].in_features) for n in self.form.layers(model)}
-        return dict(self.pruner(str(self.pattern)).patterns(shapes))
+        found = self.pruner(str(self.pattern)).patterns(shapes)
+        return {name: self.form.fitted(pattern, linears[name]) for name, pattern in found.items()}
 
     def pruner(self, pattern: str) -> TrainedPruner:
         """The method for a layer that ends with ``pattern``."""

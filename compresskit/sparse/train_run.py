@@ -17,7 +17,6 @@ from compresskit.calibration.oneshot import largest_layer
 from compresskit.errors import Fault, PatternError
 from compresskit.sparse import TRAINED_PRUNERS
 from compresskit.sparse.base import Moment, TrainedPruner
-from compresskit.sparse.oneshot import skipped
 from compresskit.sparse.outlook import DENSE
 from compresskit.sparse.pattern import parse_pattern
 from compresskit.sparse.promise import Zeros
@@ -99,7 +98,7 @@ def forecast_sparse(stage: SparseTrain, model: Outlook) -> Forecast:
     other += each * weights // (setting.processes if setting.shards_parameters else 1)
     taught = lesson_bytes(stage, model)
     trained = forecast_training(stage, model, teacher_bytes=taught, other_bytes=other)
-    return replace(trained, layers=len(layers), notes=(*trained.notes, DENSE))
+    return replace(trained, layers=len(layers), notes=(*trained.notes, *stage.form.uneven(model), DENSE))
 
 
 def run_sparse(stage: SparseTrain, model: ModelSource, context: StageContext) -> StageResult:
@@ -143,5 +142,5 @@ def run_sparse(stage: SparseTrain, model: ModelSource, context: StageContext) ->
         zeroing=zeroing,
         promises=tuple(Zeros(layer=layer, pattern=end) for layer, end in ends.items()),
     )
-    said = skipped(stage.form, model, stage.form.layers(model)) if result.layers else []
+    said = stage.form.uneven(model) if result.layers else []
     return replace(result, warnings=(*result.warnings, *said))

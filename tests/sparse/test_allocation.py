@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise, product
 from pathlib import Path
@@ -19,7 +20,7 @@ from compresskit.sparse.allocation.owl import Owl
 from compresskit.sparse.allocation.sensitivity import Sensitivity, cheapest, hull
 from compresskit.sparse.allocation.uniform import Uniform
 from compresskit.sparse.base import Survey
-from compresskit.sparse.pattern import LayerUnstructured, Pattern, RowUnstructured
+from compresskit.sparse.pattern import Block, LayerUnstructured, Pattern, RowUnstructured
 from compresskit.sparse.promise import Zeros
 from compresskit.sparse.stage import Prune
 from compresskit.sparse.survey import patterns_of
@@ -51,6 +52,7 @@ def survey_of(
         blocks={name: BLOCKS.get(name) for name in found},
         zero_fraction=zero_fraction,
         score=lambda name: found[name],
+        chosen_among=lambda name: found[name],
         cost=cost,
     )
 
@@ -164,7 +166,7 @@ def test_patterns_have_the_zeros_asked_for(
     fractions = {name: data.draw(st.floats(-0.2, 1.2)) for name in sizes}
     pattern: Pattern = (RowUnstructured if by_row else LayerUnstructured)(zero_fraction)
     found = survey_of({name: torch.ones(size) for name, size in sizes.items()}, zero_fraction)
-    got = patterns_of(pattern, fractions, found)
+    got = patterns_of(dict.fromkeys(sizes, pattern), fractions, found)
     zeros, portions = 0, []
     for name, (rows, inputs) in sizes.items():
         assert isinstance(got[name], type(pattern))
@@ -177,6 +179,27 @@ def test_patterns_have_the_zeros_asked_for(
     least, most = sum(p for p, _ in room), sum(p * (n - 1) for p, n in room)
     wanted = min(max(zero_fraction * total, least), most)
     assert abs(zeros - wanted) <= max(portions)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from("abcdef"), st.tuples(st.integers(4, 9), st.integers(7, 40)), min_size=1),
+    st.floats(0.2, 0.8),
+    st.data(),
+)
+def test_blocks_have_the_zeros_asked_for(
+    sizes: dict[str, tuple[int, int]], zero_fraction: float, data: st.DataObject
+) -> None:
+    """Counted by hand as whole blocks, of which padded layers have short ones."""
+    fractions = {name: data.draw(st.floats(-0.2, 1.2)) for name in sizes}
+    found = survey_of({name: torch.ones(size) for name, size in sizes.items()}, zero_fraction)
+    got = patterns_of(dict.fromkeys(sizes, Block(zero_fraction, 3, 5, pad=True)), fractions, found)
+    blocks = {name: math.ceil(rows / 3) * math.ceil(inputs / 5) for name, (rows, inputs) in sizes.items()}
+    zeros = {name: round(got[name].zero_fraction * blocks[name]) for name in sizes}
+    assert all(0 < zeros[name] < blocks[name] for name in sizes)
+    assert all(str(got[name]).endswith("%:3x5:pad") for name in sizes)
+    least, most = len(sizes), sum(blocks.values()) - len(sizes)
+    assert abs(sum(zeros.values()) - min(max(zero_fraction * sum(blocks.values()), least), most)) <= 1
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +228,35 @@ def test_a_stage_divides_and_promises(
         assert isinstance(promise, Zeros)
         assert promise.broken(pruned, pruned) == ()
         assert promise.pattern == f"{fractions[promise.layer] * 100:.10f}".rstrip("0").rstrip(".") + "%:layer"
+
+
+@pytest.mark.parametrize("allocation", ["global", "owl", {"method": "sensitivity", "levels": 3}], ids=str)
+def test_blocks_are_divided_too(
+    allocation: str | dict[str, object], model: ModelSource, text: Path, tmp_path: Path
+) -> None:
+    stage = Prune("wanda", pattern="60%:8x4", allocation=allocation, samples=4, context_length=64)
+    assert stage.faults(outlook(model), "s") == []
+    result, pruned = run(stage, model, tmp_path, text)
+    assert len({round(record.zero_fraction, 6) for record in result.layers}) > 2
+    assert result.metrics["zero_fraction"] == pytest.approx(0.6, abs=1e-3)
+    for promise in result.promises:
+        assert isinstance(promise, Zeros)
+        assert promise.broken(pruned, pruned) == ()
+        assert promise.pattern.endswith("%:8x4")
+
+
+def test_global_takes_the_least_blocks_of_the_model(model: ModelSource, tmp_path: Path) -> None:
+    """By their energy, sorted over all layers at once."""
+    stage = Prune("magnitude", pattern="50%:8x4", allocation={"method": "global", "most": 1.0})
+    result, _ = run(stage, model, tmp_path)
+    energy = {
+        record.name: model.weight_OI(record.name).square().unfold(0, 8, 8).unfold(1, 4, 4).sum((2, 3))
+        for record in result.layers
+    }
+    every = torch.cat([e.flatten() for e in energy.values()]).sort().values
+    for record in result.layers:
+        below = float((energy[record.name] < every[len(every) // 2]).double().mean())
+        assert record.zero_fraction == pytest.approx(below, abs=2 / energy[record.name].numel())
 
 
 def test_a_measured_cost_is_that_of_the_pruned_model(model: ModelSource, text: Path, tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ import torch
 
 from compresskit.errors import PatternError, StatisticError
 from compresskit.sparse.alps import Alps
-from compresskit.sparse.pattern import NM, LayerUnstructured, Pattern, RowUnstructured
+from compresskit.sparse.pattern import NM, Block, LayerUnstructured, Pattern, RowUnstructured
 from compresskit.sparse.sparsegpt import SparseGPT
 from compresskit.sparse.wanda import Wanda
 from tests.sparse.test_sparsegpt import inputs, stats_of
 
-PATTERNS = [NM(2, 4), RowUnstructured(0.7), LayerUnstructured(0.6)]
+PATTERNS = [NM(2, 4), RowUnstructured(0.7), LayerUnstructured(0.6), Block(0.5, 4, 6), NM(4, 11, pad=True)]
 
 
 def change(weight: torch.Tensor, new: torch.Tensor, x: torch.Tensor) -> float:

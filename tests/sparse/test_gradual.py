@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compresskit.sparse.base import Moment
 from compresskit.sparse.gradual import Gradual
-from compresskit.sparse.pattern import NM, LayerUnstructured, Pattern, RowUnstructured
+from compresskit.sparse.pattern import NM, Block, LayerUnstructured, Pattern, RowUnstructured
 
 STEPS = 40
 
@@ -61,7 +61,9 @@ def test_a_layer_loses_its_smallest_weights_step_by_step() -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", [NM(2, 4), NM(1, 4), RowUnstructured(0.625), LayerUnstructured(0.6)], ids=str
+    "pattern",
+    [NM(2, 4), NM(1, 4), RowUnstructured(0.625), LayerUnstructured(0.6), Block(0.6, 1, 4), Block(0.5, 5, 2)],
+    ids=str,
 )
 def test_what_is_zero_stays_zero_while_the_rest_moves(pattern: Pattern) -> None:
     """Training moves the weights in between; in the end each group has exactly its zeros."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compresskit.errors import PatternError
-from compresskit.sparse.pattern import NM, LayerUnstructured, Pattern, RowUnstructured, parse_pattern
+from compresskit.sparse.pattern import NM, Block, LayerUnstructured, Pattern, RowUnstructured, parse_pattern
 
 PATTERNS: list[Pattern] = [NM(2, 4), NM(1, 4), NM(6, 8), RowUnstructured(0.5), LayerUnstructured(0.3)]
 
@@ -43,13 +43,14 @@ def test_keeps_what_the_slow_loop_keeps(pattern: Pattern, ties: bool) -> None:
     assert pattern.missing(~keep) == ()
 
 
-@pytest.mark.parametrize("pattern", [NM(2, 4), NM(20, 32), RowUnstructured(0.5)], ids=str)
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(20, 32), NM(50, 128), RowUnstructured(0.5)], ids=str)
 def test_a_large_weight_is_done_in_parts(pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    score = torch.randint(0, 9, (7, 64)).float()
+    score = torch.randint(0, 9, (7, 128)).float()
     whole = pattern.keep_largest(score)
     assert torch.equal(whole, slow_keep(pattern, score))
-    monkeypatch.setattr("compresskit.sparse.pattern.CHUNK", 130)
+    monkeypatch.setattr("compresskit.sparse.pattern.select.CHUNK", 260)
+    monkeypatch.setattr("compresskit.sparse.pattern.select.CHUNK_OF_FEW", 260)
     assert torch.equal(pattern.keep_largest(score), whole)
 
 
@@ -65,6 +66,10 @@ def test_a_large_weight_is_done_in_parts(pattern: Pattern, monkeypatch: pytest.M
         ("50%:ROW", RowUnstructured(0.5)),
         ("50%:Layer", LayerUnstructured(0.5)),
         ("0.1:layer", LayerUnstructured(0.1)),
+        ("8:16:pad", NM(8, 16, pad=True)),
+        ("50%:16x16", Block(0.5, 16, 16)),
+        ("0.25: 1X8", Block(0.25, 1, 8)),
+        ("62.5%:3x5:Pad", Block(0.625, 3, 5, pad=True)),
     ],
 )
 def test_texts(text: str, pattern: Pattern) -> None:
@@ -73,7 +78,30 @@ def test_texts(text: str, pattern: Pattern) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["4:4", "0:4", "4:2", "0%", "100%", "120%", "50", "1.0", "half", "", "2:4:8", "nan%"]
+    "text",
+    [
+        "4:4",
+        "0:4",
+        "4:2",
+        "0%",
+        "100%",
+        "120%",
+        "50",
+        "1.0",
+        "half",
+        "",
+        "2:4:8",
+        "nan%",
+        "50%:pad",
+        "50%:layer:pad",
+        "50%:16",
+        "50%:0x4",
+        "50%:4x0",
+        "50%:4x",
+        "100%:4x4",
+        "2:4:4x4",
+        "4:4:pad",
+    ],
 )
 def test_texts_that_are_refused(text: str) -> None:
     with pytest.raises(PatternError, match=r"stages\[0\].pattern: expected .*, got '"):

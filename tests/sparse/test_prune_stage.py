@@ -102,10 +102,45 @@ def test_every_layer_that_does_not_fit_is_named(model: ModelSource) -> None:
     said = faults(Prune(pattern="4:8"), model)
     assert said.startswith("stages[0].pattern: expected in_features divisible by 8, got 44 in ")
     assert "model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj." in said
-    assert "set on_indivisible to skip" in said
+    assert said.endswith("add these layers to ignore, or set on_indivisible to skip or pad.")
+    assert faults(Prune(pattern="4:8", on_indivisible="pad"), model) == ""
     assert faults(Prune(pattern="4:8", on_indivisible="skip"), model) == ""
     none = Prune(pattern="4:8", on_indivisible="skip", targets=("*.down_proj",))
-    assert "divisible by 8" in faults(none, model), "skipping all of them is no way out"
+    said = faults(none, model)
+    assert "divisible by 8" in said, "skipping all of them is no way out"
+    assert said.endswith("add these layers to ignore, or set on_indivisible to pad.")
+
+
+def test_every_layer_that_blocks_do_not_fit_is_named(model: ModelSource) -> None:
+    assert faults(Prune(pattern="50%:4x4"), model) == ""
+    said = faults(Prune(pattern="50%:8x16"), model).splitlines()
+    assert [line.partition(" in model")[0] for line in said] == [
+        "stages[0].pattern: expected out_features divisible by 8, got 44 x 32",
+        "stages[0].pattern: expected in_features divisible by 16, got 32 x 44",
+    ]
+    assert "model.layers.0.mlp.gate_proj, model.layers.0.mlp.up_proj, " in said[0]
+    assert faults(Prune(pattern="50%:8x16", on_indivisible="pad"), model) == ""
+    assert faults(Prune(pattern="50%:8x16", on_indivisible="skip"), model) == ""
+
+
+def test_what_padding_does_not_mend(model: ModelSource) -> None:
+    """Groups that keep more than a layer has, blocks of which there is one, and rows that are too narrow."""
+    padded = Prune(pattern="40:64", on_indivisible="pad")
+    said = faults(padded, model)
+    assert said.startswith("stages[0].pattern: expected more than 40 in_features, got 32 in model.layers.0.")
+    assert said.endswith("Choose another pattern, or add these layers to ignore.")
+    assert "set on_indivisible" not in faults(replace(padded, on_indivisible="error"), model)
+    assert "expected so many blocks that" in faults(replace(padded, pattern="50%:64x64"), model)
+    narrow = faults(Prune(pattern="1.2%"), model)
+    assert narrow.endswith("or set on_indivisible to skip."), "nothing to pad"
+    assert "rounds to a zero" in faults(Prune(pattern="1.2%", on_indivisible="pad"), model)
+
+
+def test_padding_is_not_part_of_a_pattern_that_is_asked_for(model: ModelSource) -> None:
+    for stage in (Prune(pattern="4:8:pad"), Prune(pattern="4:8:PAD", on_indivisible="pad")):
+        said = faults(stage, model)
+        assert said.startswith("stages[0].pattern: expected 4:8, got '4:8:")
+        assert said.endswith("Write 4:8, and set on_indivisible to pad: only layers that need it are padded.")
 
 
 def test_what_a_cut_has_no_use_for_is_refused(model: ModelSource) -> None:
@@ -137,7 +172,7 @@ def test_names_options_numbers_and_targets(model: ModelSource) -> None:
     assert "q_proj" in said
     assert "stages[0].dampening: expected a field of Prune or of its method Wanda" in said
     assert "stages[0].samples: expected at least 1, got 0" in said
-    assert "stages[0].on_indivisible: expected error or skip, got 'skp'. Did you mean: skip?" in said
+    assert "stages[0].on_indivisible: expected error, skip or pad, got 'skp'. Did you mean: skip?" in said
     assert len(said.splitlines()) == 5
     assert "Add lm_head to ignore" in faults(Prune(ignore=()), model)
 
@@ -148,7 +183,12 @@ def test_forecast(model: ModelSource) -> None:
     assert wanda.memory_bytes > magnitude.memory_bytes > 0
     assert wanda.after == outlook(model)
     assert "neither smaller nor faster" in wanda.notes[0]
-    assert Prune(pattern="4:8", on_indivisible="skip").forecast(outlook(model)).layers == 12
+    skipped = Prune(pattern="4:8", on_indivisible="skip").forecast(outlook(model))
+    assert skipped.layers == 12
+    assert skipped.notes[0].startswith("4:8 does not fit 2 layers, which stay dense: model.layers.0.mlp.down")
+    padded = Prune(pattern="4:8", on_indivisible="pad").forecast(outlook(model))
+    assert padded.layers == 14
+    assert padded.notes[0].startswith("4:8 does not fit 2 layers, which are padded with zeros: model.layers.")
 
 
 def test_magnitude_reads_no_data(model: ModelSource, tmp_path: Path) -> None:
@@ -204,6 +244,40 @@ def test_skipped_layers_are_told(model: ModelSource, tmp_path: Path) -> None:
     assert torch.equal(model.weight_OI(name), after.weight_OI(name))
     with pytest.raises(PatternError, match="divisible by 8"):
         run(Prune("magnitude", pattern="4:8"), model, tmp_path / "error")
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "alps"])
+def test_padded_layers_are_told_and_promised(
+    method: str, model: ModelSource, text: Path, tmp_path: Path
+) -> None:
+    """Of 44 inputs 4:8 makes five groups with four zeros and one of four inputs with none."""
+    stage = Prune(method, pattern="4:8", on_indivisible="pad", samples=4, context_length=32)
+    result, after = run(stage, model, tmp_path, text)
+    odd = [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
+    assert f"4:8 does not fit 2 layers, which are padded with zeros: {', '.join(odd)}." in result.warnings
+    assert {p.layer: p.pattern for p in result.promises} == {  # type: ignore[attr-defined]
+        layer.name: "4:8:pad" if layer.name in odd else "4:8" for layer in result.layers
+    }
+    assert not [s for p in result.promises for s in p.broken(after, after)]
+    for name in odd:
+        zero = after.weight_OI(name) == 0
+        assert (zero.sum(1) == 20).all()
+        assert not zero[:, 40:].any()
+    assert {r.zero_fraction for r in result.layers if r.name in odd} == {20 / 44}
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "alps"])
+def test_blocks_go_whole(method: str, model: ModelSource, text: Path, tmp_path: Path) -> None:
+    stage = Prune(method, pattern="50%:8x16", on_indivisible="pad", samples=4, context_length=32)
+    result, after = run(stage, model, tmp_path, text)
+    assert not [s for p in result.promises for s in p.broken(after, after)]
+    assert {p.pattern for p in result.promises} == {"50%:8x16", "50%:8x16:pad"}  # type: ignore[attr-defined]
+    for layer in result.layers:
+        zero = after.weight_OI(layer.name) == 0
+        rows, columns = zero.shape
+        blocks = [zero[o : o + 8, i : i + 16] for o in range(0, rows, 8) for i in range(0, columns, 16)]
+        assert all(block.all() or not block.any() for block in blocks), layer.name
+        assert sum(bool(block.all()) for block in blocks) == round(len(blocks) / 2)
 
 
 def test_a_quantised_layer_keeps_its_grid(model: ModelSource, tmp_path: Path) -> None:

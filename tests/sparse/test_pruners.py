@@ -12,10 +12,16 @@ from compresskit.calibration.statistics import LayerStats
 from compresskit.errors import PatternError, StatisticError
 from compresskit.sparse import PRUNERS
 from compresskit.sparse.magnitude import Magnitude
-from compresskit.sparse.pattern import NM, LayerUnstructured, Pattern, RowUnstructured
+from compresskit.sparse.pattern import NM, Block, LayerUnstructured, Pattern, RowUnstructured
 from compresskit.sparse.wanda import Wanda
 
-PATTERNS: list[Pattern] = [NM(2, 4), RowUnstructured(0.5), LayerUnstructured(0.5)]
+PATTERNS: list[Pattern] = [
+    NM(2, 4),
+    RowUnstructured(0.5),
+    LayerUnstructured(0.5),
+    Block(0.5, 4, 8),
+    Block(0.5, 1, 8),
+]
 
 
 def stats_of(x: torch.Tensor) -> LayerStats:
@@ -54,6 +60,7 @@ def test_contract(name: str, dtype: torch.dtype, pattern: Pattern, layout: str) 
     assert not torch.signbit(got.weight_OI[~got.keep_OI]).any(), "a zero is +0"
     assert pattern.missing(got.weight_OI == 0) == ()
     assert got.keep_OI.sum() == 16 * 32 // 2
+    assert torch.equal(got.keep_OI, got.weight_OI != 0), "no weight of these becomes zero by chance"
     again = pruner(name, pattern).prune(weight.contiguous(), stats)
     assert torch.equal(again.weight_OI, got.weight_OI), "same values, same result, whatever the strides"
 

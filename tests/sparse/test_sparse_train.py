@@ -56,7 +56,7 @@ def run(
 
 CASES = [("gradual", "80%:layer"), ("gradual", "75%"), ("gradual", "2:4"), ("set", "80%:layer")]
 CASES += [("rigl", "80%:layer"), ("srste", "2:4")]
-CASES += [("movement", "75%"), ("movement", "2:4")]
+CASES += [("movement", "75%"), ("movement", "2:4"), ("gradual", "75%:4x8")]
 
 
 @pytest.mark.parametrize(("method", "pattern"), CASES)
@@ -137,6 +137,40 @@ def test_layers_the_pattern_does_not_fit_may_be_skipped(text: DataSpec, tmp_path
     assert "4:8 does not fit 2 layers, which stay dense" in result.warnings[0]
     assert made.weight_OI("model.layers.0.mlp.down_proj").all()
     assert len(result.promises) == 12
+
+
+@pytest.mark.parametrize(
+    ("method", "pattern"), [("gradual", "4:8"), ("srste", "4:8"), ("movement", "4:8"), ("gradual", "50%:8x8")]
+)
+def test_layers_the_pattern_does_not_fit_may_be_padded(
+    method: str, pattern: str, text: DataSpec, tmp_path: Path
+) -> None:
+    source = open_model(str(tiny_llama(tmp_path / "model", intermediate_size=44)))
+    options = {} if method == "srste" else OFTEN
+    stage = SparseTrain(
+        method=method, pattern=pattern, on_indivisible="pad", options=options, **FEW | {"steps": 4}
+    )
+    assert stage.faults(outlook(source), "s") == []
+    result, made = run(stage, source, text, tmp_path / "s")
+    assert f"{pattern} does not fit" in result.warnings[0]
+    assert "which are padded with zeros: model.layers.0.mlp." in result.warnings[0]
+    found = {p.layer: p for p in result.promises}
+    down = found["model.layers.0.mlp.down_proj"]
+    assert down.pattern == f"{pattern}:pad"  # type: ignore[attr-defined]
+    assert found["model.layers.0.self_attn.q_proj"].pattern == pattern  # type: ignore[attr-defined]
+    assert [p.broken(made, made) for p in result.promises] == [()] * 14
+    down_OI = made.weight_OI(down.layer)
+    if ":8" in pattern:
+        assert ((down_OI == 0).sum(1) == 20).all()
+    assert stage.forecast(outlook(source)).notes[-2] == result.warnings[0]
+
+
+@pytest.mark.parametrize("method", ["set", "rigl", "srste", "movement"])
+def test_who_does_not_make_blocks_says_so(method: str, source: ModelSource) -> None:
+    (fault,) = SparseTrain(method=method, pattern="50%:8x8", steps=4).faults(outlook(source), "s")
+    assert fault.where == "s.pattern"
+    assert fault.got == "'50%:8x8'"
+    assert fault.cure == f"Choose such a pattern, or another method than {method}."
 
 
 @pytest.mark.parametrize("method", ["gradual", "rigl", "movement"])

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from compresskit.sparse import TRAINED_PRUNERS
 from compresskit.sparse.base import Moment
-from compresskit.sparse.pattern import NM, LayerUnstructured, Pattern, RowUnstructured
+from compresskit.sparse.pattern import NM, Block, LayerUnstructured, Pattern, RowUnstructured
 
 STEPS = 20
-ENDS: tuple[Pattern, ...] = (LayerUnstructured(0.75), RowUnstructured(0.5), NM(2, 4))
+ENDS: tuple[Pattern, ...] = (LayerUnstructured(0.75), RowUnstructured(0.5), NM(2, 4), Block(0.5, 3, 4))
 CASES = [(name, end) for name in TRAINED_PRUNERS for end in ENDS]
 
 
@@ -63,6 +63,18 @@ def test_nothing_is_modified_and_the_same_gives_the_same(name: str, end: Pattern
     turned_OI = weight_OI.T.contiguous().T
     assert not turned_OI.is_contiguous()
     assert torch.equal(method.update(turned_OI, at), made_OI)
+
+
+def test_who_makes_blocks() -> None:
+    """The others say what they make instead."""
+    refused = {name: TRAINED_PRUNERS[name].unfit(Block(0.5, 3, 4)) for name in TRAINED_PRUNERS}
+    assert refused == {
+        "gradual": "",
+        "set": "a share of layers, such as 80%:layer",
+        "rigl": "a share of layers, such as 80%:layer",
+        "srste": "N:M, such as 2:4",
+        "movement": "a pattern of single weights, such as 80%:layer",
+    }
 
 
 @pytest.mark.parametrize("name", TRAINED_PRUNERS)

@@ -71,6 +71,27 @@ def test_gone_or_reshaped() -> None:
     assert promise.broken(Held(a=half()), Held(a=half(3))) == ("shape (3, 8), was (2, 8)",)
 
 
+def test_blocks_and_short_groups() -> None:
+    made, now = torch.ones(4, 6), torch.ones(4, 6)
+    made[:2, 3:] = made[2:, :3] = 0
+    promise = Zeros(layer="a", pattern="50%:2x3")
+    assert promise.broken(Held(a=made), Held(a=made)) == ()
+    now[:2, 3:] = now[2:, :3] = 0
+    now[3, 1] = 5.0
+    assert promise.broken(Held(a=made), Held(a=now)) == (
+        "block at row 2, input 0: 5 zeros of 6",
+        "row 3, input 1: was zero, is 5",
+    )
+    short = torch.tensor([[0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0]])  # of the last three one, of four two
+    assert Zeros(layer="a", pattern="2:4:pad").broken(Held(a=short), Held(a=short)) == ()
+    woken = short.clone()
+    woken[0, 4] = 2.0
+    assert Zeros(layer="a", pattern="2:4:pad").broken(Held(a=short), Held(a=woken)) == (
+        "row 0, group 1: 0 zeros of 1",
+        "row 0, input 4: was zero, is 2",
+    )
+
+
 def test_json() -> None:
     promise = Zeros(layer="a", pattern="50%:layer")
     assert promise_from_json(promise_to_json(promise)) == promise

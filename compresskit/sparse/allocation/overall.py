@@ -1,4 +1,4 @@
-"""Global: the lowest scores of the whole model, whichever layers they are in.
+"""Global: the lowest scores of the whole model, whichever layers they are in; of weights, or of blocks.
 
 Paper: for magnitudes, Han, Pool, Tran, Dally, "Learning both Weights and Connections for Efficient Neural
 Networks", NeurIPS 2015, https://arxiv.org/abs/1506.02626; beside layer by layer, Blalock et al., "What is
@@ -50,7 +50,7 @@ class Overall:
         Returns:
             Layer -> zero fraction. Within a histogram's bin, zeros are divided in proportion.
         """
-        counts = {layer: _histogram(survey.score(layer)) for layer in survey.sizes}
+        counts = {layer: _histogram(survey.chosen_among(layer)) for layer in survey.sizes}
         free, wanted = dict(counts), survey.zero_fraction * sum(_total(count) for count in counts.values())
         found: dict[str, float] = {}
         while True:
@@ -63,9 +63,9 @@ class Overall:
                 wanted -= self.most * _total(free.pop(layer))
 
 
-def _histogram(score_OI: Tensor) -> Tensor:
+def _histogram(score: Tensor) -> Tensor:
     """How many scores, which are not negative, fall into each bin: int64 (:data:`BINS`,), on the CPU."""
-    bits = score_OI.float().contiguous().view(torch.int32).flatten() >> SHIFT
+    bits = score.float().contiguous().view(torch.int32).flatten() >> SHIFT
     return torch.bincount(bits, minlength=BINS).cpu()
 
 
