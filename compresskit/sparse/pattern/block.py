@@ -14,7 +14,8 @@ from torch.nn import functional
 from compresskit.sparse.pattern.base import at_most, percent, refuse, require_fit, require_fraction, zeros
 from compresskit.sparse.pattern.select import smallest
 
-CHUNK = 1 << 20
+CHUNK = 1 << 18
+"""Scores that are squared at a time: as many as stay in the processor's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ class Block:
         before = start // self.columns * len(sum_RC)
         count = round(self.zero_fraction * (before + sum_RC.numel())) - round(self.zero_fraction * before)
         keep_RC = smallest(sum_RC.flatten(), count).logical_not_().view(sum_RC.shape)
-        keep_OB = keep_RC.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)
+        keep_OB = keep_RC.repeat_interleave(self.columns, 1).repeat_interleave(self.rows, 0)
         return keep_OB[: score_OB.shape[0], : score_OB.shape[1]]
 
     def summed(self, score_OI: Tensor) -> Tensor:
