@@ -55,5 +55,6 @@ TRAINED_PRUNERS: Registry[TrainedPruner] = Registry(
         "rigl": "compresskit.sparse.rigl:RigL",
         "srste": "compresskit.sparse.srste:SRSTE",
         "movement": "compresskit.sparse.movement:Movement",
+        "maskllm": "compresskit.sparse.maskllm:MaskLLM",
     },
 )

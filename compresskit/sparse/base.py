@@ -1,10 +1,14 @@
-"""The contracts of pruners, allocations and recoveries. O = out_features, I = in_features."""
+"""The contracts of pruners, allocations and recoveries.
+
+Shapes: O = out_features, I = in_features, G = groups along I, C = masks that a group may have.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
+from zlib import crc32
 
 from torch import Tensor
 
@@ -140,6 +144,7 @@ class Moment:
         gradient_OI: (O, I), of the step just taken, zeros included; up to a factor, and only for a method
             that asks for it.
         score_OI: (O, I), fp32, that training has learnt, for a method whose ``learns_scores`` is set.
+        logit_OGC: (O, G, C), fp32, the same for one whose ``learns_masks`` is set.
     """
 
     step: int
@@ -147,6 +152,12 @@ class Moment:
     seed: int = 0
     gradient_OI: Tensor | None = None
     score_OI: Tensor | None = None
+    logit_OGC: Tensor | None = None
+
+
+def moment_seed(seed: int, step: int, layer: str) -> int:
+    """Of whatever is random for ``layer`` after ``step``, in a run that has ``seed``."""
+    return crc32(f"{seed} {step} {layer}".encode())
 
 
 class TrainedPruner(Protocol):
@@ -158,6 +169,8 @@ class TrainedPruner(Protocol):
         masks_forward: whether layers compute with what :meth:`update` makes of their weight, and the weight
             itself stays dense until it is saved; else :meth:`update` makes the weight itself.
         learns_scores: of those, whether a score of each weight is trained besides.
+        learns_masks: of those, whether the model is frozen and logits of the masks of each group are trained
+            in its place; the method is a :class:`MaskLearner`.
         pattern: of the zeros there are at the end, over all layers together.
     """
 
@@ -165,6 +178,7 @@ class TrainedPruner(Protocol):
     needs_gradient: ClassVar[bool]
     masks_forward: ClassVar[bool]
     learns_scores: ClassVar[bool]
+    learns_masks: ClassVar[bool]
     pattern: Pattern
 
     @staticmethod
@@ -186,4 +200,23 @@ class TrainedPruner(Protocol):
 
     def update(self, weight_OI: Tensor, moment: Moment) -> Tensor:
         """The weight (O, I) to train on with, for a layer whose pattern is ``pattern``; modifies nothing."""
+        ...
+
+
+class MaskLearner(TrainedPruner, Protocol):
+    """A trained pruner whose ``learns_masks`` is set; :meth:`update` lets gradients pass to the logits.
+
+    Attributes:
+        norm_reward: what is taken off the loss, in nats, for a squared norm of 1 that layers compute with.
+    """
+
+    norm_reward: float
+
+    @property
+    def logits_per_weight(self) -> float:
+        """Trained numbers for each weight."""
+        ...
+
+    def start(self, weight_OI: Tensor, seed: int) -> Tensor:
+        """The logits (O, G, C) before the first step, fp32, of a weight on the CPU."""
         ...

@@ -38,6 +38,7 @@ class Gradual(Timetable):
     needs_gradient: ClassVar[bool] = False
     masks_forward: ClassVar[bool] = False
     learns_scores: ClassVar[bool] = False
+    learns_masks: ClassVar[bool] = False
 
     pattern: Pattern
     begin: Annotated[float, Within(0, 1)] = 0.0

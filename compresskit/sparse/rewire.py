@@ -41,6 +41,7 @@ class Rewiring(Timetable):
     regrows: ClassVar[bool] = True
     masks_forward: ClassVar[bool] = False
     learns_scores: ClassVar[bool] = False
+    learns_masks: ClassVar[bool] = False
 
     pattern: Pattern
     drop_fraction: Annotated[float, Within(0, 1)] = 0.3

@@ -35,6 +35,7 @@ class SRSTE:
     needs_gradient: ClassVar[bool] = False
     masks_forward: ClassVar[bool] = True
     learns_scores: ClassVar[bool] = False
+    learns_masks: ClassVar[bool] = False
 
     pattern: Pattern
     pull: Annotated[float, Within(0)] = 2e-4

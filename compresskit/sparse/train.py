@@ -119,13 +119,14 @@ class SparseTrain(TaughtFields):
             expected = "layers that compute as torch.nn.Linear does, which is what can be masked in a pass"
             cure = "Add these layers to ignore, or use method gradual."
             faults.append(Fault(f"{where}.targets", expected, ", ".join(odd), cure))
-        scores = TRAINED_PRUNERS[self.method].learns_scores
-        if scores and self.steps is None:
+        method = TRAINED_PRUNERS[self.method]
+        if (method.learns_scores or method.learns_masks) and self.steps is None:
             cure = "Set steps: layers have to know how many there are."
             faults.append(Fault(f"{where}.steps", f"a number, with method {self.method}", "none", cure))
-        if self.precision == "fp16" and not scores:
+        if self.precision == "fp16" and not method.learns_scores:
             cure = "Use precision bf16, or method gradual."
-            expected = f"bf16 or fp32 with method {self.method}, whose pull knows no loss scale"
+            what = "reward" if method.learns_masks else "pull"
+            expected = f"bf16 or fp32 with method {self.method}, whose {what} knows no loss scale"
             faults.append(Fault(f"{where}.precision", expected, self.precision, cure))
         return faults
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
-from zlib import crc32
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
 from compresskit.calibration.oneshot import largest_layer
 from compresskit.errors import Fault, PatternError
 from compresskit.sparse import TRAINED_PRUNERS
-from compresskit.sparse.base import Moment, TrainedPruner
+from compresskit.sparse.base import MaskLearner, Moment, TrainedPruner, moment_seed
 from compresskit.sparse.outlook import DENSE
 from compresskit.sparse.pattern import parse_pattern
 from compresskit.sparse.promise import Zeros
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 
 SCHEDULED = "compresskit.sparse.train_run:Scheduled"
 MASKED = "compresskit.sparse.masked:Masked"
+CHOSEN = "compresskit.sparse.chosen:Chosen"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class Scheduled:
         turned = layer in self.transposed
         if turned:
             weight_OI, gradient_OI = weight_OI.T, None if gradient_OI is None else gradient_OI.T
-        moment = Moment(step, steps, crc32(f"{self.seed} {step} {layer}".encode()), gradient_OI)
+        moment = Moment(step, steps, moment_seed(self.seed, step, layer), gradient_OI)
         made_OI = self._pruners[layer].update(weight_OI, moment)
         return made_OI.T.contiguous() if turned else made_OI
 
@@ -86,19 +86,26 @@ class Scheduled:
 def forecast_sparse(stage: SparseTrain, model: Outlook) -> Forecast:
     """What training takes, and changing the zeros of the largest layer besides."""
     layers, linears = tuple(stage.patterns(model)), model.anatomy.linears
-    # The weight before and after in float32, a score, what selecting among all of it needs, and masks.
-    other = largest_layer(model.anatomy, layers) * (4 + 4 + 4 + 12 + 4)
-    if stage.swaps_layers:
-        other += live_copy_bytes(stage, model.anatomy, layers)
-    method = TRAINED_PRUNERS[stage.method]
-    # A gradient collected for a step, and scores that are trained, are kept as the parameters are.
-    each = 4 * method.needs_gradient + STATE_BYTES * method.learns_scores
-    setting = Setting(stage, launched_processes() or stage.processes, "cpu")
+    method, taught = TRAINED_PRUNERS[stage.method], lesson_bytes(stage, model)
     weights = sum(linears[name].out_features * linears[name].in_features for name in layers)
-    other += each * weights // (setting.processes if setting.shards_parameters else 1)
-    taught = lesson_bytes(stage, model)
-    trained = forecast_training(stage, model, teacher_bytes=taught, other_bytes=other)
-    return replace(trained, layers=len(layers), notes=(*trained.notes, *stage.form.uneven(model), DENSE))
+    largest = largest_layer(model.anatomy, layers)
+    other = live_copy_bytes(stage, model.anatomy, layers) if stage.swaps_layers else 0
+    logits: int | None = None
+    if method.learns_masks:
+        each = cast(MaskLearner, stage.pruner(str(stage.pattern))).logits_per_weight
+        logits = round(each * weights)
+        # Each process loads the frozen model whole. Of the largest layer: its mask, the weight times that,
+        # noise, a blend, what they are made of, and their gradients, all in float32.
+        other += 4 * model.anatomy.num_parameters + round(4 * (2 + 6 * each) * largest)
+    else:
+        # The weight before and after in float32, a score, what selecting among all of it needs, and masks.
+        other += largest * (4 + 4 + 4 + 12 + 4)
+        # A gradient collected for a step, and scores that are trained, are kept as the parameters are.
+        held = (4 * method.needs_gradient + STATE_BYTES * method.learns_scores) * weights
+        setting = Setting(stage, launched_processes() or stage.processes, "cpu")
+        other += held // (setting.processes if setting.shards_parameters else 1)
+    found = forecast_training(stage, model, teacher_bytes=taught, trained=logits, other_bytes=other)
+    return replace(found, layers=len(layers), notes=(*found.notes, *stage.form.uneven(model), DENSE))
 
 
 def run_sparse(stage: SparseTrain, model: ModelSource, context: StageContext) -> StageResult:
@@ -117,16 +124,18 @@ def run_sparse(stage: SparseTrain, model: ModelSource, context: StageContext) ->
         cure = "Use method gradual, which keeps them, or put these layers into ignore."
         raise PatternError(Fault(f"{stage.kind}.method", "layers whose zeros may move", got, cure))
     ends = {layer: str(pattern) for layer, pattern in patterns.items()}
-    options = {"method": stage.method, "options": dict(stage.options), "ends": ends}
+    options: dict[str, Any] = {"method": stage.method, "options": dict(stage.options), "ends": ends}
     adaptation: Part | None = None
     zeroing: Part | None = None
     if stage.swaps_layers:
+        method = TRAINED_PRUNERS[stage.method]
         twice: tuple[str, ...] = ()
-        if stage.activation_checkpointing and TRAINED_PRUNERS[stage.method].learns_scores:
+        if stage.activation_checkpointing and (method.learns_scores or method.learns_masks):
             # The backward pass computes each block once more, and nothing else.
             twice = tuple(layer for layer in ends if model.anatomy.linears[layer].block)
-        passes = {"passes_per_step": passes_per_step(stage), "twice": twice}
-        adaptation = Part(MASKED, options | passes | {"steps": stage.steps or 1})
+        options |= {"passes_per_step": passes_per_step(stage), "twice": twice, "steps": stage.steps or 1}
+        seeded = {"seed": context.seed}
+        adaptation = Part(CHOSEN, options | seeded) if method.learns_masks else Part(MASKED, options)
     else:
         turned = tuple(layer for layer in ends if model.anatomy.linears[layer].transposed)
         zeroing = Part(SCHEDULED, options | {"transposed": turned, "seed": context.seed})

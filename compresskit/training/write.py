@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,23 @@ from compresskit.modeling import ModelSource, copy_sidecars
 from compresskit.modeling.checkpoint import INDEX, SINGLE
 
 SHARD_BYTES = 5_000_000_000
+
+
+class Changed(Mapping[str, Tensor]):
+    """The tensors of a checkpoint, some of them made anew whenever they are asked for."""
+
+    def __init__(self, source: ModelSource, make: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._source, self._make = source, make
+
+    def __getitem__(self, name: str) -> Tensor:
+        make = self._make.get(name)
+        return self._source.tensor(name) if make is None else make()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._source.names())
+
+    def __len__(self) -> int:
+        return len(self._source.names())
 
 
 def write_checkpoint(source: ModelSource, out: Path, tensors: Mapping[str, Tensor]) -> None:

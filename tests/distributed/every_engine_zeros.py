@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from compresskit.modeling import ModelSource
 from compresskit.sparse import TRAINED_PRUNERS
+from compresskit.sparse.chosen import Chosen
 from compresskit.sparse.masked import Masked
 from compresskit.sparse.train_run import Scheduled
 from compresskit.training.adaptation import Adaptation, Plain
@@ -38,11 +39,12 @@ RUNS: Mapping[str, dict[str, Any]] = {
     "rigl": {"method": "rigl", "options": {"update_every": 3}, "end": "70%:layer"},
     "srste": {"method": "srste", "options": {"pull": 0.01}, "end": "2:4"},
     "movement": {"method": "movement", "options": {"update_every": 3}, "end": "70%:layer"},
+    "maskllm": {"method": "maskllm", "options": {"norm_reward": 1e-3}, "end": "2:4"},
 }
 ALL_FIELDS = replace(FIELDS, steps=STEPS)
 
 
-BROKEN = ("rigl", "movement")
+BROKEN = ("rigl", "movement", "maskllm")
 """The runs that are broken off under every engine after step 8, past a change and past a checkpoint."""
 
 
@@ -55,8 +57,9 @@ def train(run: str, source: ModelSource, out: Path, fields: TrainingFields) -> T
     """Train the model, dense at first, into ``out``."""
     asked = {"method": RUNS[run]["method"], "options": RUNS[run]["options"], "ends": ends(run, source)}
     passes = fields.batch_size // (fields.micro_batch_size or 1) // (1 if fields.micro_batch_size == 8 else 2)
-    swaps = TRAINED_PRUNERS[RUNS[run]["method"]].masks_forward
-    adapted: Adaptation = Masked(**asked, steps=STEPS, passes_per_step=passes) if swaps else Plain()
+    method = TRAINED_PRUNERS[RUNS[run]["method"]]
+    swaps, swap = method.masks_forward, Chosen if method.learns_masks else Masked
+    adapted: Adaptation = swap(**asked, steps=STEPS, passes_per_step=passes) if swaps else Plain()
 
     def save(tensors: Mapping[str, Tensor]) -> None:
         if tensors:
@@ -71,10 +74,13 @@ def train(run: str, source: ModelSource, out: Path, fields: TrainingFields) -> T
         scratch=out.with_name(f"{out.name}-s"),
         validation=Counting(),
         zeroing=None if swaps else Scheduled(**asked),
+        saves_frozen=adapted.saves_frozen,
         device="cpu",
         save=save,
     )
     require_same_everywhere(model)
+    if method.learns_masks:
+        require_frozen(model)
     return outcome
 
 
@@ -89,6 +95,13 @@ def require_same_everywhere(model: nn.Module) -> None:
     digests: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(digests, digest.hexdigest())
     assert len(set(digests)) == 1, "ranks have different weights"
+
+
+def require_frozen(model: nn.Module) -> None:
+    """Fail unless logits alone are trained, and nothing else was given a gradient."""
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == name.endswith("logit_OGC"), name
+        assert parameter.requires_grad or parameter.grad is None, name
 
 
 def broken_off(run: str, source: ModelSource, out: Path, fields: TrainingFields) -> TrainOutcome:

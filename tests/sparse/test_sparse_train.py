@@ -57,13 +57,16 @@ def run(
 CASES = [("gradual", "80%:layer"), ("gradual", "75%"), ("gradual", "2:4"), ("set", "80%:layer")]
 CASES += [("rigl", "80%:layer"), ("srste", "2:4")]
 CASES += [("movement", "75%"), ("movement", "2:4"), ("gradual", "75%:4x8")]
+CASES += [("maskllm", "2:4"), ("maskllm", "1:4")]
+OWN_TIME = ("srste", "maskllm")
+"""Methods without an ``update_every``: their zeros are new in every step."""
 
 
 @pytest.mark.parametrize(("method", "pattern"), CASES)
 def test_the_promised_zeros_are_made(
     method: str, pattern: str, source: ModelSource, text: DataSpec, tmp_path: Path
 ) -> None:
-    options = {} if method == "srste" else OFTEN
+    options = {} if method in OWN_TIME else OFTEN
     stage = SparseTrain(method=method, pattern=pattern, options=options, **FEW)
     assert stage.faults(outlook(source), "s") == []
     result, made = run(stage, source, text, tmp_path)
@@ -173,15 +176,15 @@ def test_who_does_not_make_blocks_says_so(method: str, source: ModelSource) -> N
     assert fault.cure == f"Choose such a pattern, or another method than {method}."
 
 
-@pytest.mark.parametrize("method", ["gradual", "rigl", "movement"])
+@pytest.mark.parametrize("method", ["gradual", "rigl", "movement", "maskllm"])
 def test_a_restart_gives_the_same_bytes(
     method: str, source: ModelSource, text: DataSpec, tmp_path: Path
 ) -> None:
     """Nothing but the weights tells which are zero; the change before the checkpoint is not repeated."""
     from compresskit.training import trainer as trainer_module
 
-    often = {"update_every": 2}
-    stage = SparseTrain(method=method, options=often, **FEW | {"checkpoint_every": 4})
+    how: dict[str, Any] = {"pattern": "2:4"} if method in OWN_TIME else {"options": {"update_every": 2}}
+    stage = SparseTrain(method=method, **how, **FEW | {"checkpoint_every": 4})
     run(stage, source, text, tmp_path / "straight")
     original, stopped = trainer_module.StageTrainer.log, []
 
@@ -202,15 +205,24 @@ def test_a_restart_gives_the_same_bytes(
     one, two = ((tmp_path / p / "out" / "model.safetensors").read_bytes() for p in ("straight", "broken"))
     assert one == two
     rmtree(tmp_path / "broken" / "out")
-    run(replace(stage, options={"update_every": 3}), source, text, tmp_path / "broken")
+    other = {"tau_end": 0.1} if method in OWN_TIME else {"update_every": 3}
+    run(replace(stage, options=other), source, text, tmp_path / "broken")
     record = json.loads((tmp_path / "broken" / "scratch" / "record.json").read_text())
     assert record["resumed_from"] == 0, "another schedule is another run"
 
 
-def test_activation_checkpointing_changes_nothing(text: DataSpec, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"method": "movement", "pattern": "75%", "options": OFTEN},
+        {"method": "maskllm", "pattern": "2:4", "options": {"norm_reward": 1e-2}},
+    ],
+    ids=["movement", "maskllm"],
+)
+def test_activation_checkpointing_changes_nothing(how: Any, text: DataSpec, tmp_path: Path) -> None:
     """Of layers outside the blocks neither, which are not computed once more."""
     source = open_model(str(tiny_llama(tmp_path / "model", tie_word_embeddings=False)))
-    stage = SparseTrain(method="movement", pattern="75%", ignore=(), options=OFTEN, **FEW)
+    stage = SparseTrain(**how, ignore=(), **FEW)
     stage = replace(stage, micro_batch_size=2)
     _, once = run(stage, source, text, tmp_path / "once")
     _, again = run(replace(stage, activation_checkpointing=True), source, text, tmp_path / "again")
@@ -309,6 +321,13 @@ def test_the_forecast_counts_what_a_method_holds(source: ModelSource) -> None:
     assert bytes_of(method="rigl", **pair) - bytes_of(method="set", **pair) == 2 * weights
     assert bytes_of(method="srste", pattern="2:4") - bytes_of(pattern="2:4") == 4 * weights
     assert bytes_of(method="movement") - bytes_of() == (16 + 4) * weights
+    largest, everything = 64 * 32, source.anatomy.num_parameters
+    # Of 2:4, 1.5 logits a weight with gradient and moments, in place of those of the weights.
+    logits = 24 * weights + 4 * everything + 4 * 11 * largest - (16 * everything + 28 * largest)
+    groups = {"pattern": "2:4"}
+    assert bytes_of(method="maskllm", **groups) - bytes_of(method="srste", **groups) == logits
+    eighths = bytes_of(method="maskllm", pattern="4:8") - bytes_of(method="maskllm", **groups)
+    assert eighths == 16 * (8.75 - 1.5) * weights + 4 * 6 * (8.75 - 1.5) * largest
     assert bytes_of(loss="forward_kl") - bytes_of() == source.bytes
 
 

@@ -33,7 +33,8 @@ def moment(step: int, weight_OI: Tensor) -> Moment:
     """With all that any method may ask for."""
     generator = torch.Generator().manual_seed(step + 1)
     gradient_OI, score_OI = (torch.randn(weight_OI.shape, generator=generator) for _ in range(2))
-    return Moment(step, STEPS, seed=3, gradient_OI=gradient_OI, score_OI=score_OI)
+    logit_OGC = torch.randn(12, 4, 6, generator=generator)  # of 2:4, the one end in groups here
+    return Moment(step, STEPS, seed=3, gradient_OI=gradient_OI, score_OI=score_OI, logit_OGC=logit_OGC)
 
 
 @pytest.mark.parametrize(("name", "end"), CASES, ids=str)

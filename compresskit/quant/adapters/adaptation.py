@@ -6,7 +6,7 @@ Shapes: O = out_features, I = in_features, R = rank.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from io import StringIO
@@ -29,7 +29,7 @@ from compresskit.quant.adapters.merge import merged
 from compresskit.quant.adapters.prefix import add_prefix
 from compresskit.quant.qlora import LOW_RANK
 from compresskit.training.rules import this_rank
-from compresskit.training.write import write_checkpoint
+from compresskit.training.write import Changed, write_checkpoint
 
 COMPUTES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -120,11 +120,11 @@ class Adapted:
             tensors: the trained parameters of the module.
         """
         if self.finish == "adapter":
-            write_checkpoint(source, out, _Changed(source, {}))
+            write_checkpoint(source, out, Changed(source, {}))
             write_adapter(self._attached(skeleton(source), source), tensors, out / ADAPTER_DIRECTORY)
         else:
             make = {f"{n}.weight": partial(self._merged, source, n, tensors) for n in self.targets}
-            write_checkpoint(source, out, _Changed(source, make))
+            write_checkpoint(source, out, Changed(source, make))
         if source.is_quantised:
             shutil.copyfile(source.directory / GRIDS_FILE, out / GRIDS_FILE)
 
@@ -221,20 +221,3 @@ class Adapted:
             return frozen_weight(self._loaded[0].get_submodule(f"{layer}.base_layer")).cpu()
         made = self._frozen(source, layer, source.weight_OI(layer), None, {})
         return frozen_weight(made)
-
-
-class _Changed(Mapping[str, Tensor]):
-    """The tensors of a checkpoint, some of them made anew whenever they are asked for."""
-
-    def __init__(self, source: ModelSource, make: Mapping[str, Callable[[], Tensor]]) -> None:
-        self._source, self._make = source, make
-
-    def __getitem__(self, name: str) -> Tensor:
-        make = self._make.get(name)
-        return self._source.tensor(name) if make is None else make()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._source.names())
-
-    def __len__(self) -> int:
-        return len(self._source.names())
