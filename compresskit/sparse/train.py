@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from compresskit.calibration.oneshot import as_names
-from compresskit.errors import Fault
+from compresskit.errors import Fault, PatternError
 from compresskit.options import Options, freeze_options, option_faults
 from compresskit.registry import nearest
 from compresskit.sparse import TRAINED_PRUNERS
@@ -103,10 +104,13 @@ class SparseTrain(TaughtFields):
         method: Any = TRAINED_PRUNERS[self.method]
         faults = option_faults(method, self._options, where=where, stage=SparseTrain, reserved=("pattern",))
         misplaced = self.form.pattern_faults(model, where)
-        if not misplaced and (expected := method.unfit(parse_pattern(str(self.pattern)))):
+        expected: str | None = None
+        with suppress(PatternError):  # what is no pattern is among the faults already
+            expected = method.unfit(parse_pattern(str(self.pattern)))
+        if not misplaced and expected:
             cure = f"Choose such a pattern, or another method than {self.method}."
             misplaced.append(Fault(f"{where}.pattern", expected, repr(self.pattern), cure))
-        if not faults and not misplaced:
+        if not faults and expected == "":
             told = getattr(self.pruner(str(self.pattern)), "faults", None)
             faults += told(where) if told else []
         if not misplaced and self.swaps_layers:

@@ -289,6 +289,9 @@ def test_more_masks_than_can_be_learnt_are_refused(pattern: str, masks: str, tmp
     assert f"{pattern}, of which there are {masks}" in fault.got
     assert fault.cure == "Use 2:4, or method srste."
     assert SparseTrain(method="maskllm", pattern="4:8", **FEW).faults(outlook(source), "s") == []
+    one, other = SparseTrain(method="maskllm", pattern="8:32", **FEW).faults(outlook(source), "s")
+    assert "10,518,300" in one.got, "told beside what else is wrong with the pattern"
+    assert "in_features divisible by 32" in other.expected
 
 
 def test_its_faults(tmp_path: Path) -> None:
