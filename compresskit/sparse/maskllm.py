@@ -14,7 +14,8 @@ each group has its most probable mask. A weight that is zero already cannot be h
 model.
 
 Paper: Fang et al., "MaskLLM: Learnable Semi-Structured Sparsity for Large Language Models", NeurIPS 2024,
-https://arxiv.org/abs/2409.17481; the defaults of all but the learning rate are for its 2,000 steps too.
+https://arxiv.org/abs/2409.17481. The defaults are the paper's, for 2,000 steps; some hundred steps do with
+them too, at a higher learning rate than that of weights.
 
 Shapes: O = out_features, I = in_features, G = groups along I, M = members of a group, C = masks of a group.
 """
