@@ -18,6 +18,7 @@ https://arxiv.org/abs/2409.17481. The defaults are the paper's, for 2,000 steps;
 them too, at a higher learning rate than that of weights.
 
 Shapes: O = out_features, I = in_features, G = groups along I, M = members of a group, C = masks of a group.
+Where M does not divide I, the last group has members that are no weights.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from compresskit.errors import Fault
 from compresskit.options import Within
@@ -38,6 +40,8 @@ from compresskit.sparse.pattern import NM, Pattern, require_fit
 
 MOST_MASKS = 70
 """Of a group: those of 4:8. Each is a trained number, 8.75 for each weight of 4:8, and 1.5 of 2:4."""
+NEVER = -1e4
+"""The logit of a mask that is never drawn."""
 TINY = 1e-20
 """Least uniform number that noise is made of: the logarithm of none is infinite."""
 
@@ -108,13 +112,18 @@ class MaskLLM:
             seed: of this layer; the same one gives the same logits.
         """
         masks_CM = masks_of(self.pattern)
-        prior_OI = self.pattern.keep_largest(weight_OI.abs())
-        prior_OGM = prior_OI.view(len(weight_OI), -1, masks_CM.shape[1]).float()
+        prior_OI = self.pattern.keep_largest(weight_OI.abs()).float()
+        short = -prior_OI.shape[1] % masks_CM.shape[1]
+        prior_OGM = pad(prior_OI, (0, short)).view(len(weight_OI), -1, masks_CM.shape[1])
         alike_OGC = prior_OGM @ masks_CM.T
         generator = torch.Generator().manual_seed(seed)
         logit_OGC = self.spread * torch.randn(alike_OGC.shape, generator=generator)
         alike_OGC -= alike_OGC.mean(-1, keepdim=True)
-        return logit_OGC + self.prior_strength * logit_OGC.std() * alike_OGC
+        logit_OGC += self.prior_strength * logit_OGC.std() * alike_OGC
+        if short:  # what is kept of the last group had better be weights
+            weights_C = masks_CM[:, :-short].sum(-1)
+            logit_OGC[:, -1, weights_C < weights_C.max()] = NEVER
+        return logit_OGC
 
     def blend(self, logit_OGC: Tensor, moment: Moment) -> Tensor:
         """How much of each mask a layer computes with in the step after ``moment``, (O, G, C); sums to 1."""
@@ -144,9 +153,9 @@ class MaskLLM:
         masks_CM = masks_of(self.pattern).to(logit_OGC, non_blocking=True)
         if moment.step >= moment.steps:
             keep_OI = masks_CM.bool()[logit_OGC.argmax(-1)].flatten(1)
-            return weight_OI.where(keep_OI, 0)
-        mask_OGM = self.blend(logit_OGC, moment) @ masks_CM
-        return weight_OI * mask_OGM.flatten(1).to(weight_OI.dtype)
+            return weight_OI.where(keep_OI[:, : weight_OI.shape[1]], 0)
+        mask_OI = (self.blend(logit_OGC, moment) @ masks_CM).flatten(1)[:, : weight_OI.shape[1]]
+        return weight_OI * mask_OI.to(weight_OI.dtype)
 
 
 def masks_of(pattern: Pattern) -> Tensor:

@@ -143,13 +143,14 @@ def test_layers_the_pattern_does_not_fit_may_be_skipped(text: DataSpec, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("method", "pattern"), [("gradual", "4:8"), ("srste", "4:8"), ("movement", "4:8"), ("gradual", "50%:8x8")]
+    ("method", "pattern"),
+    [("gradual", "4:8"), ("srste", "4:8"), ("movement", "4:8"), ("maskllm", "4:8"), ("gradual", "50%:8x8")],
 )
 def test_layers_the_pattern_does_not_fit_may_be_padded(
     method: str, pattern: str, text: DataSpec, tmp_path: Path
 ) -> None:
     source = open_model(str(tiny_llama(tmp_path / "model", intermediate_size=44)))
-    options = {} if method == "srste" else OFTEN
+    options = {} if method in OWN_TIME else OFTEN
     stage = SparseTrain(
         method=method, pattern=pattern, on_indivisible="pad", options=options, **FEW | {"steps": 4}
     )
