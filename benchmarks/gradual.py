@@ -4,7 +4,8 @@
 
 Every way has as many optimiser steps on the same rows and ends with the same share of zeros; a way is
 ``gradual``, ``set`` or ``rigl``, which train towards them, or a one-shot method (``magnitude``, ``wanda``)
-that prunes first, with ``/LOSS`` of the training: ``cross_entropy``, or ``forward_kl`` from the dense model.
+that prunes first, with ``/LOSS`` of the training: ``cross_entropy``, or ``forward_kl`` from the dense model;
+``+FEATURES`` after it, such as ``+squarehead``, adds a feature loss from the dense model.
 Each takes the learning rate, of those given, with the least validation loss at the end of the whole training;
 documents of the evaluation play no part in that. Bits per byte on the evaluation documents, of the packed
 artifact as plain transformers loads it: a document at a time, BOS first, cut to the context.
@@ -26,12 +27,14 @@ from compresskit.stage import Stage
 TEXT = "cross_entropy"
 
 
-def stages(way: str, pattern: str, fields: dict[str, Any]) -> tuple[Stage, ...]:
-    """The stages of ``way``, the last of which trains."""
-    method, _, loss = way.partition("/")
+def stages(way: str, pattern: str, fields: dict[str, Any], model: Path) -> tuple[Stage, ...]:
+    """The stages of ``way`` for ``model``, the last of which trains."""
+    method, _, learnt = way.partition("/")
+    loss, _, features = learnt.partition("+")
+    fields = {**fields, **({"features": features, "teacher": str(model)} if features else {})}
     if method in TRAINED_PRUNERS:
         return (ck.SparseTrain(method=method, pattern=pattern, loss=loss or TEXT, **fields),)
-    after = ck.Finetune(**fields) if loss == TEXT else ck.Distill(loss=loss, **fields)
+    after = ck.Finetune(**fields) if learnt == TEXT else ck.Distill(loss=loss, **fields)
     return (ck.Prune(method, pattern=pattern), after)
 
 
@@ -48,7 +51,7 @@ def best(
     held_out: dict[float, float] = {}
     with tempfile.TemporaryDirectory() as place:
         for rate in rates:
-            made = stages(way, pattern, {**fields, "learning_rate": rate})
+            made = stages(way, pattern, {**fields, "learning_rate": rate}, model)
             recipe = ck.Recipe(model=str(model), data=ck.DataSpec(source=options.train), stages=made)
             artifact = ck.run(recipe, Path(place) / str(rate), measures=())
             result = artifact.manifest["stages"][-1]["result"]

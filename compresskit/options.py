@@ -32,7 +32,9 @@ class Choice:
 
     def to_json(self) -> Any:
         """As a recipe writes it."""
-        return {"method": self.method, **dict(self.options)} if self.options else self.method
+        if not self.options:
+            return self.method
+        return {"method": self.method, **{name: _plain(value) for name, value in self.options}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +62,23 @@ class Within:
 
 
 def freeze_options(options: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> Options:
-    """``options`` as pairs sorted by name, lists as tuples: equal options are equal, and hashable."""
-    pairs = dict(options).items()
-    return tuple(sorted((name, tuple(v) if isinstance(v, list) else v) for name, v in pairs))
+    """``options`` as pairs sorted by name: equal options are equal, and hashable.
+
+    Of the values lists become tuples, and mappings tuples of pairs, at any depth.
+    """
+    return tuple(sorted((name, _frozen(value)) for name, value in dict(options).items()))
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        by_key = sorted(value.items(), key=lambda pair: (type(pair[0]).__name__, pair[0]))
+        return tuple((key, _frozen(part)) for key, part in by_key)
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, at any depth."""
+    return list(map(_plain, value)) if isinstance(value, tuple) else value
 
 
 def choice_of(value: str | Mapping[str, Any] | Choice) -> Choice:

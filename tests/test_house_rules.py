@@ -15,7 +15,7 @@ import pytest
 
 import compresskit
 from compresskit.cli import COMMANDS
-from compresskit.distill import LOSSES
+from compresskit.distill import FEATURE_LOSSES, LOSSES
 from compresskit.errors import UnknownMethodError
 from compresskit.quant import QUANTIZERS
 from compresskit.recipe import STAGES
@@ -150,6 +150,7 @@ def methods() -> list[tuple[str, type[Any], str]]:
         (RECOVERIES, "recover"),
         (TRAINED_PRUNERS, "update"),
         (QUANTIZERS, "quantize"),
+        (FEATURE_LOSSES, "__call__"),
     ]
     found = [(f"{r.kind} {name}", r[name], verb) for r, verb in tables for name in r]
     return found + [(f"loss {name}", LOSSES[name], "__call__") for name in LOSSES]

@@ -1,4 +1,4 @@
-"""Distillation: what a student learns from a teacher. One loss a file; this table is the registry."""
+"""Distillation: what a student learns from a teacher. One loss a file; these tables are the registry."""
 
 from __future__ import annotations
 
@@ -7,11 +7,21 @@ from typing import TYPE_CHECKING
 from compresskit.registry import Registry
 
 if TYPE_CHECKING:  # keeps torch out of `compresskit --help`
-    from compresskit.distill.base import DistillLoss
+    from compresskit.distill.base import DistillLoss, FeatureLoss
 
 LOSSES: Registry[DistillLoss] = Registry(
     "distillation loss",
     {
         "forward_kl": "compresskit.distill.forward_kl:ForwardKL",
+    },
+)
+
+# What may be added to any of these: how far the outputs of blocks are from the teacher's.
+FEATURE_LOSSES: Registry[FeatureLoss] = Registry(
+    "feature loss",
+    {
+        "squarehead": "compresskit.distill.squarehead:SquareHead",
+        "hidden_mse": "compresskit.distill.hidden_mse:HiddenMSE",
+        "hidden_cosine": "compresskit.distill.hidden_cosine:HiddenCosine",
     },
 )

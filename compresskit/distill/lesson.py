@@ -1,14 +1,15 @@
 """What a stage learns from a teacher: checks of its fields, and the parts of a training job.
 
-For any stage with the fields ``teacher``, ``loss``, ``temperature`` and ``cross_entropy_weight``.
+For any stage with the fields ``teacher``, ``loss``, ``temperature``, ``cross_entropy_weight``, ``features``.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
-from compresskit.distill import LOSSES
+from compresskit.distill import FEATURE_LOSSES, LOSSES
+from compresskit.distill.mapping import UNIFORM, FeatureFields, Pairs, mapping_faults, paired
 from compresskit.distill.vocabulary import (
     shared_vocabulary,
     teacher_bytes,
@@ -16,17 +17,22 @@ from compresskit.distill.vocabulary import (
     vocabulary_faults,
     vocabulary_of,
 )
-from compresskit.errors import Fault, PlanError
+from compresskit.errors import Fault, InputError, PlanError
 from compresskit.modeling import ModelSource, open_model
+from compresskit.options import Choice, choice_faults, option_faults
 from compresskit.registry import nearest
 from compresskit.training.job import Part
-from compresskit.training.outlook import scale_faults
+from compresskit.training.lesson import TEXT_ALONE, unused_faults
+from compresskit.training.outlook import STATE_BYTES, pass_tokens, scale_faults
+from compresskit.training.stage import CROSS_ENTROPY
 
 if TYPE_CHECKING:
     from compresskit.stage import Outlook, StageContext
     from compresskit.training.lesson import Taught
 
 REPLICA = "compresskit.distill.teacher:Replica"
+FEATURED = "compresskit.distill.features:WithFeatures"
+LAYERS, WEIGHT = "layers", "weight"
 
 
 class TeachersLesson:
@@ -34,9 +40,11 @@ class TeachersLesson:
 
     @staticmethod
     def faults(stage: Taught, model: Outlook, where: str) -> list[Fault]:
-        """What is wrong with the loss, the teacher and its vocabulary, for a student such as ``model``."""
+        """What is wrong with the losses, the teacher and its vocabulary, for a student such as ``model``."""
         faults = []
-        if stage.loss not in LOSSES:
+        if stage.loss == TEXT_ALONE and stage.features is not None:
+            faults += unused_faults(stage, where, "temperature", "cross_entropy_weight")
+        elif stage.loss not in LOSSES:
             cure = f"Did you mean: {nearest(stage.loss, LOSSES)}?"
             faults.append(Fault(f"{where}.loss", "the name of a distillation loss", repr(stage.loss), cure))
         if not stage.temperature > 0:
@@ -46,32 +54,108 @@ class TeachersLesson:
             got = str(stage.cross_entropy_weight)
             cure = "Give the share of the next-token loss, such as 0.5."
             faults.append(Fault(f"{where}.cross_entropy_weight", "a number from 0 to 1", got, cure))
-        return faults + teacher_faults(stage.teacher, stage.data or model.data, model, where)
+        taught = teacher_faults(stage.teacher, stage.data or model.data, model, where)
+        return faults + feature_faults(stage, model, f"{where}.features") + taught
 
     @staticmethod
     def held_bytes(stage: Taught, model: Outlook) -> int:
-        """Of the teacher's weights, which every process holds."""
-        return teacher_bytes(stage.teacher, model)
+        """Of the teacher's weights, which every process holds, and of what a feature loss keeps."""
+        return teacher_bytes(stage.teacher, model) + feature_bytes(stage, model)
 
     @staticmethod
     def parts(stage: Taught, model: ModelSource, context: StageContext) -> tuple[Part, Part]:
         """What to minimise, and where the teacher's signal comes from.
 
         Raises:
-            PlanError: the teacher's token ids are others, or its logits are scaled.
+            PlanError: the teacher's token ids are others, its logits are scaled, or blocks do not pair.
         """
         trust = context.trust_remote_code
         source = open_model(stage.teacher or str(context.original), trust_remote_code=trust)
         rows = vocabulary_of(model.config)
         faults = vocabulary_faults(model.directory, rows, source, "teacher", trust_remote_code=trust)
         faults += scale_faults(source.config, "teacher")
+        faults += _pair_faults(stage.features, model, source, "features") if stage.features else []
         if faults:
             raise PlanError(*faults)
-        loss: Any = LOSSES[stage.loss]
-        options = {f.name: getattr(stage, f.name) for f in fields(loss) if hasattr(stage, f.name)}
-        teacher = {
+        objective = CROSS_ENTROPY if stage.loss == TEXT_ALONE else _loss(stage)
+        teacher: dict[str, Any] = {
             "directory": str(source.directory),
             "vocabulary": shared_vocabulary(rows, source),
             "trust_remote_code": trust,
         }
-        return Part(f"{loss.__module__}:{loss.__qualname__}", options), Part(REPLICA, teacher)
+        if stage.features is not None:
+            pairs, own = _pairs(stage.features, model, source), dict(stage.features.options)
+            own.pop(LAYERS, None)
+            featured = {"objective": asdict(objective), "method": stage.features.method, "options": own}
+            widths = width_of(model.config), width_of(source.config)
+            featured |= {"pairs": pairs, "widths": None if widths[0] == widths[1] else widths}
+            objective = Part(FEATURED, featured)
+            teacher["blocks"] = tuple(block for _, block in pairs)
+        return objective, Part(REPLICA, teacher)
+
+
+def feature_faults(stage: Taught, model: Outlook, where: str) -> list[Fault]:
+    """What is wrong with the feature loss of ``stage``, if it has one, for a student such as ``model``."""
+    if stage.features is None:
+        return []
+    named: Choice = stage.features
+    others = tuple(option for option in named.options if option[0] != LAYERS)
+    faults = choice_faults(Choice(named.method, others), FEATURE_LOSSES, where=where)
+    if named.method not in FEATURE_LOSSES:  # what all of them have is checked all the same
+        weight = tuple(option for option in others if option[0] == WEIGHT)
+        faults += option_faults(FeatureFields, weight, where=where)
+    try:
+        teacher = _teacher(stage, model)
+    except InputError:
+        return faults  # that there is no such teacher is told by itself
+    return faults + _pair_faults(named, model, teacher, where)
+
+
+def feature_bytes(stage: Taught, model: Outlook) -> int:
+    """Of the states that both models keep for a feature loss, and of projections in training."""
+    if stage.features is None:
+        return 0
+    fields_of: Any = stage  # every stage that is taught trains
+    teacher = _teacher(stage, model)
+    pairs = len(_pairs(stage.features, model, teacher))
+    student, taught = width_of(model.config), width_of(teacher.config)
+    projected = 0 if student == taught else taught
+    states = 4 * pairs * pass_tokens(fields_of, model.config) * (student + projected + taught)
+    return states + pairs * student * projected * STATE_BYTES
+
+
+def width_of(config: Any) -> int:
+    """Of the hidden states between blocks of a model with such a configuration; 0 where it does not say."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return int(getattr(text, "hidden_size", 0) or 0)
+
+
+def _teacher(stage: Taught, model: Outlook) -> ModelSource:
+    return open_model(stage.teacher or str(model.original), trust_remote_code=model.trust_remote_code)
+
+
+def _pair_faults(
+    named: Choice, model: Outlook | ModelSource, teacher: ModelSource, where: str
+) -> list[Fault]:
+    """What is wrong with comparing blocks of ``model`` and of ``teacher`` as ``named`` says."""
+    expected = "a model of repeated blocks whose configuration has a hidden_size"
+    faults = [
+        Fault(where, f"{expected}, as {side}", type(side_of.config).__name__, "Leave features out.")
+        for side, side_of in (("student", model), ("teacher", teacher))
+        if not side_of.anatomy.blocks or not width_of(side_of.config)
+    ]
+    layers = dict(named.options).get(LAYERS, UNIFORM)
+    counts = len(model.anatomy.blocks), len(teacher.anatomy.blocks)
+    return faults or mapping_faults(layers, *counts, f"{where}.{LAYERS}")
+
+
+def _pairs(named: Choice, model: Outlook | ModelSource, teacher: ModelSource) -> Pairs:
+    layers = dict(named.options).get(LAYERS, UNIFORM)
+    return paired(layers, len(model.anatomy.blocks), len(teacher.anatomy.blocks))
+
+
+def _loss(stage: Taught) -> Part:
+    """The distillation loss, with those fields of the stage that it has."""
+    loss: Any = LOSSES[stage.loss]
+    options = {f.name: getattr(stage, f.name) for f in fields(loss) if hasattr(stage, f.name)}
+    return Part(f"{loss.__module__}:{loss.__qualname__}", options)

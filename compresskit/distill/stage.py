@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compresskit.data.spec import DataSpec
 from compresskit.errors import Fault
+from compresskit.options import choice_of
 from compresskit.training.fields import TrainingFields
 
 if TYPE_CHECKING:
@@ -20,9 +22,11 @@ class Distill(TrainingFields):
 
     Attributes:
         teacher: directory or hub id; None is the model as it was before the first stage.
-        loss: a name of ``compresskit.distill.LOSSES``.
+        loss: a name of ``compresskit.distill.LOSSES``; beside ``features`` also ``cross_entropy``.
         temperature: divides both models' logits; the loss is multiplied by its square.
         cross_entropy_weight: share of the ordinary next-token loss in the mix, in [0, 1].
+        features: what else is learnt from the teacher, block by block: a name of
+            ``compresskit.distill.FEATURE_LOSSES``, or a mapping of ``method``, ``weight`` and ``layers``.
         data: text to train on; None takes the recipe's.
     """
 
@@ -33,9 +37,12 @@ class Distill(TrainingFields):
     loss: str = "forward_kl"
     temperature: float = 1.0
     cross_entropy_weight: float = 0.0
+    features: str | Mapping[str, Any] | None = None
     data: DataSpec | None = None
 
     def __post_init__(self) -> None:
+        if self.features is not None:
+            object.__setattr__(self, "features", choice_of(self.features))
         if isinstance(self.data, str):
             object.__setattr__(self, "data", DataSpec(source=self.data))
 

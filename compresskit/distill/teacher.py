@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from compresskit.modeling import load_model
+from compresskit.modeling.forwards import keeping
+from compresskit.training.features import compared_blocks
 from compresskit.training.objective import Head, Signal, head_of
 
 
@@ -23,11 +25,13 @@ class Replica:
         directory: of the teacher's checkpoint.
         vocabulary: how many ids it shares with the student; its projection is cut to them.
         trust_remote_code: whether code in the directory may run.
+        blocks: whose output a feature loss compares, counted from 0.
     """
 
     directory: str
     vocabulary: int
     trust_remote_code: bool = False
+    blocks: Sequence[int] = ()
 
     @cached_property
     def _model(self) -> nn.Module:
@@ -35,9 +39,14 @@ class Replica:
         frozen: nn.Module = model.eval().requires_grad_(False)
         return frozen
 
+    @cached_property
+    def _blocks(self) -> tuple[nn.Module, ...]:
+        return compared_blocks(self._model, self.blocks)
+
     def load(self) -> None:
         """Read the weights now, before an engine would shard them."""
         self.head()
+        _ = self._blocks  # whose names are found by the shapes of weights
 
     def head(self) -> Head:
         """Its output projection onto the shared ids."""
@@ -47,6 +56,6 @@ class Replica:
         """Hidden states (B, T, E) for ``input_ids`` and ``position_ids``, each int64 (B, T)."""
         ids = inputs["input_ids"]
         base: Any = self._model.to(ids.device).base_model
-        with torch.no_grad():
+        with torch.no_grad(), keeping(self._blocks) as kept:
             hidden = base(input_ids=ids, position_ids=inputs["position_ids"], use_cache=False)[0]
-        return Signal(hidden, self.head())
+        return Signal(hidden, self.head(), tuple(kept[block] for block in self._blocks))

@@ -1,4 +1,4 @@
-"""Let modules compute something else for a while."""
+"""Let modules compute something else for a while, or look at what they make."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 ABSENT = object()
 
@@ -29,3 +29,22 @@ def computing(replaced: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Itera
                 del module.forward
             else:
                 module.forward = former  # type: ignore[assignment]
+
+
+@contextmanager
+def keeping(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
+    """Within, the output of each module is in the mapping once it was called: the tensor itself, no copy.
+
+    Of several outputs it is the first. What a backward pass computes once more after this ended is not kept.
+    """
+    kept: dict[nn.Module, Tensor] = {}
+
+    def keep(module: nn.Module, _: Any, output: Any) -> None:
+        kept[module] = output[0] if isinstance(output, tuple) else output
+
+    handles = [module.register_forward_hook(keep) for module in dict.fromkeys(modules)]
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()

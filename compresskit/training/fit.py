@@ -26,6 +26,7 @@ from compresskit.training.access import access_for, cast_like, local_bytes
 from compresskit.training.arguments import CHECKPOINTS, training_arguments
 from compresskit.training.engine import running_engine
 from compresskit.training.faults import eight_bit_faults, training_faults
+from compresskit.training.features import projecting, without_projections
 from compresskit.training.fields import TrainingFields
 from compresskit.training.finite import require_finite_weights
 from compresskit.training.int8 import int8_products
@@ -55,6 +56,7 @@ class TrainOutcome:
         steps: optimiser steps of the whole run.
         first_loss: of the first step, nats per supervised token.
         final_loss: mean over the last 10 steps.
+        final_parts: of what the objective named of its loss, such as ``kl`` and ``features``, the same mean.
         validation_loss: of the last evaluation; None where there was nothing to evaluate on.
         skipped_steps: that the fp16 loss scaler left out.
         engine: that ran: ``single``, ``ddp``, ``fsdp`` or ``deepspeed ZeRO-<stage>``.
@@ -78,6 +80,7 @@ class TrainOutcome:
     resumed_from: int = 0
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
+    final_parts: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +163,8 @@ class Run:
         self.scratch.mkdir(parents=True, exist_ok=True)
         start = checkpoint.latest(self.scratch / CHECKPOINTS, self.identity)
         done = checkpoint.step_of(start) if start else 0
-        with _restored_environment(), _trainable(self.model, self.fields) as dtypes:
+        extended = projecting(self.model, self.objective)
+        with _restored_environment(), extended, _trainable(self.model, self.fields) as dtypes:
             trainer = self._trainer(done)
             precision = self.fields.precision
             with redirected(self.model, self.objective, precision=precision, teacher=self.teacher):
@@ -169,7 +173,7 @@ class Run:
             tensors = trainer.access.gather(self.model, keep=keep, frozen=self.saves_frozen)
             require_finite_weights(tensors, self.steps)
             if self.save is not None:
-                self.save(cast_like(tensors, dtypes))
+                self.save(cast_like(without_projections(tensors), dtypes))
             engine = running_engine(trainer.model_wrapped, self.model)
             kept = local_bytes(trainer.access, self.model)
         log = LossLog(self.scratch / LOSSES)
@@ -187,6 +191,7 @@ class Run:
             resumed_from=done,
             seconds=log.seconds(),
             warnings=self.warnings,
+            final_parts=log.parts(LAST),
         )
 
     def _trainer(self, done: int) -> StageTrainer:

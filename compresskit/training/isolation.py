@@ -76,6 +76,8 @@ def probed_faults(
     Returns:
         The fault, or none: also where no such block can be made. The model itself is tried before it trains.
     """
+    if not anatomy.blocks:
+        return []
     block = f"{anatomy.blocks[0]}."
     size = sum(prod(shape) for name, shape in anatomy.parameter_shapes.items() if name.startswith(block))
     if size > PROBE_PARAMETERS:

@@ -5,11 +5,13 @@ The table stands here, below the families of methods, since stages of more than 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from compresskit.data.spec import DataSpec
 from compresskit.errors import Fault
+from compresskit.options import choice_of
 from compresskit.registry import Registry
 from compresskit.training.fields import TrainingFields
 
@@ -29,7 +31,7 @@ class Taught(Protocol):
 
     @property
     def loss(self) -> str:
-        """A name of ``compresskit.distill.LOSSES``; where text alone will do, ``cross_entropy`` too."""
+        """A name of ``compresskit.distill.LOSSES``, or ``cross_entropy`` where there need be no other."""
         ...
 
     @property
@@ -40,6 +42,11 @@ class Taught(Protocol):
     @property
     def cross_entropy_weight(self) -> float:
         """Share of the ordinary next-token loss in the mix, in [0, 1]."""
+        ...
+
+    @property
+    def features(self) -> Any:
+        """A ``Choice`` of ``compresskit.distill.FEATURE_LOSSES``, or None."""
         ...
 
     @property
@@ -81,6 +88,8 @@ class TaughtFields(TrainingFields):
         teacher: directory or hub id; None is the model as it was before the first stage.
         temperature: divides both models' logits; the distillation loss is multiplied by its square.
         cross_entropy_weight: share of the next-token loss beside a distillation loss, in [0, 1].
+        features: what else is learnt from a teacher, block by block: a name of
+            ``compresskit.distill.FEATURE_LOSSES``, or a mapping of ``method``, ``weight``, ``layers``.
         data: text to train on; None takes the recipe's.
     """
 
@@ -88,35 +97,54 @@ class TaughtFields(TrainingFields):
     teacher: str | None = None
     temperature: float = 1.0
     cross_entropy_weight: float = 0.0
+    features: str | Mapping[str, Any] | None = None
     data: DataSpec | None = None
 
     def __post_init__(self) -> None:
+        if self.features is not None:
+            object.__setattr__(self, "features", choice_of(self.features))
         if isinstance(self.data, str):
             object.__setattr__(self, "data", DataSpec(source=self.data))
 
 
 def lesson_faults(stage: Taught, model: Outlook, where: str) -> list[Fault]:
     """What is wrong with the loss and the teacher of a stage that may also learn from text alone."""
-    if stage.loss != TEXT_ALONE:
-        return LESSONS["teacher"].faults(stage, model, where)
+    if has_teacher(stage):
+        faults = LESSONS["teacher"].faults(stage, model, where)
+        if stage.loss == TEXT_ALONE and stage.teacher is None:
+            cure = (
+                "Name a teacher, or set loss: forward_kl, whose teacher is the model before the first stage."
+            )
+            faults.append(Fault(f"{where}.teacher", "a teacher for features", "none", cure))
+        return faults
+    return unused_faults(stage, where, "teacher", "temperature", "cross_entropy_weight")
+
+
+def has_teacher(stage: Taught) -> bool:
+    """Whether anything is learnt from a teacher."""
+    return stage.loss != TEXT_ALONE or stage.features is not None
+
+
+def unused_faults(stage: Taught, where: str, *names: str) -> list[Fault]:
+    """Which fields of these were given although the text's own loss has no use for them."""
     unused = {"teacher": None, "temperature": 1.0, "cross_entropy_weight": 0.0}
     cure = "Set loss: forward_kl to learn from a teacher, or leave this field out."
     return [
         Fault(f"{where}.{name}", "nothing beside loss: cross_entropy", str(getattr(stage, name)), cure)
-        for name, default in unused.items()
-        if getattr(stage, name) != default
+        for name in names
+        if getattr(stage, name) != unused[name]
     ]
 
 
 def lesson_bytes(stage: Taught, model: Outlook) -> int:
     """What every process holds in memory for a teacher; 0 where text alone is learnt from."""
-    return 0 if stage.loss == TEXT_ALONE else LESSONS["teacher"].held_bytes(stage, model)
+    return LESSONS["teacher"].held_bytes(stage, model) if has_teacher(stage) else 0
 
 
 def lesson_parts(stage: Taught, model: ModelSource, context: StageContext) -> tuple[Part, Part | None]:
     """What such a stage minimises, and where a teacher's signal comes from, if there is one."""
     from compresskit.training.stage import CROSS_ENTROPY
 
-    if stage.loss == TEXT_ALONE:
+    if not has_teacher(stage):
         return CROSS_ENTROPY, None
     return LESSONS["teacher"].parts(stage, model, context)

@@ -42,10 +42,17 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Signal:
-    """What a teacher says about a batch: hidden states (B, T, E) before its own head."""
+    """What a teacher says about a batch.
+
+    Attributes:
+        hidden_BTE: hidden states before its own head.
+        head: its output projection.
+        blocks_BTE: what those of its blocks make that a feature loss compares.
+    """
 
     hidden_BTE: Tensor
     head: Head
+    blocks_BTE: tuple[Tensor, ...] = ()
 
 
 class Objective(Protocol):

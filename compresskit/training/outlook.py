@@ -100,6 +100,13 @@ def live_copy_bytes(fields: TrainingFields, anatomy: Anatomy, layers: Iterable[s
     return 4 * sum(blocks.values())
 
 
+def pass_tokens(fields: TrainingFields, config: Any) -> int:
+    """Input tokens of one forward pass of one process, for a model with such a configuration."""
+    longest = min(getattr(config, "max_position_embeddings", None) or LONGEST_ROW, LONGEST_ROW)
+    setting = Setting(fields, launched_processes() or fields.processes, "cpu")
+    return setting.micro_batch_size * (fields.context_length or longest)
+
+
 def forecast_training(
     fields: TrainingFields,
     model: Outlook,
@@ -122,10 +129,7 @@ def forecast_training(
     width = getattr(config, "hidden_size", 0) or 0
     inner = getattr(config, "intermediate_size", None) or 4 * width
     vocabulary = getattr(config, "vocab_size", 0) or 0
-    tokens = setting.micro_batch_size * (
-        fields.context_length
-        or min(getattr(config, "max_position_embeddings", None) or LONGEST_ROW, LONGEST_ROW)
-    )
+    tokens = pass_tokens(fields, config)
     shards = {"fsdp": setting.processes, "deepspeed": setting.processes}.get(setting.strategy, 1)
     parameters = anatomy.num_parameters if trained is None else trained
     states = parameters * STATE_BYTES // shards

@@ -14,7 +14,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from compresskit.modeling.forwards import computing
+from compresskit.modeling.forwards import computing, keeping
+from compresskit.training.features import Featured, compared_blocks, with_feature_loss
 from compresskit.training.objective import (
     Head,
     Objective,
@@ -31,7 +32,9 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def redirected(
     model: nn.Module, objective: Objective, *, precision: str, teacher: TeacherProvider | None
 ) -> Iterator[None]:
-    """While this lasts, ``model(input_ids, position_ids, labels, teacher_hidden)`` is the objective's sums.
+    """While this lasts, ``model(input_ids, position_ids, labels, ...)`` is the objective's sums.
+
+    Of a teacher it is also given ``teacher_hidden`` and ``teacher_blocks``, as they are in a ``Signal``.
 
     Args:
         model: a causal language model, not wrapped yet.
@@ -41,9 +44,16 @@ def redirected(
     """
     head = head_module(model)
     softcap = softcap_of(model)
+    featured = objective if isinstance(objective, Featured) else None
+    # Found now: an engine may leave parameters empty, by whose number blocks are known.
+    blocks = compared_blocks(model, featured.blocks) if featured else ()
 
     def forward(
-        input_ids: Tensor, position_ids: Tensor, labels: Tensor, teacher_hidden: Tensor | None = None
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        teacher_hidden: Tensor | None = None,
+        teacher_blocks: tuple[Tensor, ...] = (),
     ) -> Mapping[str, Tensor]:
         signal = None
         if teacher_hidden is not None and teacher is not None:
@@ -59,9 +69,13 @@ def redirected(
         kind = input_ids.device.type
         with torch.autocast(kind, dtype=AUTOCAST.get(precision), enabled=precision in AUTOCAST):
             base: nn.Module = model.base_model  # type: ignore[assignment]
-            hidden = base(input_ids=input_ids, position_ids=position_ids, use_cache=False)[0]
+            with keeping(blocks) as kept:
+                hidden = base(input_ids=input_ids, position_ids=position_ids, use_cache=False)[0]
             with computing([(head, project)]):
                 sums: Mapping[str, Tensor] = head(hidden)
+            if featured is not None:
+                states = [kept[block] for block in blocks]
+                sums = with_feature_loss(featured, sums, model, states, teacher_blocks, labels)
         return sums
 
     with computing([(model, forward)]):

@@ -83,6 +83,7 @@ class StageTrainer(Trainer):
         self._setting, self._teacher, self._validation = setting, teacher, validation
         self._held, self._zeroing = held, zeroing
         self._watch, self._identity = watch, identity
+        self._parts: dict[str, Tensor] = {}
         self.access = access
         self.resources = ExitStack()
         super().__init__(
@@ -161,6 +162,8 @@ class StageTrainer(Trainer):
             layer = first_named(culprit(self.accelerator.unwrap_model(model), model, self._fed(inputs)))
             raise not_finite("loss", self.state.global_step + 1, layer)
         tokens = max(int(num_items_in_batch or supervised_tokens(inputs["labels"])), 1)
+        for part in sums.keys() - {LOSS}:
+            self._parts[part] = self._parts.get(part, 0) + sums[part].detach() / tokens
         loss = loss * (self.accelerator.num_processes / tokens)
         return (loss, sums) if return_outputs else loss
 
@@ -168,12 +171,15 @@ class StageTrainer(Trainer):
         sums: Mapping[str, Tensor] = model(**self._fed(inputs))
         return sums
 
-    def _fed(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _fed(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         """What the redirected forward takes: the batch, and what the teacher says about it."""
-        fed = {name: inputs[name] for name in ("input_ids", "position_ids", "labels")}
+        fed: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "position_ids", "labels")}
         if self._teacher is not None:
             with torch.no_grad():
-                fed["teacher_hidden"] = self._teacher.signal(fed).hidden_BTE
+                signal = self._teacher.signal(fed)
+            fed["teacher_hidden"] = signal.hidden_BTE
+            if signal.blocks_BTE:
+                fed["teacher_blocks"] = signal.blocks_BTE
         return fed
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -190,13 +196,23 @@ class StageTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Also tell the watch."""
         super().log(logs, start_time)
+        parts = self._parts_of_step() if "loss" in logs else {}
         if self._watch is not None and "loss" in logs:
             skipped = bool(self.accelerator.optimizer_step_was_skipped)
             norm = float(logs.get("grad_norm", 0.0))
             step = self.state.global_step
-            self._watch.step(step, logs["loss"], logs["learning_rate"], norm, skipped)
+            self._watch.step(step, logs["loss"], logs["learning_rate"], norm, skipped, parts)
         if self._watch is not None and "eval_loss" in logs:
             self._watch.evaluation(self.state.global_step, logs["eval_loss"])
+
+    def _parts_of_step(self) -> dict[str, float]:
+        """What the loss of the step just taken is made of, over all ranks; every rank asks."""
+        names = sorted(self._parts)
+        if not names:
+            return {}
+        totals = _summed(torch.stack([self._parts[name].double() for name in names]))
+        self._parts.clear()
+        return dict(zip(names, totals.tolist(), strict=True))
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Mean loss per supervised token over the validation rows, all ranks together."""

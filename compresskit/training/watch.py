@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from compresskit.kernels.dispatch import used
@@ -18,8 +20,8 @@ class LossLog:
     """``losses.jsonl``: one object per optimiser step, and one per evaluation.
 
     A step has step, loss (nats per supervised token), learning_rate, grad_norm, tokens (so far), seconds (so
-    far, of this start), kernels (op -> implementation) and skipped (fp16 only); an evaluation has step and
-    validation_loss.
+    far, of this start), kernels (op -> implementation), skipped (fp16 only) and parts (what the objective
+    named of its loss, each per supervised token); an evaluation has step and validation_loss.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,6 +49,12 @@ class LossLog:
     def losses(self) -> list[float]:
         """The training loss of each step."""
         return [r["loss"] for r in self.read() if "loss" in r]
+
+    def parts(self, last: int) -> dict[str, float]:
+        """Part of the loss -> mean over the ``last`` steps."""
+        records = [r["parts"] for r in self.read() if "parts" in r][-last:]
+        names = sorted({name for parts in records for name in parts})
+        return {name: sum(parts[name] for parts in records) / len(records) for name in names}
 
     def seconds(self) -> float:
         """How long the steps of the last start took."""
@@ -88,7 +96,15 @@ class Watch:
         self._done, self._tokens = done, tokens_per_step
         self._start = time.monotonic()
 
-    def step(self, step: int, loss: float, learning_rate: float, grad_norm: float, skipped: bool) -> None:
+    def step(
+        self,
+        step: int,
+        loss: float,
+        learning_rate: float,
+        grad_norm: float,
+        skipped: bool,
+        parts: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         """One optimiser step is done."""
         seconds = time.monotonic() - self._start
         record = {
@@ -100,6 +116,8 @@ class Watch:
             "seconds": round(seconds, 3),
             "kernels": used(),
         }
+        if parts:
+            record["parts"] = dict(parts)
         self.log.write(record | ({"skipped": True} if skipped else {}))
         rate = (step - self._done) * self._tokens / max(seconds, 1e-9)
         self.progress.advance(1, f"loss {loss:.4f}, {rate:,.0f} tokens/s")

@@ -1,0 +1,203 @@
+"""Feature losses against loops over tokens in float64, and which blocks they compare."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from compresskit.distill import FEATURE_LOSSES
+from compresskit.distill.features import WithFeatures
+from compresskit.distill.mapping import mapping_faults, paired
+from compresskit.training.features import Featured
+from compresskit.training.objective import CrossEntropy, Head
+
+B, T, D, E = 3, 7, 5, 8
+CROSS_ENTROPY = {"target": "compresskit.training.objective:CrossEntropy", "options": {}}
+
+
+def squarehead(mine: list[float], theirs: list[float]) -> float:
+    square = sum(t * t for t in theirs) / len(theirs)
+    return sum((s - t) ** 2 for s, t in zip(mine, theirs, strict=True)) / len(theirs) / square
+
+
+def hidden_mse(mine: list[float], theirs: list[float]) -> float:
+    return sum((s - t) ** 2 for s, t in zip(mine, theirs, strict=True)) / len(theirs)
+
+
+def hidden_cosine(mine: list[float], theirs: list[float]) -> float:
+    dot = sum(s * t for s, t in zip(mine, theirs, strict=True))
+    return 1 - dot / math.sqrt(sum(s * s for s in mine)) / math.sqrt(sum(t * t for t in theirs))
+
+
+ORACLES: dict[str, Callable[[list[float], list[float]], float]] = {
+    "squarehead": squarehead,
+    "hidden_mse": hidden_mse,
+    "hidden_cosine": hidden_cosine,
+}
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def some_labels() -> Tensor:
+    labels = torch.randint(0, 19, (B, T), generator=torch.Generator().manual_seed(1))
+    labels[0, :4] = -100
+    labels[2, 3] = -100
+    return labels
+
+
+def with_features(method: str, blocks: int = 2, **changes: Any) -> WithFeatures:
+    pairs = [(i, i) for i in range(blocks)]
+    return WithFeatures(objective=CROSS_ENTROPY, method=method, **{"pairs": pairs} | changes)
+
+
+@pytest.mark.parametrize("name", FEATURE_LOSSES)
+def test_equals_a_loop_over_tokens(name: str) -> None:
+    """Mean over blocks of sums over the tokens that predict a label; the rest does not count at all."""
+    labels = some_labels()
+    mine = [randn(B, T, E, seed=i).requires_grad_() for i in (1, 2)]
+    theirs = [randn(B, T, E, seed=i) for i in (3, 4)]
+    got = with_features(name).feature_loss(mine, theirs, labels)
+    true = 0.0
+    for s, t in zip(mine, theirs, strict=True):
+        for row in range(B):
+            for at in range(T - 1):
+                if labels[row, at + 1] != -100:
+                    true += ORACLES[name](s[row, at].tolist(), t[row, at].tolist()) / len(mine)
+    assert got.item() == pytest.approx(true, rel=1e-12)
+    for gradient in torch.autograd.grad(got, mine):
+        counted = torch.zeros(B, T, dtype=torch.bool)
+        counted[:, :-1] = labels[:, 1:] != -100
+        assert torch.equal(gradient.abs().sum(-1) > 0, counted)
+
+
+@pytest.mark.parametrize("name", FEATURE_LOSSES)
+def test_gradients_are_the_formulas(name: str) -> None:
+    labels, theirs = some_labels(), (randn(B, T, E, seed=5),)
+    loss = with_features(name, blocks=1)
+    mine = randn(B, T, E, seed=6).requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: loss.feature_loss((s,), theirs, labels), (mine,))
+
+
+@pytest.mark.parametrize("name", FEATURE_LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_contract_of_every_feature_loss(name: str, dtype: torch.dtype) -> None:
+    """A number for each token, zero for equal states, nothing changed, the same twice, strides no matter."""
+    loss = FEATURE_LOSSES[name]()
+    assert loss.weight == 1.0
+    mine, theirs = randn(B, T, E, seed=7, dtype=dtype), randn(B, T, E, seed=8, dtype=dtype)
+    before = [mine.clone(), theirs.clone()]
+    got = loss(mine, theirs)
+    assert got.shape == (B, T)
+    assert (got > 0).all()
+    assert torch.equal(got, loss(mine, theirs))
+    assert all(torch.equal(a, b) for a, b in zip(before, (mine, theirs), strict=True))
+    turned = loss(mine.transpose(0, 1).contiguous().transpose(0, 1), theirs)
+    torch.testing.assert_close(turned, got)
+    assert loss(mine, mine).abs().max() < (1e-12 if dtype == torch.float64 else 2e-2)
+    zeros = torch.zeros_like(mine)
+    assert loss(zeros, zeros).isfinite().all()
+    assert loss(mine, zeros).isfinite().all()
+
+
+def test_squarehead_is_a_share_of_the_teachers_state() -> None:
+    """So it does not change when both grow, as an MSE does; a student that says nothing has 1."""
+    loss = FEATURE_LOSSES["squarehead"]()
+    mine, theirs = randn(B, T, E, seed=1), randn(B, T, E, seed=2)
+    torch.testing.assert_close(loss(1000 * mine, 1000 * theirs), loss(mine, theirs))
+    torch.testing.assert_close(loss(0 * mine, theirs), torch.ones(B, T, dtype=torch.float64))
+
+
+def test_narrow_states_are_compared_in_float32() -> None:
+    """The square of 300 is infinite in fp16."""
+    big = torch.full((1, 3, 4), 300.0, dtype=torch.float16)
+    loss = with_features("hidden_mse", blocks=1)
+    got = loss.feature_loss((big,), (-big,), torch.zeros(1, 3, dtype=torch.int64))
+    assert got.item() == 2 * 600.0**2
+
+
+def test_a_batch_without_supervised_tokens_is_zero() -> None:
+    mine = randn(B, T, E).requires_grad_()
+    labels = torch.full((B, T), -100)
+    loss = with_features("squarehead", blocks=1).feature_loss((mine,), (randn(B, T, E, seed=1),), labels)
+    assert loss.item() == 0
+    loss.backward()
+    assert not mine.grad.any()
+
+
+def test_the_other_loss_is_left_as_it_was() -> None:
+    loss = with_features("squarehead")
+    hidden, head, labels = randn(B, T, D), Head(randn(19, D, seed=1)), some_labels()
+    assert torch.equal(
+        loss(hidden, head, labels, None)["loss"], CrossEntropy()(hidden, head, labels, None)["loss"]
+    )
+    assert isinstance(loss, Featured)
+    assert not isinstance(CrossEntropy(), Featured)
+
+
+def test_projections_are_made_for_other_widths_alone() -> None:
+    assert list(with_features("hidden_mse").projections()) == []
+    one, two = (with_features("hidden_mse", widths=[D, E]).projections() for _ in range(2))
+    assert [tuple(m.weight.shape) for m in one] == [(E, D), (E, D)]
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(one, two, strict=True))
+    assert not torch.equal(one[0].weight, one[1].weight)
+
+
+@pytest.mark.parametrize(
+    ("layers", "student", "teacher", "pairs"),
+    [
+        ("uniform", 3, 3, [(0, 0), (1, 1), (2, 2)]),
+        ("uniform", 3, 6, [(0, 1), (1, 3), (2, 5)]),
+        ("uniform", 2, 5, [(0, 2), (1, 4)]),
+        ("uniform", 4, 2, [(0, 0), (1, 0), (2, 1), (3, 1)]),
+        ("uniform", 4, 1, [(0, 0), (1, 0), (2, 0), (3, 0)]),
+        ("last_2", 3, 6, [(1, 4), (2, 5)]),
+        (((0, 1), (2, 5)), 3, 6, [(0, 1), (2, 5)]),
+    ],
+)
+def test_which_blocks_are_compared(
+    layers: Any, student: int, teacher: int, pairs: list[tuple[int, int]]
+) -> None:
+    assert mapping_faults(layers, student, teacher, "layers") == []
+    assert list(paired(layers, student, teacher)) == pairs
+
+
+@pytest.mark.parametrize("student", range(1, 9))
+@pytest.mark.parametrize("teacher", range(1, 9))
+def test_uniform_pairs_are_in_order_and_end_with_the_last(student: int, teacher: int) -> None:
+    pairs = paired("uniform", student, teacher)
+    assert [s for s, _ in pairs] == list(range(student))
+    theirs = [t for _, t in pairs]
+    assert theirs == sorted(theirs)
+    assert theirs[-1] == teacher - 1
+    assert theirs[0] >= 0
+    for i, t in pairs:  # as far through the teacher as through the student, to half a block
+        assert abs((t + 1) - (i + 1) * teacher / student) <= 0.5 or t == 0
+
+
+@pytest.mark.parametrize(
+    ("layers", "told"),
+    [
+        ("unifrom", "expected uniform, last_1 or a higher number, or pairs"),
+        ("last_k", "expected uniform, last_1"),
+        ("last_0", "expected a number from 1 to 3: the student has 3 blocks, the teacher 6, got last_0"),
+        ("last_4", "expected a number from 1 to 3"),
+        (3, "got 3"),
+        ((), r"got \(\)"),
+        (((0, "1"),), "expected uniform"),
+        (((0, True),), "expected uniform"),
+        (((0, 1, 2),), "expected uniform"),
+        (((3, 1), (-1, 2)), "expected blocks of the student from 0 to 2, got -1, 3"),
+        (((0, 6),), "expected blocks of the teacher from 0 to 5, got 6"),
+    ],
+)
+def test_what_is_no_mapping_is_told(layers: Any, told: str) -> None:
+    (fault,) = mapping_faults(layers, 3, 6, "features.layers")
+    with pytest.raises(ValueError, match=told):
+        raise ValueError(str(fault))

@@ -1,0 +1,109 @@
+"""Feature losses under one process, DDP, FSDP2 and ZeRO-1/2/3: the same losses, the same model saved."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import every_engine_features
+import pytest
+import torch
+from every_engine_features import ENGINES, RUNS, STEPS, VOCABULARY, train
+from safetensors.torch import load_file
+from tiny import tiny_llama
+from torch import Tensor
+
+from compresskit.training.launch import _free_port
+from compresskit.training.watch import LossLog
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+TOLERANCE = 2e-5
+"""Relative, of a loss at any of 10 steps: engines sum gradients in other orders, in fp32."""
+NAMES = {"ddp": "ddp", "fsdp": "fsdp"} | {f"zero{i}": f"deepspeed ZeRO-{i}" for i in (1, 2, 3)}
+CASES = [(run, engine) for run in RUNS for engine in ENGINES]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("features")
+    settings: dict[str, Any] = {"vocab_size": VOCABULARY, "initializer_range": 0.2, "bos_token_id": 1}
+    settings |= {"eos_token_id": 2}
+    tiny_llama(out / "teacher", seed=1, num_hidden_layers=4, **settings)
+    tiny_llama(out / "wide", **settings)
+    tiny_llama(out / "narrow", hidden_size=16, intermediate_size=32, **settings)
+    return out
+
+
+@pytest.fixture(scope="module")
+def single(place: Path) -> dict[str, Any]:
+    """One process, the whole batch at once."""
+    found: dict[str, Any] = {}
+    for run in RUNS:
+        saved: dict[str, Tensor] = {}
+        found[run] = (*train(place, run, place / f"{run}-one-s", saved, micro_batch_size=8), saved)
+    return found
+
+
+@pytest.fixture(scope="module")
+def launched(place: Path) -> Path:
+    """Two ranks, two rows at a time: each step is 2 ranks x 2 passes x 2 rows."""
+    pytest.importorskip("deepspeed")
+    port, ranks = str(_free_port()), []
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+    for rank in range(2):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(paths),
+        }
+        with (place / f"rank{rank}.log").open("wb") as log:
+            command = [sys.executable, str(every_engine_features.__file__), str(place)]
+            ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+    try:
+        codes = [rank.wait(timeout=500) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert codes == [0, 0], (place / "rank0.log").read_text()[-3000:]
+    return place
+
+
+def parts(scratch: Path, name: str) -> list[float]:
+    return [record["parts"][name] for record in LossLog(scratch / "losses.jsonl").read() if "parts" in record]
+
+
+@pytest.mark.parametrize(("run", "engine"), CASES)
+def test_losses_agree_step_by_step(run: str, engine: str, launched: Path, single: dict[str, Any]) -> None:
+    mine, true = (launched / f"{run}-{name}-s" for name in (engine, "one"))
+    found, expected = (LossLog(scratch / "losses.jsonl").losses() for scratch in (mine, true))
+    assert len(found) == len(expected) == STEPS
+    assert found == pytest.approx(expected, rel=TOLERANCE)
+    for name in ("kl", "features"):
+        assert parts(mine, name) == pytest.approx(parts(true, name), rel=TOLERANCE)
+    assert parts(true, "features")[-1] < 0.97 * parts(true, "features")[0], "nothing was learnt"
+    outcome = json.loads((launched / f"{run}-{engine}.json").read_text())
+    assert (outcome["engine"], outcome["processes"]) == (NAMES[engine.removesuffix("-again")], 2)
+    assert outcome["validation_loss"] == pytest.approx(single[run][0].validation_loss, rel=TOLERANCE)
+    assert outcome["final_parts"] == pytest.approx(dict(single[run][0].final_parts), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(("run", "engine"), CASES)
+def test_the_model_alone_is_saved_and_its_zeros_are_held(
+    run: str, engine: str, launched: Path, single: dict[str, Any]
+) -> None:
+    saved = load_file(launched / f"{run}-{engine}.safetensors")
+    _, held, true = single[run]
+    assert saved.keys() == true.keys()
+    assert not any("projection" in name for name in saved)
+    for name, tensor in true.items():
+        torch.testing.assert_close(saved[name], tensor, rtol=1e-3, atol=2e-4, msg=name)
+    for layer in held:
+        assert not saved[f"{layer}.weight"][:, ::2].any()
