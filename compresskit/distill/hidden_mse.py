@@ -1,7 +1,7 @@
 """Hidden-state MSE: a block's output is pulled to the teacher's, in the teacher's own scale.
 
-That scale may be hundreds of times that of a loss in nats, so ``weight`` wants to be chosen; the largest states
-count most. ``squarehead`` has no scale.
+That scale may be hundreds of times that of a loss in nats, so ``weight`` wants to be chosen; the largest
+states count most. ``squarehead`` has no scale.
 
 Paper: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, https://arxiv.org/abs/1412.6550; with a
 linear map where widths differ as in Jiao et al., "TinyBERT: Distilling BERT for Natural Language
