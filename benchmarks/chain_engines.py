@@ -1,4 +1,4 @@
-"""One chain of four stages under one process, FSDP2 and ZeRO-3: what each stage costs, and which zeros are left.
+"""One chain of four stages under one process, FSDP2 and ZeRO-3: what stages cost, and which zeros are left.
 
     python -m benchmarks.run chain_engines --model DIR --train FILE --evaluate FILE
 
