@@ -169,7 +169,7 @@ def test_layers_the_pattern_does_not_fit_may_be_padded(
     assert stage.forecast(outlook(source)).notes[-2] == result.warnings[0]
 
 
-@pytest.mark.parametrize("method", ["set", "rigl", "srste", "movement"])
+@pytest.mark.parametrize("method", ["set", "rigl", "srste", "movement", "maskllm"])
 def test_who_does_not_make_blocks_says_so(method: str, source: ModelSource) -> None:
     (fault,) = SparseTrain(method=method, pattern="50%:8x8", steps=4).faults(outlook(source), "s")
     assert fault.where == "s.pattern"

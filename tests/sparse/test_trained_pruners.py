@@ -75,6 +75,7 @@ def test_who_makes_blocks() -> None:
         "rigl": "a share of layers, such as 80%:layer",
         "srste": "N:M, such as 2:4",
         "movement": "a pattern of single weights, such as 80%:layer",
+        "maskllm": "N:M, such as 2:4",
     }
 
 
