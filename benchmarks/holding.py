@@ -21,8 +21,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.run import append_record
-from compresskit.measure.fresh import default_threads
 from compresskit.sparse.train_run import Scheduled
+from compresskit.timing import default_threads
 from compresskit.training.access import Whole
 from compresskit.training.hold import hold_zeros
 from compresskit.training.zeroing import change_zeros

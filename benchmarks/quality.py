@@ -29,8 +29,8 @@ from benchmarks.peers.call import (
     save_ids,
 )
 from benchmarks.run import RESULTS, append_record
-from compresskit.measure.fresh import default_threads
 from compresskit.quant.scheme import Scheme, parse
+from compresskit.timing import default_threads
 
 CELLS = {
     "w8a8": ("rtn", "gptq", "awq", "hqq", "smoothquant"),

@@ -20,9 +20,9 @@ from typing import Any
 
 from compresskit.artifact import write_json
 from compresskit.errors import Fault, InputError
-from compresskit.measure.fresh import default_threads
 from compresskit.measure.record import Record, read_records, record_from
 from compresskit.registry import nearest
+from compresskit.timing import default_threads
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

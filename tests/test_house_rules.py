@@ -27,7 +27,7 @@ ROOT = Path(compresskit.__file__).parent
 FAMILIES = {"quant", "sparse", "distill"}
 ORDER = (
     {"errors"},
-    {"registry", "progress", "yaml12"},
+    {"registry", "progress", "yaml12", "timing"},
     {"fields", "kernels"},
     {"options"},
     {"data", "targets", "formats"},

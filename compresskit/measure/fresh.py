@@ -20,13 +20,6 @@ Json = Any
 TAIL_CHARACTERS = 2000
 
 
-def default_threads() -> int:
-    """``OMP_NUM_THREADS`` where it is set, else the number of cores this process may use."""
-    if (chosen := os.environ.get("OMP_NUM_THREADS", "")).isdigit() and int(chosen) > 0:
-        return int(chosen)
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
 def run_probe(probe: str, job: Mapping[str, Json], *, threads: int) -> dict[str, Json]:
     """Run one probe of :mod:`compresskit.measure.probe` in a new interpreter.
 

@@ -7,7 +7,6 @@ and the answer goes to the file that the job names.
 from __future__ import annotations
 
 import gc
-import inspect
 import json
 import resource
 import sys
@@ -18,54 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from compresskit.errors import CompressKitError
+from compresskit.timing import Runner, sample
 
 Json = Any
-
-
-class Runner:
-    """A loaded model and a fixed prompt; one call of :meth:`once` is one prefill and its decode steps.
-
-    Args:
-        model: in evaluation mode, on its device.
-        causal: whether to decode at all.
-        prompt_tokens: length of the prompt, one row.
-        decode_tokens: tokens decoded one by one after it, with the key-value cache.
-        seed: of the prompt's random token ids.
-    """
-
-    def __init__(
-        self, model: Any, *, causal: bool, prompt_tokens: int, decode_tokens: int, seed: int
-    ) -> None:
-        import torch
-
-        self.torch, self.model, self.causal = torch, model, causal
-        vocabulary = model.config.get_text_config().vocab_size
-        ids = torch.randint(
-            vocabulary, (1, prompt_tokens + decode_tokens), generator=torch.Generator().manual_seed(seed)
-        )
-        self.prompt_BT = ids[:, :prompt_tokens].to(model.device)
-        self.steps = [ids[:, i : i + 1].to(model.device) for i in range(prompt_tokens, ids.shape[1])]
-        # What generate() does: only the last position of the prompt goes through the head.
-        accepts = inspect.signature(model.forward).parameters
-        self.prefill_options: dict[str, Json] = {"use_cache": True} if causal else {}
-        if causal and "logits_to_keep" in accepts:
-            self.prefill_options["logits_to_keep"] = 1
-
-    def once(self) -> tuple[float, float]:
-        """Milliseconds of the prefill and of one decoded token (mean of all steps; 0 without decoding)."""
-        with self.torch.inference_mode():
-            begin = self._now()
-            out = self.model(input_ids=self.prompt_BT, **self.prefill_options)
-            middle = self._now()
-            for step_B1 in self.steps if self.causal else ():
-                out = self.model(input_ids=step_B1, past_key_values=out.past_key_values, use_cache=True)
-            end = self._now()
-        return (middle - begin) * 1e3, (end - middle) * 1e3 / max(len(self.steps), 1)
-
-    def _now(self) -> float:
-        if self.model.device.type == "cuda":
-            self.torch.cuda.synchronize()
-        return time.perf_counter()
 
 
 def probe_latency(job: Json) -> Json:
@@ -78,11 +32,7 @@ def probe_latency(job: Json) -> Json:
     model = load_model(directory, device=job["device"], trust_remote_code=trust)
     load_ms = (time.perf_counter() - begin) * 1e3
     runner = _runner(model, job)
-    for _ in range(job["warmup"]):
-        runner.once()
-    gc.collect()
-    gc.disable()
-    samples = [runner.once() for _ in range(job["repetitions"])]
+    (samples,) = sample([runner], warmup=job["warmup"], repetitions=job["repetitions"])
     return {
         "load_ms": load_ms,
         "prefill_ms": [s[0] for s in samples],

@@ -11,15 +11,20 @@ from typing import Any
 from compresskit.data.dialogue import Content
 from compresskit.data.spec import DataSpec
 from compresskit.errors import Fault, InputError
-from compresskit.measure.fresh import default_threads, run_probe
+from compresskit.measure.fresh import run_probe
 from compresskit.measure.record import Record, spread
 from compresskit.progress import Progress
 from compresskit.registry import nearest
+from compresskit.timing import (
+    REPETITIONS,
+    WARMUP,
+    default_threads,
+    is_crowded,
+    load_average,
+    request_tokens,
+)
 
 Json = Any
-
-PROMPT_TOKENS = 128
-DECODE_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +78,8 @@ def measure(
     max_documents: int | None = None,
     prompt_tokens: int | None = None,
     decode_tokens: int | None = None,
-    repetitions: int = 10,
-    warmup: int = 3,
+    repetitions: int = REPETITIONS,
+    warmup: int = WARMUP,
     threads: int | None = None,
     device: str = "auto",
     seed: int = 0,
@@ -232,7 +237,7 @@ def _documents(data: DataSpec | Iterable[str]) -> tuple[Iterable[Content], str]:
 
 
 def _measure_latency(subject: Subject) -> Record:
-    load_before = _load_average()
+    load_before = load_average()
     answer = run_probe("latency", _job(subject), threads=subject.threads)
     quartiles = {"prefill_ms": spread(answer["prefill_ms"])}
     if answer["decode_ms"]:
@@ -240,11 +245,11 @@ def _measure_latency(subject: Subject) -> Record:
     notes = []
     if not answer["decode_ms"]:
         notes.append("This model does not predict the next token: only a forward pass was timed.")
-    load = max(load_before, _load_average())
-    if load > (cores := os.cpu_count() or 1) + 0.5 and subject.device == "cpu":
+    load = max(load_before, load_average())
+    if is_crowded(load) and subject.device == "cpu":
         notes.append(
-            f"The machine had more work than its {cores} cores: times are too long, and differences between "
-            "models may be chance."
+            f"The machine had more work than its {os.cpu_count()} cores: times are too long, and differences "
+            "between models may be chance."
         )
     return subject.record(
         "latency",
@@ -320,18 +325,7 @@ def _lengths(
 
     auto_class(directory)  # says in full what is wrong with a directory that holds no model
     limit = max_positions(AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code))
-    decode = min(DECODE_TOKENS, max(limit // 4, 1)) if decode is None else decode
-    prompt = min(PROMPT_TOKENS, max(limit - decode, 1)) if prompt is None else prompt
-    if prompt < 1 or decode < 1 or prompt + decode > limit:
-        raise InputError(
-            Fault(
-                "prompt_tokens and decode_tokens",
-                f"at least 1 each and at most {limit} together, the model's positions",
-                f"{prompt} and {decode}",
-                "Choose shorter ones.",
-            )
-        )
-    return prompt, decode
+    return request_tokens(limit, prompt, decode)
 
 
 def _at_least_one(value: int, name: str) -> int:
@@ -353,7 +347,3 @@ def device_name(device: str) -> str:
     import torch
 
     return torch.cuda.get_device_name(device)
-
-
-def _load_average() -> float:
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0

@@ -19,11 +19,11 @@ from compresskit.errors import InputError, ModelError, WorkerError
 from compresskit.measure import compare_latency, measure
 from compresskit.measure.fresh import run_probe
 from compresskit.measure.load import auto_class
-from compresskit.measure.probe import Runner
 from compresskit.measure.record import Record, record_from
 from compresskit.measure.size import file_bytes
 from compresskit.quant.stage import Quantize
 from compresskit.recipe import Recipe
+from compresskit.timing import Runner
 
 
 def by_kind(records: list[Record]) -> dict[str, Record]:
