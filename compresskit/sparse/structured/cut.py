@@ -29,13 +29,14 @@ from compresskit.calibration.oneshot import (
 )
 from compresskit.errors import Fault, InputError, PatternError
 from compresskit.formats.checkpoint import write_shards
-from compresskit.modeling import copy_sidecars
+from compresskit.modeling import context_length, copy_sidecars, resolve_device
 from compresskit.options import Within
 from compresskit.registry import nearest
 from compresskit.sparse.structured import IMPORTANCES
 from compresskit.sparse.structured.base import Subject
 from compresskit.sparse.structured.compensation import compensate
 from compresskit.sparse.structured.dimensions import WIDTHS
+from compresskit.sparse.structured.latency import stopwatch_for
 from compresskit.sparse.structured.outline import TRIMS, Outline
 from compresskit.sparse.structured.position import moved, moved_note
 from compresskit.sparse.structured.surgery import (
@@ -47,6 +48,7 @@ from compresskit.sparse.structured.surgery import (
     write_config,
 )
 from compresskit.stage import Forecast, LayerRecord, Outlook, StageResult
+from compresskit.timing import request_tokens
 
 if TYPE_CHECKING:
     from compresskit.modeling.source import ModelSource
@@ -62,7 +64,12 @@ class Cut:
     """Structured pruning; a short training stage afterwards wins most of the quality back.
 
     A width is a fraction to keep, rounded to the nearest legal number, or a whole number that has to be
-    legal; None keeps all, or leaves it to ``parameters``.
+    legal; None keeps all, or leaves it to ``parameters`` or ``milliseconds``.
+
+    A time is that of one request as ``compresskit.measure`` times it, batch 1, on this machine: a prompt, and
+    tokens after it where the model predicts the next one, with as many threads as OMP_NUM_THREADS says or
+    there are cores, in the dtype that is stored. Models of candidate shapes are timed with random weights
+    while the stage is planned; times are kept, so that the run cuts what was planned.
 
     Attributes:
         layers: blocks to keep.
@@ -71,11 +78,16 @@ class Cut:
             query heads. The size of a head stays.
         hidden: channels of the residual stream to keep.
         parameters: fraction of all parameters to keep; what ``trim`` names and is not given is chosen so.
-        trim: what ``parameters`` may choose: ``width``, ``depth`` or ``both``.
+        milliseconds: of a request at most; what ``trim`` names and is not given is chosen so that most
+            parameters stay.
+        trim: what ``parameters`` or ``milliseconds`` may choose: ``width``, ``depth`` or ``both``.
         importance: what stays: a name of ``compresskit.sparse.structured.IMPORTANCES``.
         compensate: add what neurons and heads that go gave on average to the bias of the layer that read
             them; reads calibration rows.
         multiple: widths are multiples of it: 8 suits CPUs, 64 or 128 GPUs.
+        timed: tell what a request will take, whatever the cut is chosen by.
+        prompt_tokens: of a request that is timed; None is 128, or what fits.
+        decode_tokens: of a request that is timed, one by one after the prompt; None is 32, or what fits.
     """
 
     layers: int | None = None
@@ -83,10 +95,14 @@ class Cut:
     heads: int | float | None = None
     hidden: int | float | None = None
     parameters: float | None = None
+    milliseconds: Annotated[float | None, Within(0, above=True)] = None
     trim: str = "width"
     importance: str = "magnitude"
     compensate: bool = False
     multiple: Annotated[int, Within(1)] = 8
+    timed: bool = False
+    prompt_tokens: Annotated[int | None, Within(1)] = None
+    decode_tokens: Annotated[int | None, Within(1)] = None
 
     @property
     def reads_data(self) -> bool:
@@ -102,7 +118,7 @@ class Cut:
         try:
             self._plan(model)
         except InputError as error:
-            named = ("layers", "parameters", "compensate", "importance", *WIDTHS)
+            named = ("layers", "parameters", "milliseconds", "compensate", "importance", *WIDTHS)
             faults = [
                 Fault(f"{where}.{f.where}" if f.where in named else f.where, f.expected, f.got, f.cure)
                 for f in error.faults
@@ -169,7 +185,8 @@ class Cut:
                 Fault("cut", "a model without zeros or grids to keep", got, "Put the cut first.")
             )
         patient = Patient(model.config, model.anatomy, model.directory, model.trust_remote_code)
-        surgery = Outline(self, patient).surgery()
+        device = resolve_device(context.device).type
+        surgery = self._surgery(patient, model.bytes / model.anatomy.num_parameters, device)
         subject, warnings = self._subject(model, surgery, context, calibrated)
         scores = IMPORTANCES[self.importance]().measure(subject)
         kept, tokens = choose(surgery, scores, len(model.anatomy.blocks)), scores.num_tokens
@@ -187,6 +204,7 @@ class Cut:
         copy_sidecars(model.directory, context.out)
         warnings = (*warnings, *moved_note(moved(surgery.patient, kept.blocks)))
         whole = surgery.dimensions.widths if surgery.dimensions else {}
+        times = {"forecast": surgery.latency, "forecast_before": surgery.latency_before}
         return StageResult(
             layers=tuple(records),
             metrics={
@@ -196,13 +214,26 @@ class Cut:
                 "parameters_before": model.anatomy.num_parameters,
                 "parameters_kept": left.num_parameters,
                 "calibration_tokens": tokens,
+                **{name: latency.to_json() for name, latency in times.items() if latency is not None},
             },
             warnings=warnings,
         )
 
     def _plan(self, model: Outlook) -> Surgery:
         patient = Patient(model.config, model.anatomy, model.original, model.trust_remote_code)
-        return Outline(self, patient).surgery()
+        return self._surgery(patient, model.weight_bytes, model.device)
+
+    def _surgery(self, patient: Patient, weight_bytes: float, device: str) -> Surgery:
+        """What is left; with its time and a note on that where this is asked for."""
+        if self.milliseconds is None and not self.timed:
+            return Outline(self, patient).surgery()
+        lengths = request_tokens(context_length(patient.config), self.prompt_tokens, self.decode_tokens)
+        stopwatch = stopwatch_for(patient.config, weight_bytes, device, *lengths)
+        surgery = Outline(self, patient, stopwatch).surgery()
+        assert surgery.latency is not None
+        assert surgery.latency_before is not None
+        notes = stopwatch.notes(surgery.latency, surgery.latency_before)
+        return replace(surgery, notes=(*surgery.notes, *notes))
 
     def _subject(
         self, model: ModelSource, surgery: Surgery, context: StageContext, calibrated: Calibrated
@@ -223,9 +254,9 @@ class Cut:
     def _field_faults(self, model: Outlook, where: str) -> list[Fault]:
         """What is wrong with single fields."""
         faults, blocks = [], len(model.anatomy.blocks)
-        asked = [self.layers, self.ffn, self.heads, self.hidden, self.parameters]
+        asked = [self.layers, self.ffn, self.heads, self.hidden, self.parameters, self.milliseconds]
         if all(value is None for value in asked):
-            expected = "layers, ffn, heads, hidden or parameters"
+            expected = "layers, ffn, heads, hidden, parameters or milliseconds"
             cure = "Say how many layers to keep, or parameters: 0.5."
             faults.append(Fault(where, expected, "none of them", cure))
         if self.layers is not None and blocks < 2:
@@ -242,7 +273,29 @@ class Cut:
         if self.trim not in TRIMS:
             cure = f"Did you mean: {nearest(self.trim, TRIMS)}?"
             faults.append(Fault(f"{where}.trim", ", ".join(TRIMS), repr(self.trim), cure))
-        return faults + self._importance_faults(model, where)
+        return faults + self._time_faults(model, where) + self._importance_faults(model, where)
+
+    def _time_faults(self, model: Outlook, where: str) -> list[Fault]:
+        """What is wrong with a time to keep to, and with the request that takes it."""
+        if self.parameters is not None and self.milliseconds is not None:
+            got, cure = "both", "Leave one of them out."
+            return [Fault(f"{where}.milliseconds", "parameters or milliseconds", got, cure)]
+        lengths = {"prompt_tokens": self.prompt_tokens, "decode_tokens": self.decode_tokens}
+        if self.milliseconds is None and not self.timed:
+            cure = "Leave it out, or set timed: true."
+            expected = "nothing where no request is timed"
+            return [
+                Fault(f"{where}.{n}", expected, str(v), cure) for n, v in lengths.items() if v is not None
+            ]
+        try:
+            request_tokens(context_length(model.config), self.prompt_tokens, self.decode_tokens)
+        except InputError as error:
+            return [
+                Fault(f"{where}: {f.where}", f.expected, f.got, f.cure)
+                for f in error.faults
+                if isinstance(f, Fault)
+            ]
+        return []
 
     def _importance_faults(self, model: Outlook, where: str) -> list[Fault]:
         if self.importance not in IMPORTANCES:

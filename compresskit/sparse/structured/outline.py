@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ from compresskit.errors import Fault, PatternError
 from compresskit.sparse.structured import IMPORTANCES
 from compresskit.sparse.structured.compensation import cut_kinds, with_biases
 from compresskit.sparse.structured.coupling import kinds_of_block
+from compresskit.sparse.structured.deadline import largest_within
 from compresskit.sparse.structured.dimensions import (
     FFN,
     HEADS,
@@ -30,10 +31,11 @@ from compresskit.sparse.structured.shapes import (
     find_shape,
     legal_units,
 )
-from compresskit.sparse.structured.surgery import Patient, Surgery, operate, spaced
+from compresskit.sparse.structured.surgery import Patient, Surgery, operate, require_fit, spaced
 
 if TYPE_CHECKING:
     from compresskit.sparse.structured.cut import Cut
+    from compresskit.sparse.structured.latency import Latency
 
 TRIMS = ("width", "depth", "both")
 
@@ -44,12 +46,16 @@ class Outline:
     Args:
         cut: its fields have no faults by themselves.
         patient: the model.
+        latency: the time of a request to a model, where ``cut`` asks for it.
     """
 
-    def __init__(self, cut: Cut, patient: Patient) -> None:
-        self.cut, self.patient = cut, patient
+    def __init__(
+        self, cut: Cut, patient: Patient, latency: Callable[[Patient], Latency] | None = None
+    ) -> None:
+        self.cut, self.patient, self.latency = cut, patient, latency
         self.given = {kind: value for kind in WIDTHS if (value := getattr(cut, kind)) is not None}
-        chooses = cut.parameters is not None
+        self.target = "parameters" if cut.milliseconds is None else "milliseconds"
+        chooses = getattr(cut, self.target) is not None
         self.free = [k for k in WIDTHS if chooses and cut.trim != "depth" and k not in self.given]
         self.depth_is_free = chooses and cut.trim != "width" and cut.layers is None
         self.total = len(patient.anatomy.blocks)
@@ -77,15 +83,31 @@ class Outline:
         if self.cut.parameters is not None:
             self._require_near(surgery.anatomy.num_parameters, self.cut.parameters)
         added = self.patient.anatomy.parameter_shapes.keys() - whole.anatomy.parameter_shapes.keys()
-        return replace(surgery, switched=switched, added=frozenset(added))
+        surgery = replace(surgery, switched=switched, added=frozenset(added))
+        if self.latency is not None:
+            left = replace(whole, config=surgery.config, anatomy=surgery.anatomy)
+            surgery = replace(surgery, latency=self.latency(left), latency_before=self.latency(whole))
+        return surgery
 
     def _shape(self, dimensions: Dimensions | None, within: Shape | None = None) -> Shape:
         """The shape that is left; where widths are chosen, those are cut that ``within`` cuts."""
         units = self._given_units(dimensions) if dimensions else {}
         shape = Shape(self.total if self.cut.layers is None else self.cut.layers, units)
-        if self.cut.parameters is None:
+        if self.cut.parameters is not None:
+            return self._chooser(dimensions, shape, within)(self.cut.parameters)
+        if self.cut.milliseconds is None:
             return shape
-        return self._chosen(dimensions, shape, self.cut.parameters, within)
+        assert self.latency is not None
+        latency, patient = self.latency, self.patient
+
+        def milliseconds(shape: Shape) -> float:
+            keep = spaced(self.total, shape.blocks)
+            config, anatomy = require_fit(patient, dimensions, keep, shape.units)
+            return latency(replace(patient, config=config, anatomy=anatomy)).request_ms
+
+        choose = self._chooser(dimensions, shape, within)
+        whole_ms = latency(patient).request_ms
+        return largest_within(self.cut.milliseconds, choose, milliseconds, whole_ms)
 
     def _give_biases(self, dimensions: Dimensions | None, shape: Shape) -> Changes:
         """Let ``patient`` have the biases that compensation needs for what ``shape`` cuts."""
@@ -146,10 +168,10 @@ class Outline:
                 raise PatternError(Fault(HEADS, expected, str(units[HEADS]), cure))
         return units
 
-    def _chosen(
-        self, dimensions: Dimensions | None, given: Shape, parameters: float, within: Shape | None
-    ) -> Shape:
-        """The shape that leaves a fraction ``parameters`` of all parameters."""
+    def _chooser(
+        self, dimensions: Dimensions | None, given: Shape, within: Shape | None
+    ) -> Callable[[float], Shape]:
+        """What gives the shape that leaves a fraction of all parameters."""
         widths = dimensions.widths if dimensions else {}
         units: dict[str, Sequence[int]] = {}
         for kind, width in widths.items():
@@ -162,23 +184,25 @@ class Outline:
         blocks = range(1, self.total + 1) if self.depth_is_free else [given.blocks]
         free = frozenset({*self.free, *(["layers"] if self.depth_is_free else [])})
         if not free & {"layers", *widths}:
-            cure = "Leave out what parameters is to choose, or trim both."
-            raise PatternError(Fault("parameters", "something left to choose", "every number given", cure))
+            cure = f"Leave out what {self.target} is to choose, or trim both."
+            raise PatternError(Fault(self.target, "something left to choose", "every number given", cure))
         follow = dimensions is not None and dimensions.heads_follow
         count = Count(self.patient.anatomy, dimensions)
-        target = parameters * self.parameters
         choices = Choices(blocks=blocks, units=units, free=free)
 
         def accepts(shape: Shape) -> bool:
             return dimensions is None or self._accepts(dimensions, shape.units)
 
-        found = find_shape(count, choices, target, accepts, heads_follow=follow)
-        if found is None:
-            cure = "Leave one of them to parameters."
-            got = f"{', '.join(self.given)} that go with no other width"
-            raise PatternError(Fault("parameters", "widths that the architecture allows", got, cure))
-        cut = {kind: n for kind, n in found.units.items() if n < widths[kind].units}
-        return Shape(found.blocks, cut)
+        def choose(fraction: float) -> Shape:
+            found = find_shape(count, choices, fraction * self.parameters, accepts, heads_follow=follow)
+            if found is None:
+                cure = f"Leave one of them to {self.target}."
+                got = f"{', '.join(self.given)} that go with no other width"
+                raise PatternError(Fault(self.target, "widths that the architecture allows", got, cure))
+            cut = {kind: n for kind, n in found.units.items() if n < widths[kind].units}
+            return Shape(found.blocks, cut)
+
+        return choose
 
     def _require_alike(self, shape: Shape) -> None:
         """What is planned is what is left, whichever blocks the data will choose."""
@@ -210,12 +234,14 @@ class Outline:
         return notes
 
     def _uncut(self, dimensions: Dimensions, shape: Shape) -> dict[str, str]:
-        """Widths that ``parameters`` was to choose and leaves as they are, and why."""
+        """Widths that were to be chosen and are left as they are, and why."""
         found = dict(dimensions.missing)
         for kind in self.free:
             if kind in dimensions.widths and kind not in shape.units:
                 width, legal = dimensions.widths[kind], self._legal(dimensions, kind)
                 found[kind] = "no shape with fewer is nearer to the number of parameters"
+                if self.cut.milliseconds is not None:
+                    found[kind] = "what else goes is enough"
                 if not legal:
                     found[kind] = f"no fewer than {width.units} make a multiple of {self.cut.multiple}"
                 if width.units == 1:

@@ -26,6 +26,7 @@ from compresskit.stage import LayerRecord
 
 if TYPE_CHECKING:
     from compresskit.modeling.source import ModelSource
+    from compresskit.sparse.structured.latency import Latency
 
 CONFIG = "config.json"
 
@@ -74,6 +75,8 @@ class Surgery:
         notes: sentences for the user.
         switched: what else was changed in the configuration.
         added: biases of the whole model that its checkpoint does not have; they are zero.
+        latency: of a request to the smaller model, where the cut asks for it.
+        latency_before: of one to the model that is cut, likewise.
     """
 
     patient: Patient
@@ -85,6 +88,8 @@ class Surgery:
     notes: tuple[str, ...] = ()
     switched: Changes = field(default_factory=dict)
     added: frozenset[str] = frozenset()
+    latency: Latency | None = None
+    latency_before: Latency | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
