@@ -251,12 +251,15 @@ def at_depth(total: int, depths: Sequence[int], times_ms: Sequence[float]) -> fl
 
 
 def random_model(config: Any, patient: Patient, dtype: torch.dtype, device: str) -> nn.Module:
-    """A model of ``config`` with random weights, in evaluation mode on ``device``."""
+    """A model of ``config`` with random weights, in evaluation mode on ``device``.
+
+    As in a loaded model, weights may need gradients: torch multiplies otherwise where they do not.
+    """
     cls: Any = model_class(config, patient.directory, trust_remote_code=patient.trust_remote_code)
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(SEED)
         model: nn.Module = cls._from_config(deepcopy(config), dtype=dtype)
-    return model.eval().requires_grad_(False)
+    return model.eval()
 
 
 @contextmanager

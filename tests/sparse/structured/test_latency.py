@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compresskit.errors import OutputError, PatternError
-from compresskit.modeling import ModelSource, open_model
+from compresskit.modeling import ModelSource, load_model, open_model
 from compresskit.sparse.stage import Prune
 from compresskit.sparse.structured import latency
 from compresskit.sparse.structured.cut import Cut
 from compresskit.sparse.structured.deadline import RUNGS, largest_within
-from compresskit.sparse.structured.latency import Latency, Stopwatch, at_depth, stopwatch_for, timed_depths
+from compresskit.sparse.structured.latency import (
+    Latency,
+    Stopwatch,
+    at_depth,
+    random_model,
+    stopwatch_for,
+    timed_depths,
+)
 from compresskit.sparse.structured.outline import Outline
 from compresskit.sparse.structured.shapes import Shape
 from compresskit.sparse.structured.surgery import Patient, Surgery
@@ -237,6 +244,21 @@ def test_models_that_do_not_decode(tmp_path: Path, kept_times: Path) -> None:
     told = result.metrics["forecast"]
     assert (told["decode_ms"], told["decode_tokens"]) == (0.0, 0)
     assert told["request_ms"] == told["prefill_ms"] > 0
+
+
+def test_a_random_model_is_as_a_loaded_one_but_for_its_weights(tmp_path: Path) -> None:
+    model = build("LlamaForCausalLM", tmp_path)
+    patient = Patient(model.config, model.anatomy, model.directory)
+    made, plain = random_model(model.config, patient, torch.float32, "cpu"), load_model(model)
+
+    def facts(tensors: Iterator[tuple[str, torch.Tensor]]) -> list[Any]:
+        return [(name, one.shape, one.dtype, one.requires_grad) for name, one in tensors]
+
+    assert facts(made.named_parameters()) == facts(plain.named_parameters())
+    assert facts(made.named_buffers()) == facts(plain.named_buffers())
+    attention = "_attn_implementation"
+    assert getattr(made.config, attention) == getattr(plain.config, attention)
+    assert not made.training
 
 
 def test_the_dtype_is_the_stored_one(tmp_path: Path) -> None:
