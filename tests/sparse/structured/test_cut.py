@@ -246,7 +246,7 @@ def test_faults(tmp_path: Path) -> None:
 
     assert said(layers=2, ffn=0.5) == ""
     assert said() == (
-        "stages[0]: expected layers, ffn, heads, hidden or parameters, got none of them. "
+        "stages[0]: expected layers, ffn, heads, hidden, parameters or milliseconds, got none of them. "
         "Say how many layers to keep, or parameters: 0.5."
     )
     assert said(layers=4, ffn=1.5) == (
