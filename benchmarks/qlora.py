@@ -34,10 +34,11 @@ def child(job: dict[str, Any]) -> None:
     """One run; prints what it came to as JSON on its last line."""
     import compresskit as ck
     from compresskit import api
-    from compresskit.quant.adapters import attach, frozen
+    from compresskit.quant.adapters import frozen
+    from compresskit.training.lowrank.attach import peft_at_work
 
     frozen.bitsandbytes()
-    with attach.peft_at_work():
+    with peft_at_work():
         import peft  # noqa: F401
     before = psutil.Process().memory_info().rss
     kinds: dict[str, Any] = {"qlora": ck.Qlora, "finetune": ck.Finetune, "prune": ck.Prune}

@@ -1,4 +1,7 @@
-"""A trained model's tensors as the next checkpoint directory."""
+"""A trained model's tensors as the next checkpoint directory.
+
+Shapes: O = out_features, I = in_features.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,12 @@ SHARD_BYTES = 5_000_000_000
 
 
 class Changed(Mapping[str, Tensor]):
-    """The tensors of a checkpoint, some of them made anew whenever they are asked for."""
+    """The tensors of a checkpoint, some of them made anew whenever they are asked for.
+
+    Args:
+        source: the checkpoint.
+        make: what makes those that are other ones now, by their names.
+    """
 
     def __init__(self, source: ModelSource, make: Mapping[str, Callable[[], Tensor]]) -> None:
         self._source, self._make = source, make
@@ -31,6 +39,11 @@ class Changed(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._source.names())
+
+
+def as_stored(source: ModelSource, layer: str, weight_OI: Tensor) -> Tensor:
+    """The weight (O, I) of linear ``layer`` as its parameter has it, which may be (I, O)."""
+    return weight_OI.t().contiguous() if source.anatomy.linears[layer].transposed else weight_OI
 
 
 def write_checkpoint(source: ModelSource, out: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -22,14 +22,16 @@ from compresskit.modeling import ModelSource
 from compresskit.modeling.skeleton import skeleton
 from compresskit.progress import Progress
 from compresskit.quant.adapters.attach import attach, marked, write_adapter
-from compresskit.quant.adapters.frozen import GridLinear, freeze, frozen_model, frozen_weight, rounded
-from compresskit.quant.adapters.held import ADAPTER, hold
+from compresskit.quant.adapters.frozen import GridLinear, freeze, frozen_weight, rounded
+from compresskit.quant.adapters.held import hold
 from compresskit.quant.adapters.loftq import Start, loftq
-from compresskit.quant.adapters.merge import merged
 from compresskit.quant.adapters.prefix import add_prefix
 from compresskit.quant.qlora import LOW_RANK
+from compresskit.training.lowrank.attach import ADAPTER
+from compresskit.training.lowrank.frozen import frozen_model
+from compresskit.training.lowrank.merge import merged
 from compresskit.training.rules import this_rank
-from compresskit.training.write import Changed, write_checkpoint
+from compresskit.training.write import Changed, as_stored, write_checkpoint
 
 COMPUTES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -210,7 +212,7 @@ class Adapted:
         )
         if grid is not None:
             new_OI = grid.snap(new_OI)
-        return new_OI.t().contiguous() if source.anatomy.linears[layer].transposed else new_OI
+        return as_stored(source, layer, new_OI)
 
     def _trained_on(self, source: ModelSource, layer: str) -> Tensor:
         """The frozen weight (O, I) in float32: of the live model, for LoftQ would take long to find it again.

@@ -1,25 +1,21 @@
-"""Adapters of peft on a model whose weights are frozen already, by the names of ``compresskit.quant.qlora``.
-
-The model that is trained is the one inside peft's wrapper: adapters live in its layers, so its forward, its
-blocks and its output projection are found where every trainer looks for them.
-"""
+"""Adapters of peft on a model whose weights are frozen already, by the names of ``Qlora``."""
 
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
 from compresskit.formats.checkpoint import ADAPTER as ADAPTER_DIRECTORY
 from compresskit.formats.files import save_tensors
 from compresskit.modeling.anatomy import Anatomy
-from compresskit.quant.adapters.held import ADAPTER
 from compresskit.quant.adapters.prefix import PREFIX
+from compresskit.quant.qlora import LOW_RANK
+from compresskit.training.lowrank.attach import ADAPTER, attach_lora, peft_at_work
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -51,30 +47,22 @@ def attach(
     Returns:
         The ``PeftModelForCausalLM``; ``get_base_model()`` of it is ``model``.
     """
+    if adapter in LOW_RANK:
+        dora = adapter == "dora"
+        return attach_lora(model, targets=targets, rank=rank, alpha=alpha, dropout=dropout, use_dora=dora)
     with peft_at_work():
         import peft
 
         config: Any
         if adapter == "prefix":
             config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=rank)
-        elif adapter == "bottleneck":
+        else:
             from compresskit.quant.adapters.bottleneck import BottleneckConfig
 
             width = model.config.get_text_config().hidden_size
             parts = list(parts_of(anatomy))
             config = BottleneckConfig(
                 task_type="CAUSAL_LM", r=rank, width=width, dropout=dropout, target_modules=parts
-            )
-        else:
-            config = peft.LoraConfig(
-                task_type="CAUSAL_LM",
-                r=rank,
-                lora_alpha=cast(int, alpha),  # peft takes any number
-                lora_dropout=dropout,
-                target_modules=list(targets),
-                use_dora=adapter == "dora",
-                # As the layers are now: frozen ones are torch.nn.Linear whatever they were.
-                fan_in_fan_out=any(type(model.get_submodule(t)).__name__ == "Conv1D" for t in targets),
             )
         return peft.get_peft_model(model, config)
 
@@ -134,14 +122,6 @@ def with_adapter(model: Any, directory: Path) -> Any:
 
             bottleneck.register()
         return peft.PeftModel.from_pretrained(model, str(place)).eval()
-
-
-@contextmanager
-def peft_at_work() -> Iterator[None]:
-    """No warning from peft that is about peft's own use of transformers."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        yield
 
 
 @contextmanager

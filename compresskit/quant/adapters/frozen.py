@@ -11,7 +11,6 @@ Shapes: O = out_features, I = in_features.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -20,9 +19,7 @@ from torch.nn import functional as F
 
 from compresskit.errors import EngineError, Fault
 from compresskit.formats.grid import Grid
-from compresskit.modeling import ModelSource
-from compresskit.modeling.skeleton import skeleton
-from compresskit.modeling.streaming import assign, fill_buffers
+from compresskit.training.lowrank.frozen import frozen_linear
 
 INT8_STEPS = 127.0
 
@@ -51,6 +48,8 @@ def freeze(
     Returns:
         The layer on the CPU, to be called like ``torch.nn.Linear``.
     """
+    if base == "none":
+        return frozen_linear(weight_OI, bias_O)
     rows, inputs = weight_OI.shape
     has_bias = bias_O is not None
     layer: Any
@@ -78,15 +77,12 @@ def freeze(
         layer.support_avx512bf16_for_cpu = False
         if sharded:
             layer.register_forward_pre_hook(_follow)
-    elif base == "int8":
+    else:
         nn8 = bitsandbytes().nn
         layer = nn8.Linear8bitLt(inputs, rows, has_bias, has_fp16_weights=False, device="meta")
         layer.weight = nn8.Int8Params(weight_OI.float(), requires_grad=False, has_fp16_weights=False).to(
             "cpu"
         )
-    else:
-        layer = nn.Linear(inputs, rows, has_bias, device="meta")
-        layer.weight = nn.Parameter(weight_OI.detach().clone(), requires_grad=False)
     if bias_O is not None:
         layer.bias = nn.Parameter(bias_O.detach().clone(), requires_grad=False)
     return cast(nn.Linear, layer)
@@ -154,31 +150,3 @@ class GridLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """As ``torch.nn.Linear``."""
         return F.linear(input, self.weight, self.bias)
-
-
-Replace = Callable[[str, Tensor, Tensor | None], nn.Module]
-
-
-def frozen_model(source: ModelSource, layers: frozenset[str], replace: Replace) -> nn.Module:
-    """The model of ``source`` with ``layers`` replaced, read one tensor at a time; nothing takes a gradient.
-
-    Args:
-        source: a dense checkpoint.
-        layers: names of linear layers.
-        replace: called with a layer's name, weight (O, I) and bias; makes what takes its place.
-
-    Returns:
-        The module on the CPU, in evaluation mode; what is not replaced has its stored dtype.
-    """
-    model: nn.Module = skeleton(source)
-    fill_buffers(model, torch.device("cpu"))
-    for name in source.names():
-        layer, _, leaf = name.rpartition(".")
-        if layer not in layers:
-            assign(model, name, source.tensor(name))
-        elif leaf == "weight":
-            bias = f"{layer}.bias"
-            made = replace(layer, source.weight_OI(layer), source.tensor(bias) if bias in source else None)
-            parent, _, child = layer.rpartition(".")
-            setattr(model.get_submodule(parent), child, made)
-    return model.requires_grad_(False).eval()

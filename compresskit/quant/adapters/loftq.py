@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compresskit.quant.adapters.merge import update
+from compresskit.training.lowrank.merge import update
 
 
 class Start(NamedTuple):

@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from compresskit.calibration.oneshot import fit_faults, largest_layer, tied_faults
+from compresskit.calibration.oneshot import fit_faults, largest_layer
 from compresskit.errors import Fault, InputError
 from compresskit.quant.assignment import AUTO
 from compresskit.quant.qlora import CHOICES, LOW_RANK, Qlora
@@ -18,6 +18,13 @@ from compresskit.quant.scheme import parse
 from compresskit.registry import nearest
 from compresskit.stage import Forecast
 from compresskit.targets import select
+from compresskit.training.lowrank.outlook import (
+    INSTALL,
+    factor_parameters,
+    head_faults,
+    rank_faults,
+    size_faults,
+)
 from compresskit.training.outlook import LONGEST_ROW, forecast_training, student_faults
 from compresskit.training.rules import Setting, launched_processes
 
@@ -27,7 +34,6 @@ if TYPE_CHECKING:
 
 BASE_BYTES = {"nf4": 0.5 + 1 / 64, "int8": 1.0, "none": 4.0}
 """Of one frozen weight; an NF4 block of 64 has one scale of 8 bits."""
-INSTALL = "Install it with `pip install 'compresskit[qlora]'`."
 
 
 def qlora_faults(stage: Qlora, model: Outlook, where: str) -> list[Fault]:
@@ -57,25 +63,13 @@ def qlora_faults(stage: Qlora, model: Outlook, where: str) -> list[Fault]:
     gridded = tuple(layer for layer in layers if layer in model.layer_bits)
     all_gridded = len(gridded) == len(layers)
     faults += _package_faults(stage, all_gridded, where)
-    faults += _head_faults(model.anatomy, layers, where)
+    faults += head_faults(model.anatomy, layers, where)
     if stage.adapter in LOW_RANK:
-        cure = "Lower rank, or add these layers to ignore."
-        faults += fit_faults(
-            model.anatomy.linears,
-            layers,
-            lambda ln: _rank_misfit(stage, ln),
-            where=f"{where}.rank",
-            cure=cure,
-        )
+        faults += rank_faults(stage.rank, model.anatomy, layers, where)
     faults += _split_faults(stage, model.anatomy, layers, where)
     faults += _prefix_faults(stage, model, where) if stage.adapter == "prefix" else []
     faults += _loftq_faults(stage, where) + _idle_faults(stage, all_gridded, where)
     return faults + _static_faults(stage, model, where) + _finish_faults(stage, model, layers, gridded, where)
-
-
-def _rank_misfit(stage: Qlora, linear: Linear) -> str:
-    least = min(linear.in_features, linear.out_features)
-    return "" if stage.rank <= least else f"in_features and out_features of at least the rank, {stage.rank}"
 
 
 def _split_faults(stage: Qlora, anatomy: Anatomy, layers: Sequence[str], where: str) -> list[Fault]:
@@ -96,24 +90,14 @@ def _split_faults(stage: Qlora, anatomy: Anatomy, layers: Sequence[str], where: 
 
 def _number_faults(stage: Qlora, where: str) -> list[Fault]:
     wrong = {
-        "rank": (stage.rank >= 1, "at least 1", "Raise rank."),
-        "alpha": (stage.alpha > 0, "a number above 0", "Raise alpha."),
         "dropout": (0 <= stage.dropout < 1, "at least 0 and less than 1", "Give a share, such as 0.05."),
         "loftq_rounds": (stage.loftq_rounds >= 0, "at least 0", "Raise loftq_rounds."),
     }
-    return [
+    return size_faults(stage.rank, stage.alpha, where) + [
         Fault(f"{where}.{name}", expected, str(getattr(stage, name)), cure)
         for name, (right, expected, cure) in wrong.items()
         if not right
     ]
-
-
-def _head_faults(anatomy: Anatomy, layers: Sequence[str], where: str) -> list[Fault]:
-    """The loss is computed from the head's own weight, a block of tokens at a time: no adapter is seen."""
-    if (faults := tied_faults(anatomy, layers, where)) or anatomy.head not in layers:
-        return faults
-    cure = f"Add {anatomy.head} to ignore."
-    return [Fault(f"{where}.targets", "layers before the output projection", str(anatomy.head), cure)]
 
 
 def _package_faults(stage: Qlora, all_gridded: bool, where: str) -> list[Fault]:
@@ -263,7 +247,7 @@ def trained_parameters(stage: Qlora, anatomy: Anatomy, config: Any, layers: Iter
 
         return len(parts_of(anatomy)) * (2 * width * stage.rank + stage.rank + width)
     linears = [anatomy.linears[name] for name in layers]
-    low = sum(stage.rank * (ln.in_features + ln.out_features) for ln in linears)
+    low = factor_parameters(stage.rank, anatomy, layers)
     return low + (sum(ln.out_features for ln in linears) if stage.adapter == "dora" else 0)
 
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compresskit.quant.adapters.frozen import GridLinear, freeze, frozen_weight
-from compresskit.quant.adapters.held import hold, packed, unpacked
-from compresskit.quant.adapters.merge import merged, update
+from compresskit.quant.adapters.held import hold
 from compresskit.quant.affine import grid_for
 from compresskit.quant.scheme import parse
+from compresskit.training.lowrank.merge import merged, update
 
 O, I, R, SCALING = 24, 40, 4, 2.0  # noqa: E741
 
@@ -148,10 +148,3 @@ def test_a_row_of_zeros_stays_zero_in_dora_and_no_gradient_is_nan(weight_OI: Ten
     whole_OI = merged(weight_OI, a, b, SCALING, keep_OI=keep_OI, magnitude_O=magnitude_O)
     assert (whole_OI[3] == 0).all()
     assert whole_OI.isfinite().all()
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (3, 8), (33, 7)])
-def test_a_mask_survives_packing(shape: tuple[int, int]) -> None:
-    keep = torch.rand(shape, generator=torch.Generator().manual_seed(0)) > 0.5
-    assert packed(keep).numel() == -(-keep.numel() // 8)
-    assert torch.equal(unpacked(packed(keep), shape), keep)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from compresskit.quant.adapters.frozen import rounded
 from compresskit.quant.adapters.loftq import loftq
-from compresskit.quant.adapters.merge import update
+from compresskit.training.lowrank.merge import update
 
 
 def round_nf4(weight_OI: Tensor) -> Tensor:
