@@ -380,8 +380,8 @@ def summary(stage: Stage) -> str:
     words = [getattr(stage, n, None) for n in ("method", "loss", "pattern", "scheme")]
     if stage.reshapes:
         words = [getattr(stage, "method", None), *(f"{k}={v}" for k, v in getattr(stage, "options", ()))]
-    choices = [getattr(stage, n, None) for n in ("allocation", "recover", "features")]
-    words += [choice for choice in choices if choice and str(choice) != "uniform"]
+    choices = [getattr(stage, n, None) for n in ("allocation", "recover", "features", "trainable")]
+    words += [choice for choice in choices if choice and str(choice) not in ("uniform", "all")]
     return " ".join(str(w) for w in words if w)
 
 

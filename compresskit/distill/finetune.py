@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from compresskit.data.spec import DataSpec
 from compresskit.errors import Fault
-from compresskit.training.fields import TrainingFields
+from compresskit.training.trainable import TrainableFields
 
 if TYPE_CHECKING:
     from compresskit.modeling.source import ModelSource
@@ -15,21 +14,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finetune(TrainingFields):
-    """Train the model on text with the ordinary next-token loss; pruned weights stay zero.
-
-    Attributes:
-        data: text to train on; None takes the recipe's.
-    """
+class Finetune(TrainableFields):
+    """Train the model, or little of it, with the ordinary next-token loss; pruned weights stay zero."""
 
     kind: ClassVar[str] = "finetune"
     trains: ClassVar[bool] = True
-
-    data: DataSpec | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.data, str):
-            object.__setattr__(self, "data", DataSpec(source=self.data))
 
     def faults(self, model: Outlook, where: str) -> list[Fault]:
         """Everything wrong with this stage for such a ``model``; reads no weight.
@@ -41,15 +30,15 @@ class Finetune(TrainingFields):
         Returns:
             All faults of the training fields together.
         """
-        from compresskit.training.outlook import student_faults
+        from compresskit.training.retrain import retraining_faults
 
-        return student_faults(self, model, where)
+        return retraining_faults(self, model, where)
 
     def forecast(self, model: Outlook) -> Forecast:
         """What this stage will do to such a ``model``; called only when it has no faults."""
-        from compresskit.training.outlook import forecast_training
+        from compresskit.training.retrain import forecast_retraining
 
-        return forecast_training(self, model)
+        return forecast_retraining(self, model)
 
     def run(self, model: ModelSource, context: StageContext) -> StageResult:
         """Train ``model`` into ``context.out``.
@@ -59,6 +48,6 @@ class Finetune(TrainingFields):
             NumericError: a loss or weight is no longer finite; names the step and the layer.
             WorkerError: a training process died.
         """
-        from compresskit.training.stage import run_training
+        from compresskit.training.retrain import run_retraining
 
-        return run_training(self, model, context, title="Fine-tuning")
+        return run_retraining(self, model, context, title="Fine-tuning")

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from compresskit.data.spec import DataSpec
 from compresskit.errors import Fault
 from compresskit.options import choice_of
-from compresskit.training.fields import TrainingFields
+from compresskit.training.trainable import TrainableFields
 
 if TYPE_CHECKING:
     from compresskit.modeling.source import ModelSource
@@ -17,8 +16,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Distill(TrainingFields):
-    """Train the model to predict what a teacher predicts; pruned weights stay zero.
+class Distill(TrainableFields):
+    """Train the model, or little of it, to predict what a teacher predicts; pruned weights stay zero.
 
     Attributes:
         teacher: directory or hub id; None is the model as it was before the first stage.
@@ -27,7 +26,6 @@ class Distill(TrainingFields):
         cross_entropy_weight: share of the ordinary next-token loss in the mix, in [0, 1].
         features: what else is learnt from the teacher, block by block: a name of
             ``compresskit.distill.FEATURE_LOSSES``, or a mapping of ``method``, ``weight`` and ``layers``.
-        data: text to train on; None takes the recipe's.
     """
 
     kind: ClassVar[str] = "distill"
@@ -38,13 +36,11 @@ class Distill(TrainingFields):
     temperature: float = 1.0
     cross_entropy_weight: float = 0.0
     features: str | Mapping[str, Any] | None = None
-    data: DataSpec | None = None
 
     def __post_init__(self) -> None:
+        TrainableFields.__post_init__(self)  # super() knows no class with slots
         if self.features is not None:
             object.__setattr__(self, "features", choice_of(self.features))
-        if isinstance(self.data, str):
-            object.__setattr__(self, "data", DataSpec(source=self.data))
 
     def faults(self, model: Outlook, where: str) -> list[Fault]:
         """Everything wrong with this stage for such a ``model``; reads no weight.
@@ -57,16 +53,16 @@ class Distill(TrainingFields):
             All faults together: of the training fields, the loss, the teacher and its vocabulary.
         """
         from compresskit.distill.lesson import TeachersLesson
-        from compresskit.training.outlook import student_faults
+        from compresskit.training.retrain import retraining_faults
 
-        return student_faults(self, model, where) + TeachersLesson.faults(self, model, where)
+        return retraining_faults(self, model, where) + TeachersLesson.faults(self, model, where)
 
     def forecast(self, model: Outlook) -> Forecast:
         """What this stage will do to such a ``model``; called only when it has no faults."""
         from compresskit.distill.lesson import TeachersLesson
-        from compresskit.training.outlook import forecast_training
+        from compresskit.training.retrain import forecast_retraining
 
-        return forecast_training(self, model, teacher_bytes=TeachersLesson.held_bytes(self, model))
+        return forecast_retraining(self, model, teacher_bytes=TeachersLesson.held_bytes(self, model))
 
     def run(self, model: ModelSource, context: StageContext) -> StageResult:
         """Train ``model`` into ``context.out``.
@@ -77,7 +73,7 @@ class Distill(TrainingFields):
             WorkerError: a training process died.
         """
         from compresskit.distill.lesson import TeachersLesson
-        from compresskit.training.stage import run_training
+        from compresskit.training.retrain import run_retraining
 
         loss, teacher = TeachersLesson.parts(self, model, context)
-        return run_training(self, model, context, title="Distilling", objective=loss, teacher=teacher)
+        return run_retraining(self, model, context, title="Distilling", objective=loss, teacher=teacher)

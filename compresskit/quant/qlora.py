@@ -70,6 +70,11 @@ class Qlora(TrainingFields):
             object.__setattr__(self, "data", DataSpec(source=self.data))
 
     @property
+    def moves_weights(self) -> bool:
+        """False: adapters are trained, on weights that are frozen."""
+        return False
+
+    @property
     def ends_chain(self) -> bool:
         """Whether no stage may follow: what was trained stands beside the model, not in it."""
         return self.finish == "adapter"

@@ -64,3 +64,8 @@ class TrainingFields:
     def reshapes(self) -> bool:
         """False: training changes values, not shapes."""
         return False
+
+    @property
+    def moves_weights(self) -> bool:
+        """Whether the weights of layers are trained under their own names."""
+        return True

@@ -66,6 +66,7 @@ class TrainOutcome:
         resumed_from: step this start continued from; 0 for a fresh one. Not part of a manifest.
         seconds: that the steps since then took. Not part of a manifest.
         warnings: full sentences.
+        validation_loss_before: of an evaluation before the first step; None where none was asked for.
     """
 
     steps: int
@@ -81,6 +82,7 @@ class TrainOutcome:
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
     final_parts: Mapping[str, float] = field(default_factory=dict)
+    validation_loss_before: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +108,7 @@ class Run:
             empty except on the main process.
         title: of the progress line.
         warnings: of whoever made the rows; passed on in the outcome.
+        evaluates_first: whether to evaluate before the first step too.
     """
 
     model: nn.Module
@@ -124,6 +127,7 @@ class Run:
     save: Callable[[Mapping[str, Tensor]], None] | None
     title: str
     warnings: tuple[str, ...]
+    evaluates_first: bool
 
     @cached_property
     def setting(self) -> Setting:
@@ -192,6 +196,7 @@ class Run:
             seconds=log.seconds(),
             warnings=self.warnings,
             final_parts=log.parts(LAST),
+            validation_loss_before=trainer.first_evaluation(),
         )
 
     def _trainer(self, done: int) -> StageTrainer:
@@ -225,6 +230,7 @@ class Run:
             access=access_for(setting.strategy, fields.zero_stage),
             watch=watch,
             identity=self.identity,
+            evaluates_first=self.evaluates_first,
         )
 
 
@@ -246,6 +252,7 @@ def fit(
     save: Callable[[Mapping[str, Tensor]], None] | None = None,
     title: str = "Training",
     warnings: tuple[str, ...] = (),
+    evaluates_first: bool = False,
 ) -> TrainOutcome:
     """Train ``model`` in place; started again after a kill it continues at the last complete checkpoint.
 
@@ -280,6 +287,7 @@ def fit(
         save=save,
         title=title,
         warnings=warnings,
+        evaluates_first=evaluates_first,
     ).train()
 
 

@@ -62,6 +62,7 @@ class TrainJob:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:0``.
         trust_remote_code: whether code in the model's directory may run.
         title: of the progress line.
+        evaluates_first: whether the validation loss is also measured before the first step.
     """
 
     model: str
@@ -81,6 +82,7 @@ class TrainJob:
     device: str = "auto"
     trust_remote_code: bool = False
     title: str = "Training"
+    evaluates_first: bool = False
 
     def to_json(self) -> str:
         """As text that :meth:`from_json` reads back to an equal job."""
@@ -161,6 +163,7 @@ def carry_out(job: TrainJob) -> TrainOutcome:
         device=job.device,
         save=save,
         title=job.title,
+        evaluates_first=job.evaluates_first,
         warnings=notes,
     )
     if this_rank() == 0:

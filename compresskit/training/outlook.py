@@ -32,7 +32,7 @@ UNSUPPORTED_SCALES = ("logit_scale", "logits_scaling")
 def student_faults(fields: TrainingFields, model: Outlook, where: str) -> list[Fault]:
     """What is wrong with training such a ``model`` with these ``fields``."""
     faults = training_faults(fields, where, device=model.device, devices=model.devices)
-    if not hasattr(fields, "adapter"):
+    if fields.moves_weights:
         faults += eight_bit_faults(fields, where)
     if not model.anatomy.is_causal or model.anatomy.head is None:
         faults.append(
@@ -113,6 +113,7 @@ def forecast_training(
     *,
     teacher_bytes: int = 0,
     trained: int | None = None,
+    frozen: int = 0,
     other_bytes: int = 0,
 ) -> Forecast:
     """Memory of one process, in bytes: weights, gradients, optimiser, activations and the loss's chunks.
@@ -122,6 +123,7 @@ def forecast_training(
         model: what the stage will be given.
         teacher_bytes: of the teacher's weights, which every process holds whole.
         trained: parameters that are; None: all of the model.
+        frozen: parameters that are not, in fp32, which an engine shards where it shards the trained ones.
         other_bytes: what an adaptation holds besides, such as frozen weights, in each process.
     """
     setting = Setting(fields, launched_processes() or fields.processes, "cpu")
@@ -132,13 +134,13 @@ def forecast_training(
     tokens = pass_tokens(fields, config)
     shards = {"fsdp": setting.processes, "deepspeed": setting.processes}.get(setting.strategy, 1)
     parameters = anatomy.num_parameters if trained is None else trained
-    states = parameters * STATE_BYTES // shards
+    states = (parameters * STATE_BYTES + frozen * 4) // shards
     if setting.strategy == "deepspeed" and fields.zero_stage < 3:
-        states = parameters * (8 + 8 // shards)
+        states = parameters * (8 + 8 // shards) + frozen * 4
     per_token = len(anatomy.blocks) * (1 if fields.activation_checkpointing else 8) * width
     activations = 4 * tokens * (per_token + 4 * inner)
     logits = 4 * 4 * min(tokens, LOGIT_ROWS) * vocabulary
-    loading = parameters * 4
+    loading = (parameters + frozen) * 4
     notes: tuple[str, ...] = ()
     if setting.strategy in ("fsdp", "deepspeed"):
         notes = ("Each process loads the whole model once before it keeps only its shard.",)

@@ -311,12 +311,14 @@ RULES: tuple[Rule, ...] = (
         lambda s: (
             _int8(s)
             and (
-                getattr(s.fields, "kind", "") in ("qat", "qlora") or getattr(s.fields, "swaps_layers", False)
+                getattr(s.fields, "kind", "") in ("qat", "qlora")
+                or getattr(s.fields, "swaps_layers", False)
+                or getattr(s.fields, "trainable", "") == "lora"
             )
         ),
         "float in a stage whose layers compute with rounded, frozen or masked weights",
         "{matmul}",
-        "Use matmul float; int8 is for finetune and distill.",
+        "Use matmul float; int8 is for finetune and distill without lora.",
     ),
     Rule(
         "matmul-int8-deepspeed",

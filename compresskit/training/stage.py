@@ -67,6 +67,7 @@ def run_training(
     adaptation: Part | None = None,
     zeroing: Part | None = None,
     promises: tuple[Promise, ...] = (),
+    evaluates_first: bool = False,
 ) -> StageResult:
     """Train ``model`` as ``stage`` says, into ``context.out``.
 
@@ -80,6 +81,7 @@ def run_training(
         adaptation: what is trained in place of the plain model.
         zeroing: what makes zeros, or moves them, while it trains.
         promises: that this stage makes.
+        evaluates_first: whether the validation loss is also measured before the first step.
 
     Returns:
         A record per linear layer as saved, the training metrics, warnings; empty except on rank 0.
@@ -111,6 +113,7 @@ def run_training(
         device=context.device,
         trust_remote_code=context.trust_remote_code,
         title=title,
+        evaluates_first=evaluates_first,
     )
     outcome = train(job)
     if this_rank():
@@ -124,6 +127,8 @@ def _result(
     """The outcome in the words of the manifest; what differs between runs goes to record.json."""
     made = ModelSource(context.out, trust_remote_code=context.trust_remote_code)
     plain = asdict(outcome)
+    if outcome.validation_loss_before is None:
+        del plain["validation_loss_before"]
     record = {name: plain.pop(name) for name in ("resumed_from", "seconds", "parameter_bytes")}
     (context.scratch / "record.json").write_text(json.dumps(record), encoding="utf-8")
     warnings = plain.pop("warnings") + dtype_warnings(context.dtype, stage.precision)

@@ -63,6 +63,7 @@ class StageTrainer(Trainer):
         access: to the engine's parameters.
         watch: of the main process.
         identity: which run checkpoints belong to.
+        evaluates_first: whether to evaluate before the first step too.
     """
 
     def __init__(
@@ -79,11 +80,13 @@ class StageTrainer(Trainer):
         access: ParamAccess,
         watch: Watch | None,
         identity: str,
+        evaluates_first: bool = False,
     ) -> None:
         self._setting, self._teacher, self._validation = setting, teacher, validation
         self._held, self._zeroing = held, zeroing
         self._watch, self._identity = watch, identity
         self._parts: dict[str, Tensor] = {}
+        self._evaluates_first = evaluates_first
         self.access = access
         self.resources = ExitStack()
         super().__init__(
@@ -113,6 +116,8 @@ class StageTrainer(Trainer):
         self.resources.enter_context(hold_zeros(model, self._held, self.access))
         if self.state.global_step == 0:
             self.when_stepped()  # some begin with zeros; a restart has them already
+            if self._evaluates_first:
+                self.evaluate()
 
     def when_stepping(self) -> None:
         """Collect gradients in a step whose change of zeros looks at them."""
@@ -249,6 +254,11 @@ class StageTrainer(Trainer):
         """Progress of an evaluation, shown by the main process and only where it takes a while."""
         shown = self._watch is not None and batches >= LONG_EVALUATION
         return Progress("Evaluating", batches, unit="batches", stream=None if shown else _Silent())
+
+    def first_evaluation(self) -> float | None:
+        """Validation loss before the first step of the whole run; None where it was not asked for."""
+        entries = self.state.log_history
+        return next((float(e["eval_loss"]) for e in entries if "eval_loss" in e and e["step"] == 0), None)
 
     def last_evaluation(self) -> float | None:
         """Validation loss after the last step, evaluated now if it has not been; None without such rows."""

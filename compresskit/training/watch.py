@@ -35,8 +35,8 @@ class LossLog:
         return [record for record in map(_parse, lines) if record is not None]
 
     def cut_after(self, step: int) -> None:
-        """Forget what was written after ``step``, the one a restart continues from."""
-        kept = [record for record in self.read() if record["step"] <= step]
+        """Forget what was written after ``step``, the one a restart continues from; all of it for 0."""
+        kept = [record for record in self.read() if 0 < step >= record["step"]]
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         os.replace(partial, self.path)

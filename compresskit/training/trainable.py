@@ -1,0 +1,110 @@
+"""Which parameters a stage trains: all of them, or few, to win back what compression cost. No torch.
+
+The table stands here, below the families of methods, since stages of more than one may use what it names.
+
+Paper: Zimmer et al., "PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs", 2023,
+https://arxiv.org/abs/2312.15230.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from compresskit.calibration.oneshot import as_names
+from compresskit.data.spec import DataSpec
+from compresskit.errors import Fault
+from compresskit.registry import Registry
+from compresskit.training.fields import TrainingFields
+
+if TYPE_CHECKING:
+    from compresskit.modeling import ModelSource
+    from compresskit.modeling.anatomy import Anatomy
+    from compresskit.stage import Json, Outlook, StageContext
+
+ALL = "all"
+"""Every parameter of the model as it is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainableFields(TrainingFields):
+    """How to train, and what of the model; inherited by stages that may train few parameters.
+
+    Attributes:
+        trainable: ``all``, ``bias_norm`` (biases and the weights of norms; no parameter is added) or ``lora``
+            (low-rank updates of frozen layers, merged at the end where no zero is held).
+        rank: of LoRA's updates.
+        alpha: LoRA's update is multiplied by alpha / rank.
+        targets: which layers LoRA updates: module names, patterns or ``Linear``.
+        ignore: which of those to leave alone; the output projection takes no update.
+        data: text to train on; None takes the recipe's.
+    """
+
+    trainable: str = ALL
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ("Linear",)
+    ignore: tuple[str, ...] = ("lm_head",)
+    data: DataSpec | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", as_names(self.targets))
+        object.__setattr__(self, "ignore", as_names(self.ignore))
+        if isinstance(self.data, str):
+            object.__setattr__(self, "data", DataSpec(source=self.data))
+
+    @property
+    def moves_weights(self) -> bool:
+        """Whether the weights of layers are trained under their own names."""
+        return self.trainable == ALL
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What of a model is trained.
+
+    Attributes:
+        trained: parameters that take a gradient.
+        frozen: parameters that take none.
+        layers: linear layers that change.
+        other_bytes: that training holds besides, in each process.
+    """
+
+    trained: int
+    frozen: int
+    layers: int
+    other_bytes: int = 0
+
+
+class Trainable(Protocol):
+    """An ``Adaptation`` that trains few parameters, and what the plan asks of it.
+
+    Attributes:
+        reads: fields of the stage that it looks at.
+    """
+
+    reads: ClassVar[tuple[str, ...]]
+
+    @staticmethod
+    def faults(stage: TrainableFields, model: Outlook, where: str) -> list[Fault]:
+        """Everything that keeps such a ``model`` from being trained so."""
+        ...
+
+    @staticmethod
+    def share(stage: TrainableFields, anatomy: Anatomy) -> Share:
+        """What of such a model is trained; ``stage`` has no faults."""
+        ...
+
+    @staticmethod
+    def options(stage: TrainableFields, model: ModelSource, context: StageContext) -> dict[str, Json]:
+        """Keyword arguments that make the adaptation."""
+        ...
+
+
+TRAINABLES: Registry[Trainable] = Registry(
+    "trainable",
+    {
+        "bias_norm": "compresskit.training.bias_norm:BiasNorm",
+        "lora": "compresskit.training.lora:Lora",
+    },
+)

@@ -1,0 +1,105 @@
+"""Few parameters of a pruned model trained under every engine, in the ranks of one launch.
+
+``python every_engine_few.py OUT`` is one rank; it trains the model in ``OUT/model`` and leaves
+``OUT/<way>-<engine>`` and ``.json``, of a run that it breaks off too. Imported, it gives what one process
+needs to do the same.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from every_engine import ENGINES, FIELDS, Counting
+from torch import Tensor
+
+from compresskit.modeling import ModelSource
+from compresskit.training.adaptation import Adaptation
+from compresskit.training.bias_norm import BiasNorm
+from compresskit.training.fields import TrainingFields
+from compresskit.training.fit import TrainOutcome, fit
+from compresskit.training.lora import Lora
+from compresskit.training.trainer import StageTrainer
+
+STEPS, BREAK = 10, 7
+WAYS = ("bias_norm", "lora")
+ALL_FIELDS = replace(FIELDS, steps=STEPS, learning_rate=3e-2, checkpoint_every=5)
+
+
+def layers_of(source: ModelSource) -> tuple[str, ...]:
+    return tuple(name for name in source.anatomy.linears if name != "lm_head")
+
+
+def adaptation(way: str, source: ModelSource) -> Adaptation:
+    if way == "bias_norm":
+        return BiasNorm()
+    layers = layers_of(source)
+    return Lora(rank=4, alpha=8.0, targets=layers, held=layers, seed=0)
+
+
+def train(way: str, source: ModelSource, out: Path, fields: TrainingFields) -> TrainOutcome:
+    """Train into ``out``."""
+    adapted, rows = adaptation(way, source), Counting()
+
+    def save(tensors: Mapping[str, Tensor]) -> None:
+        if tensors:
+            out.mkdir()
+            adapted.save(source, out, tensors)
+
+    return fit(
+        adapted.load(source),
+        rows,
+        fields=fields,
+        scratch=out.with_name(f"{out.name}-s"),
+        validation=rows,
+        adaptation=repr(adapted),
+        saves_frozen=adapted.saves_frozen,
+        device="cpu",
+        save=save,
+        evaluates_first=True,
+    )
+
+
+def broken_off(way: str, source: ModelSource, out: Path, fields: TrainingFields) -> TrainOutcome:
+    """The same, with an end after step 7 that no rank comes back from, and a new start."""
+    log = StageTrainer.log
+
+    def stop(self: Any, logs: Any, *rest: Any) -> None:
+        log(self, logs, *rest)
+        if self.state.global_step == BREAK:
+            raise InterruptedError
+
+    StageTrainer.log = stop  # type: ignore[method-assign]
+    try:
+        with suppress(InterruptedError):
+            train(way, source, out, fields)
+    finally:
+        StageTrainer.log = log  # type: ignore[method-assign]
+    return train(way, source, out, fields)
+
+
+def main(place: Path) -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    source = ModelSource(place / "model")
+    for engine, changes in ENGINES.items():
+        fields = replace(ALL_FIELDS, **changes)
+        for way in WAYS:
+            found = {
+                f"{way}-{engine}": train(way, source, place / f"{way}-{engine}", fields),
+                f"{way}-broken-{engine}": broken_off(way, source, place / f"{way}-broken-{engine}", fields),
+            }
+            for name, outcome in found.items():
+                if torch.distributed.get_rank() == 0:
+                    (place / f"{name}.json").write_text(json.dumps(asdict(outcome)))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

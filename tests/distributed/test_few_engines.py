@@ -1,0 +1,114 @@
+"""Few parameters trained under one process, DDP, FSDP2 and ZeRO-1/2/3: the same losses, the same weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import every_engine_few
+import pytest
+import torch
+from every_engine_few import ALL_FIELDS, ENGINES, STEPS, WAYS, layers_of, train
+from safetensors.torch import load_file, save_file
+from test_engines import NAMES
+from tiny import tiny_llama
+
+from compresskit.modeling import ModelSource
+from compresskit.training.bias_norm import biases_and_norms
+from compresskit.training.launch import _free_port
+from compresskit.training.watch import LossLog
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+CASES = [(way, engine) for way in WAYS for engine in ENGINES]
+TOLERANCE = 2e-5
+"""Relative, of a loss: engines sum gradients in other orders, in fp32."""
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks, two rows at a time; beside them, one process with the whole batch at once."""
+    pytest.importorskip("deepspeed")
+    place = tmp_path_factory.mktemp("few")
+    tiny_llama(place / "model", vocab_size=48, hidden_size=16, intermediate_size=32, mlp_bias=True)
+    tensors = load_file(place / "model" / "model.safetensors")
+    for name in (n for n in tensors if n.endswith("proj.weight")):
+        groups = tensors[name].reshape(-1, 4)
+        groups.scatter_(1, groups.abs().topk(2, largest=False).indices, 0)
+    save_file(tensors, place / "model" / "model.safetensors", {"format": "pt"})
+    port, ranks = str(_free_port()), []
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+    for rank in range(2):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(paths),
+        }
+        with (place / f"rank{rank}.log").open("wb") as log:
+            command = [sys.executable, str(every_engine_few.__file__), str(place)]
+            ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+    try:
+        for way in WAYS:
+            fields = replace(ALL_FIELDS, micro_batch_size=8)
+            train(way, ModelSource(place / "model"), place / f"{way}-one", fields)
+        codes = [rank.wait(timeout=500) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert codes == [0, 0], (place / "rank0.log").read_text()[-3000:]
+    return place
+
+
+def outcome(launched: Path, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((launched / f"{name}.json").read_text())
+    return found
+
+
+def losses(out: Path) -> list[float]:
+    return LossLog(out.with_name(f"{out.name}-s") / "losses.jsonl").losses()
+
+
+@pytest.mark.parametrize(("way", "engine"), CASES)
+def test_the_engine_that_ran_is_the_one_asked_for(way: str, engine: str, launched: Path) -> None:
+    found = outcome(launched, f"{way}-{engine}")
+    assert (found["engine"], found["processes"]) == (NAMES[engine], 2)
+    assert found["validation_loss"] < found["validation_loss_before"]
+
+
+@pytest.mark.parametrize(("way", "engine"), CASES)
+def test_losses_agree_step_by_step(way: str, engine: str, launched: Path) -> None:
+    mine, true = (losses(launched / f"{way}-{name}") for name in (engine, "one"))
+    assert len(mine) == len(true) == STEPS
+    assert mine == pytest.approx(true, rel=TOLERANCE)
+    assert min(true) < 0.97 * true[0], "nothing was learnt, so nothing was compared"
+
+
+@pytest.mark.parametrize(("way", "engine"), CASES)
+def test_zeros_stay_and_nothing_else_moves(way: str, engine: str, launched: Path) -> None:
+    source = ModelSource(launched / "model")
+    few = set(biases_and_norms(source.anatomy))
+    wanted = few if way == "bias_norm" else {f"{layer}.weight" for layer in layers_of(source)}
+    made, one = (ModelSource(launched / f"{way}-{name}") for name in (engine, "one"))
+    for name in source.names():
+        before, now = source.tensor(name), made.tensor(name)
+        assert torch.equal(before, now) == (name not in wanted), name
+        torch.testing.assert_close(now, one.tensor(name), rtol=1e-3, atol=1e-4)
+        if name.endswith("proj.weight"):
+            assert torch.equal(before == 0, now == 0), name
+
+
+@pytest.mark.parametrize(("way", "engine"), CASES)
+def test_a_restart_changes_no_byte(way: str, engine: str, launched: Path) -> None:
+    whole, again = (outcome(launched, f"{way}{kind}-{engine}") for kind in ("", "-broken"))
+    assert (whole["resumed_from"], again["resumed_from"]) == (0, 5)
+    assert whole["validation_loss_before"] == again["validation_loss_before"]
+    one, two = (launched / f"{way}{kind}-{engine}" / "model.safetensors" for kind in ("", "-broken"))
+    assert one.read_bytes() == two.read_bytes()
