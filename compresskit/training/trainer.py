@@ -104,6 +104,13 @@ class StageTrainer(Trainer):
         if self._setting.fields.precision == "fp16":
             self.accelerator.scaler = torch.amp.GradScaler(self._setting.device)
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Without the groups that training few parameters leaves empty: FSDP could not restore them."""
+        made: torch.optim.Optimizer = super().create_optimizer(model)
+        groups = _bare(made).param_groups
+        groups[:] = [group for group in groups if group["params"]]
+        return made
+
     @property
     def progress(self) -> Progress:
         """The progress line of the main process; elsewhere one that shows nothing."""

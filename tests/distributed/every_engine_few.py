@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from every_engine import ENGINES, FIELDS, Counting
+from every_engine import ENGINES as EVERY
+from every_engine import FIELDS, Counting
 from torch import Tensor
 
 from compresskit.modeling import ModelSource
@@ -28,9 +29,10 @@ from compresskit.training.fit import TrainOutcome, fit
 from compresskit.training.lora import Lora
 from compresskit.training.trainer import StageTrainer
 
-STEPS, BREAK = 10, 7
+STEPS, BREAK = 6, 5
 WAYS = ("bias_norm", "lora")
-ALL_FIELDS = replace(FIELDS, steps=STEPS, learning_rate=3e-2, checkpoint_every=5)
+ENGINES = {name: changes for name, changes in EVERY.items() if name != "zero1"}
+ALL_FIELDS = replace(FIELDS, steps=STEPS, learning_rate=3e-2, checkpoint_every=3)
 
 
 def layers_of(source: ModelSource) -> tuple[str, ...]:
@@ -68,7 +70,7 @@ def train(way: str, source: ModelSource, out: Path, fields: TrainingFields) -> T
 
 
 def broken_off(way: str, source: ModelSource, out: Path, fields: TrainingFields) -> TrainOutcome:
-    """The same, with an end after step 7 that no rank comes back from, and a new start."""
+    """The same, with an end after step 5 that no rank comes back from, and a new start."""
     log = StageTrainer.log
 
     def stop(self: Any, logs: Any, *rest: Any) -> None:

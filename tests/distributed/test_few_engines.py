@@ -1,4 +1,4 @@
-"""Few parameters trained under one process, DDP, FSDP2 and ZeRO-1/2/3: the same losses, the same weights."""
+"""Few parameters trained under one process, DDP, FSDP2 and ZeRO-2/3: the same losses, the same weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two ranks, two rows at a time; beside them, one process with the whole batch at once."""
     pytest.importorskip("deepspeed")
     place = tmp_path_factory.mktemp("few")
-    tiny_llama(place / "model", vocab_size=48, hidden_size=16, intermediate_size=32, mlp_bias=True)
+    shape: dict[str, Any] = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 32}
+    tiny_llama(place / "model", **shape, mlp_bias=True, initializer_range=0.2)
     tensors = load_file(place / "model" / "model.safetensors")
     for name in (n for n in tensors if n.endswith("proj.weight")):
         groups = tensors[name].reshape(-1, 4)
@@ -59,7 +60,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for way in WAYS:
             fields = replace(ALL_FIELDS, micro_batch_size=8)
             train(way, ModelSource(place / "model"), place / f"{way}-one", fields)
-        codes = [rank.wait(timeout=500) for rank in ranks]
+        codes = [rank.wait(timeout=900) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
@@ -108,7 +109,7 @@ def test_zeros_stay_and_nothing_else_moves(way: str, engine: str, launched: Path
 @pytest.mark.parametrize(("way", "engine"), CASES)
 def test_a_restart_changes_no_byte(way: str, engine: str, launched: Path) -> None:
     whole, again = (outcome(launched, f"{way}{kind}-{engine}") for kind in ("", "-broken"))
-    assert (whole["resumed_from"], again["resumed_from"]) == (0, 5)
+    assert (whole["resumed_from"], again["resumed_from"]) == (0, 3)
     assert whole["validation_loss_before"] == again["validation_loss_before"]
     one, two = (launched / f"{way}{kind}-{engine}" / "model.safetensors" for kind in ("", "-broken"))
     assert one.read_bytes() == two.read_bytes()
