@@ -22,6 +22,7 @@ from compresskit.recipe import STAGES
 from compresskit.registry import Registry
 from compresskit.sparse import ALLOCATIONS, PRUNERS, RECOVERIES, TRAINED_PRUNERS
 from compresskit.sparse.structured import IMPORTANCES
+from compresskit.training.trainable import TRAINABLES
 
 ROOT = Path(compresskit.__file__).parent
 FAMILIES = {"quant", "sparse", "distill"}
@@ -151,6 +152,7 @@ def methods() -> list[tuple[str, type[Any], str]]:
         (TRAINED_PRUNERS, "update"),
         (QUANTIZERS, "quantize"),
         (FEATURE_LOSSES, "__call__"),
+        (TRAINABLES, "load"),
     ]
     found = [(f"{r.kind} {name}", r[name], verb) for r, verb in tables for name in r]
     return found + [(f"loss {name}", LOSSES[name], "__call__") for name in LOSSES]

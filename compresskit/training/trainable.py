@@ -40,6 +40,9 @@ class TrainableFields(TrainingFields):
         data: text to train on; None takes the recipe's.
     """
 
+    kind: ClassVar[str]
+    """Of the stage."""
+
     trainable: str = ALL
     rank: int = 16
     alpha: float = 32.0
