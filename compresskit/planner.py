@@ -21,7 +21,7 @@ from compresskit.data import check, open_corpus
 from compresskit.data.spec import DataSpec
 from compresskit.data.wording import foresee
 from compresskit.errors import Fault, InputError, OutputError, PlanError
-from compresskit.exports import EXPORTS
+from compresskit.exports import EXPORTS, runtimes_of
 from compresskit.exports.base import Prospect, adapter_fault
 from compresskit.formats.checkpoint import ADAPTER
 from compresskit.modeling import ModelSource, load_tokenizer, open_model, resolve_device
@@ -30,6 +30,7 @@ from compresskit.modeling.skeleton import resolve_dtype
 from compresskit.quant.scheme import parse
 from compresskit.recipe import Recipe, resolved
 from compresskit.sparse.chain import moving_faults, promised_layers, zeroed_layers
+from compresskit.sparse.worth import with_worth
 from compresskit.stage import Forecast, Json, Outlook, Stage
 
 PACKAGES = (
@@ -247,7 +248,8 @@ def plan(recipe: Recipe, *, cache: Path | None = None, build_dir: Path | None = 
         faults += _export_faults(recipe, outlook)
     if faults:
         raise PlanError(*(_placed(fault, recipe) for fault in faults))
-    return Plan(recipe, source, tuple(stages), cache, psutil.Process().memory_info().rss, notes)
+    told = with_worth(stages, outlook, runtimes_of(recipe.export))
+    return Plan(recipe, source, told, cache, psutil.Process().memory_info().rss, notes)
 
 
 def _opened(recipe: Recipe, build_dir: Path) -> tuple[ModelSource, Outlook]:

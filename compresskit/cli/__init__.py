@@ -23,7 +23,7 @@ COMMANDS = {
     "bench": "Measure size, quality, latency and memory.",
     "report": "Write the report of artifacts or records.",
     "export": "Write a model as llama.cpp, onnxruntime, torchao ... load it.",
-    "inspect": "Show what an artifact is and how it came to be.",
+    "inspect": "Show what a model is, layer by layer, and what its zeros are worth.",
     "doctor": "Tell what this machine has and what is missing.",
     "demo": "Prune, distil and quantise the bundled model.",
 }

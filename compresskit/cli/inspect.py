@@ -1,4 +1,4 @@
-"""`compresskit inspect`: what an artifact is and how it came to be."""
+"""`compresskit inspect`: what a model or an artifact is, layer by layer, and what its zeros are worth."""
 
 from __future__ import annotations
 
@@ -8,46 +8,35 @@ from typing import Any
 
 import click
 
+from compresskit.cli.common import quiet_libraries
+
 
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--verify", is_flag=True, help="Read every file and compare its SHA-256.")
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON on the last line.")
-def inspect(directory: Path, verify: bool, as_json: bool) -> None:
-    """Show what DIRECTORY, an artifact, is: its stages, promises, layers and warnings."""
-    from compresskit.artifact import open_artifact
-    from compresskit.errors import Fault, ModelError
+@click.option("--verify", is_flag=True, help="Read every file of an artifact and compare its SHA-256.")
+@click.option("--time", "timed", is_flag=True, help="Measure what leaving zeros out gains on this device.")
+@click.option("--device", default="auto", show_default=True, help="To measure on: cpu, cuda or cuda:N.")
+@click.option("--trust-remote-code", is_flag=True, help="Let code in DIRECTORY run.")
+@click.option("--json", "as_json", is_flag=True, help="Print the same as JSON on the last line.")
+def inspect(directory: Path, verify: bool, as_json: bool, **given: Any) -> None:
+    """Show what DIRECTORY, a model or an artifact, is: of each layer zeros, their pattern, bits, and what
+    its zeros are worth; of an artifact its stages, promises and warnings too."""
+    quiet_libraries(verbose=False)
+    from compresskit.artifact import is_artifact, open_artifact
+    from compresskit.measure.inspect import inspect_layers
+    from compresskit.reports.artifact import require_whole, write_artifact
+    from compresskit.reports.layers import write_layers
 
-    artifact = open_artifact(directory)
-    manifest = artifact.manifest
-    click.echo(f"{directory}: {manifest['recipe']['model']} after {len(manifest['stages'])} stages")
-    for stage in manifest["stages"]:
-        _echo_stage(stage)
-    for warning in manifest["warnings"]:
-        click.echo(f"warning: {warning}")
-    click.echo("made with " + ", ".join(f"{name} {v}" for name, v in manifest["versions"].items()))
-    if verify:
-        if damaged := artifact.damaged():
-            cure = "Make the artifact again from its recipe.yaml."
-            raise ModelError(
-                Fault(str(directory), "the bytes the manifest lists", f"others in {', '.join(damaged)}", cure)
-            )
-        click.echo(f"all {len(manifest['files'])} files are as they were written")
+    manifest: dict[str, Any] = {}
+    if verify or is_artifact(directory):
+        artifact = open_artifact(directory)
+        manifest = dict(artifact.manifest)
+        click.echo(write_artifact(artifact))
+        if verify:
+            require_whole(artifact)
+            click.echo(f"all {len(manifest['files'])} files are as they were written")
+        click.echo()
+    found = inspect_layers(directory, **given)
+    click.echo(write_layers(found))
     if as_json:
-        click.echo(json.dumps(manifest))
-
-
-def _echo_stage(stage: dict[str, Any]) -> None:
-    checks = ", ".join(f"{kind} {c['kept']}/{c['checked']}" for kind, c in stage["checks"].items())
-    click.echo(f"\n{stage['name']}: promises kept: {checks}")
-    for name, value in stage["result"]["metrics"].items():
-        click.echo(f"  {name}: {value}")
-    layers = stage["result"]["layers"]
-    if layers:
-        width = max(len(layer["name"]) for layer in layers)
-        click.echo(f"  {'layer':<{width}}  zeros   bits  error")
-    for layer in layers:
-        error = layer["relative_error"]
-        shown = "" if error is None else f"{error:.2e}"
-        line = f"  {layer['name']:<{width}}  {layer['zero_fraction']:6.1%}  {layer['bits']:5.3g}  {shown}"
-        click.echo(f"{line}  {layer['note']}".rstrip())
+        click.echo(json.dumps({**manifest, "inspection": found.to_json()}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from compresskit.registry import Registry
@@ -20,3 +21,9 @@ EXPORTS: Registry[Exporter] = Registry(
         "dense": "compresskit.exports.plain:Dense",
     },
 )
+
+
+def runtimes_of(targets: Iterable[str]) -> tuple[str, ...]:
+    """The runtimes that load what ``targets`` write; without any, those that load an artifact as it is."""
+    named = tuple(targets) or ("dense",)
+    return tuple(dict.fromkeys(runtime for to in named for runtime in EXPORTS[to].runtimes))

@@ -38,9 +38,11 @@ class Exporter(Protocol):
 
     Attributes:
         least_bytes: of a parameter that the model itself stores in fewer.
+        runtimes: that load what it writes.
     """
 
     least_bytes: ClassVar[int]
+    runtimes: ClassVar[tuple[str, ...]]
 
     def faults(self, model: Prospect, where: str) -> list[Fault]:
         """Everything that keeps the target from holding such a ``model``; reads no weight.

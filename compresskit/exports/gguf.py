@@ -47,6 +47,7 @@ class Gguf:
     """One file, ``model.gguf``, tokenizer included."""
 
     least_bytes: ClassVar[int] = 2
+    runtimes: ClassVar[tuple[str, ...]] = ("llama.cpp",)
 
     def faults(self, model: Prospect, where: str) -> list[Fault]:
         """An unknown architecture or tokenizer, a scheme or shape that no block holds, a missing package."""

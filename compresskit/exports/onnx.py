@@ -44,6 +44,7 @@ class Onnx:
     """``model.onnx``, any batch and length; configuration and tokenizer beside it."""
 
     least_bytes: ClassVar[int] = 4
+    runtimes: ClassVar[tuple[str, ...]] = ("onnxruntime",)
 
     def faults(self, model: Prospect, where: str) -> list[Fault]:
         """No encoder, an architecture or scheme that is not known here, or a missing package."""

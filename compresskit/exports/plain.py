@@ -22,6 +22,7 @@ class Dense:
     """Every weight as a plain number in the model's own dtype; a quantised one keeps its value to the bit."""
 
     least_bytes: ClassVar[int] = 0
+    runtimes: ClassVar[tuple[str, ...]] = ("transformers", "vLLM")
 
     def faults(self, model: Prospect, where: str) -> list[Fault]:
         """None: a dense checkpoint holds anything."""
@@ -43,6 +44,7 @@ class CompressedTensors:
     """Packed for transformers and vLLM."""
 
     least_bytes: ClassVar[int] = 0
+    runtimes: ClassVar[tuple[str, ...]] = ("transformers", "vLLM")
 
     def faults(self, model: Prospect, where: str) -> list[Fault]:
         """No layer is quantised, or one is to NF4."""
@@ -66,6 +68,7 @@ class Bitsandbytes:
     """NF4 as bitsandbytes packs it, which transformers and peft load."""
 
     least_bytes: ClassVar[int] = 0
+    runtimes: ClassVar[tuple[str, ...]] = ("transformers",)
     GROUP: ClassVar[int] = 64
 
     def faults(self, model: Prospect, where: str) -> list[Fault]:

@@ -35,6 +35,7 @@ class Torchao:
     """Loads with plain ``from_pretrained`` as torchao tensors."""
 
     least_bytes: ClassVar[int] = 0
+    runtimes: ClassVar[tuple[str, ...]] = ("transformers",)
 
     def faults(self, model: Prospect, where: str) -> list[Fault]:
         """No layer is quantised, a scheme that no tensor class holds, or no torchao."""

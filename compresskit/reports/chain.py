@@ -11,12 +11,13 @@ from typing import Any
 from compresskit.artifact import MANIFEST, RECORDS, is_artifact, open_artifact
 from compresskit.errors import Fault, InputError
 from compresskit.measure.record import Record, read_records
+from compresskit.sparse import STRUCTURED_PRUNERS
 
 Json = Any
 
 FINAL = "artifact"
 SECONDS = ".seconds.json"
-CUT_FIELDS = ("layers", "ffn")
+CUT_FIELDS = ("layers", "ffn", "heads", "hidden", "parameters")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,7 +208,7 @@ def _seconds(path: Path) -> float | None:
 
 def is_cut(fields: Mapping[str, Json]) -> bool:
     """Whether a prune stage's fields ask to take layers or neurons away, not to zero weights."""
-    return any(fields.get(name) is not None for name in CUT_FIELDS)
+    return fields.get("method") in STRUCTURED_PRUNERS
 
 
 def _detail(kind: str, fields: Mapping[str, Json]) -> str:

@@ -5,8 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from compresskit.errors import InputError
+from compresskit.exports import EXPORTS, runtimes_of
+from compresskit.kernels.limits import BF16, ZeroLayout, values_of
 from compresskit.reports.chain import FINAL, Chain, Step, is_cut
 from compresskit.reports.figures import ends, write_bytes, write_ms, write_quality
+from compresskit.sparse.pattern import parse_pattern
+from compresskit.sparse.worth import Worth, layout_of, usual_values
 
 NO_CHANGE = 0.02  # ratios within two hundredths of 1 are called unchanged
 
@@ -169,25 +174,35 @@ def _prune(chain: Chain, index: int) -> list[Finding]:
                 "gain", f"Pruning cut whole layers and neurons: every runtime gains. {_timing(chain, index)}."
             )
         ]
-    share = step.value("size", "zero_fraction")
-    zeros = f"{share:.0%} of the linear weights are zero" if share is not None else "Weights are zero"
-    pattern = str(step.fields.get("pattern", ""))
-    if re.fullmatch(r"\d+:\d+", pattern):
-        runtime = (
-            f"GPUs with sparse tensor cores can use the {pattern} pattern, through a runtime that packs it; "
-            "transformers computes with the zeros"
-        )
-    elif re.search(r"\d+x\d+$", pattern):
-        runtime = "Zero blocks need a kernel that skips them to be faster, and a packed format to be smaller"
-    else:
-        runtime = "Unstructured zeros need a sparse kernel to be faster, and a packed format to be smaller"
-    return [
-        Finding(
-            "note",
-            f"{zeros}, stored in a dense file: that alone is neither smaller nor faster. {runtime}. "
-            f"{_timing(chain, index)}.",
-        )
-    ]
+    share, worth = step.value("size", "zero_fraction"), _worth(chain, index)
+    zeros = f"{share:.0%} of the linear weights are zero. " if share is not None else ""
+    timing = _timing(chain, index)
+    if not _is_faster(chain, index):
+        timing = f"Not faster, since zeros are multiplied too: {timing[0].lower()}{timing[1:]}"
+    text = f"{zeros}{worth.as_stored()} {timing}. {worth.at_best()}"
+    return [Finding("note", text), Finding("note", worth.advice())]
+
+
+def _worth(chain: Chain, index: int) -> Worth:
+    """What the zeros of step ``index`` are worth on the runtimes that the chain was made for."""
+    step = chain.steps[index]
+    try:
+        zeros = layout_of(parse_pattern(step.fields["pattern"]))
+    except (KeyError, InputError):  # of another version: what was measured stays true
+        zeros = ZeroLayout(zero_fraction=step.value("size", "zero_fraction") or 0.0)
+    bits = {layer["name"]: layer["bits"] for s in chain.steps for layer in s.layers}
+    made = [(values_of(bits[layer["name"]]), 1) for layer in step.layers]
+    targets = [to for to in chain.recipe.get("export", ()) if to in EXPORTS]
+    return Worth(zeros, usual_values(made or [(BF16, 1)]), runtimes_of(targets))
+
+
+def _is_faster(chain: Chain, index: int) -> bool:
+    """Whether step ``index`` was measured faster than the one before, or not at all."""
+    before, after = chain.steps[index - 1], chain.steps[index]
+    if any(step.value("latency", "decode_ms") is None for step in (before, after)):
+        return True
+    change = time_change(before, after, "decode_ms")
+    return change.word == "faster" and change.explained
 
 
 def _quantize(chain: Chain, index: int) -> list[Finding]:

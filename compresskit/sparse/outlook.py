@@ -19,8 +19,6 @@ from compresskit.stage import Forecast, Outlook
 if TYPE_CHECKING:
     from compresskit.sparse.stage import Prune
 
-DENSE = "Zeros alone make the checkpoint neither smaller nor faster: it is stored dense."
-
 
 def forecast_zeroing(stage: Prune, model: Outlook) -> Forecast:
     """The outlook stays as it is; memory is what lies outside the blocks, one block and the calibration rows.
@@ -48,5 +46,5 @@ def forecast_zeroing(stage: Prune, model: Outlook) -> Forecast:
         layers=len(layers),
         memory_bytes=round(memory),
         scratch_bytes=spilled,
-        notes=(*stage.uneven(model), DENSE),
+        notes=tuple(stage.uneven(model)),
     )

@@ -16,7 +16,6 @@ from compresskit.calibration.oneshot import largest_layer
 from compresskit.errors import Fault, PatternError
 from compresskit.sparse import TRAINED_PRUNERS
 from compresskit.sparse.base import MaskLearner, Moment, TrainedPruner, moment_seed
-from compresskit.sparse.outlook import DENSE
 from compresskit.sparse.pattern import parse_pattern
 from compresskit.sparse.promise import Zeros
 from compresskit.training.job import Part
@@ -105,7 +104,7 @@ def forecast_sparse(stage: SparseTrain, model: Outlook) -> Forecast:
         setting = Setting(stage, launched_processes() or stage.processes, "cpu")
         other += held // (setting.processes if setting.shards_parameters else 1)
     found = forecast_training(stage, model, teacher_bytes=taught, trained=logits, other_bytes=other)
-    return replace(found, layers=len(layers), notes=(*found.notes, *stage.form.uneven(model), DENSE))
+    return replace(found, layers=len(layers), notes=(*found.notes, *stage.form.uneven(model)))
 
 
 def run_sparse(stage: SparseTrain, model: ModelSource, context: StageContext) -> StageResult:

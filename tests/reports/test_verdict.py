@@ -70,9 +70,11 @@ def test_size_memory_and_quality(make_artifact: Make) -> None:
 @pytest.mark.parametrize(
     ("prune", "expected"),
     [
-        ({"method": "wanda", "pattern": "50%"}, "Unstructured zeros need a sparse kernel"),
-        ({"method": "wanda", "pattern": "2:4"}, "sparse tensor cores can use the 2:4 pattern"),
+        ({"method": "wanda", "pattern": "50%"}, "(a bit says whether it is kept): at most 1.59x at"),
+        ({"method": "wanda", "pattern": "2:4"}, "Sparse tensor cores multiply 2:4 faster"),
+        ({"method": "wanda"}, "too few to pay for saying where they are"),
         ({"method": "cut", "layers": 1}, "every runtime gains"),
+        ({"method": "cut", "parameters": 0.5}, "every runtime gains"),
     ],
 )
 def test_what_a_pattern_gives(make_artifact: Make, prune: dict[str, Any], expected: str) -> None:
@@ -80,6 +82,41 @@ def test_what_a_pattern_gives(make_artifact: Make, prune: dict[str, Any], expect
     found = said(make_artifact, [], recipe={"model": "tiny", "stages": stages})
     assert "Latency was not measured" in one(found, expected).text
     assert "unpacks 4-bit weights" in one(found, "transformers unpacks").text
+
+
+def pruned_alone(make: Make, last: list[Record], **recipe: Any) -> list[Finding]:
+    """Findings about one pruning to 50%, whose layers keep 32 bits."""
+    place = make(records=make_records("0-source") + last)
+    path = place / "compresskit.json"
+    manifest = json.loads(path.read_text())
+    manifest["stages"] = manifest["stages"][:1]
+    manifest["recipe"] |= {"stages": manifest["recipe"]["stages"][:1], **recipe}
+    path.write_text(json.dumps(manifest))
+    return findings(build([place]).chains[0])
+
+
+def test_zeros_that_are_measured_no_faster_say_so_and_why(make_artifact: Make) -> None:
+    found = pruned_alone(make_artifact, make_records("1-prune", zeros=0.5), export=["gguf"])
+    text = one(found, "50% of the linear weights are zero.").text
+    assert "Zeros are stored as numbers, 4 bytes a weight, and llama.cpp multiplies by them" in text
+    assert (
+        "Not faster, since zeros are multiplied too: the measured time per token is the same within its "
+        "spread (1.00 ms, 1.00 ms)." in text
+    )
+    assert "2.125 bytes a weight (a bit says whether it is kept): at most 1.88x at batch 1." in text
+    assert one(found, "For speed: 8-bit weights (quantize, w8a8) give at most 4.00x").tone == "note"
+
+
+def test_zeros_of_a_model_that_is_faster_are_not_told_to_be_slow(make_artifact: Make) -> None:
+    last = make_records("1-prune", decode=(0.4, 0.5, 0.6), zeros=0.5, parameters=100_000)
+    text = one(pruned_alone(make_artifact, last), "50% of the linear weights").text
+    assert "Not faster" not in text
+    assert "The measured time per token is 2.00x faster" in text
+
+
+def test_zeros_in_quantised_layers_are_told_with_their_last_bits(make_artifact: Make) -> None:
+    text = one(findings(build([make_artifact()]).chains[0]), "of the linear weights are zero").text
+    assert "1.012 bytes a weight" in text, "8.1 bits after the last stage, not the 32 after pruning"
 
 
 def test_recovery(make_artifact: Make) -> None:

@@ -1,0 +1,201 @@
+"""What each linear layer of a checkpoint is, read from its weights, and what its zeros are worth here.
+
+Shapes: O = out_features, I = in_features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from compresskit.kernels.limits import (
+    DENSE,
+    PACKED_BY,
+    Packing,
+    Values,
+    ZeroLayout,
+    gain_on,
+    limit,
+    packings,
+    values_of,
+)
+from compresskit.measure.matvec import Timing, time_layer
+from compresskit.measure.record import processor
+from compresskit.measure.suite import device_name
+from compresskit.modeling import ModelSource, open_model, resolve_device
+from compresskit.modeling.packed import unpacked
+from compresskit.progress import with_progress
+from compresskit.sparse.detect import detect
+
+Json = Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerWorth:
+    """One linear layer.
+
+    Attributes:
+        name: qualified module name.
+        out_features: O.
+        in_features: I.
+        zeros: how its zeros lie.
+        values: of one stored weight.
+        timing: at batch 1; None where it was not asked for, or nothing could be gained.
+        timed_as: the layer that was timed for it, of the same shape and pattern.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    zeros: ZeroLayout
+    values: Values
+    timing: Timing | None = None
+    timed_as: str = ""
+
+    @property
+    def packing(self) -> Packing:
+        """Of the fewest bytes."""
+        return packings(self.values, self.zeros)[0]
+
+    @property
+    def limit(self) -> float:
+        """What it gains at batch 1 over the layer as it is stored, at most."""
+        return limit(self.values, self.packing)
+
+    def to_json(self) -> dict[str, Json]:
+        """Plain data; times are medians in milliseconds, with their quartiles."""
+        plain: dict[str, Json] = {
+            "name": self.name,
+            "shape": [self.out_features, self.in_features],
+            "zero_fraction": self.zeros.zero_fraction,
+            "pattern": str(self.zeros),
+            "bits": 8 * self.values.bytes_per_weight,
+            "bytes_per_weight": self.values.bytes_per_weight,
+            "packed": {"storage": self.packing.storage, "bytes_per_weight": self.packing.bytes_per_weight},
+            "limit": self.limit,
+            "gain_on": {name: gain_on(name, self.values, self.zeros) for name in PACKED_BY},
+        }
+        if self.timing is not None:
+            sparse = self.timing.sparse_ms
+            plain["timing"] = {
+                "kernel": self.timing.kernel or None,
+                "dense_ms": self.timing.dense_ms[1],
+                "sparse_ms": sparse[1] if sparse else None,
+                "quartiles": {"dense_ms": self.timing.dense_ms, **({"sparse_ms": sparse} if sparse else {})},
+                "ratio": self.timing.ratio,
+                "timed_as": self.timed_as,
+                "notes": list(self.timing.notes),
+            }
+        return plain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """All linear layers of a checkpoint, in the model's order.
+
+    Attributes:
+        layers: of the model, head and all.
+        dtype: that it is computed in.
+        device: that was timed: ``cpu`` or the accelerator's name; empty if nothing was.
+        processor: name of the CPU and its cores.
+        threads: of one operation on the CPU.
+        notes: sentences that a reader of the times has to know.
+    """
+
+    layers: tuple[LayerWorth, ...]
+    dtype: str
+    device: str
+    processor: str
+    threads: int
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Json]:
+        """Plain data."""
+        return {
+            "layers": [layer.to_json() for layer in self.layers],
+            "dtype": self.dtype,
+            "device": self.device or None,
+            "processor": self.processor,
+            "threads": self.threads,
+            "notes": list(self.notes),
+        }
+
+
+def inspect_layers(
+    directory: str | Path, *, timed: bool = False, device: str = "auto", trust_remote_code: bool = False
+) -> Inspection:
+    """Look at every linear layer of the model in ``directory``, one in memory at a time.
+
+    Args:
+        directory: any Hugging Face checkpoint, packed or not, or a hub id.
+        timed: whether to measure, at batch 1, what leaving zeros out gains on ``device``; of layers of one
+            shape and pattern the first is.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:0``.
+        trust_remote_code: whether code in the directory may run.
+
+    Returns:
+        The layers and what was measured of them.
+
+    Raises:
+        InputError: no such device.
+        ModelError: no model, or weights that cannot be read.
+        FormatError: packed in a form that compresskit does not read.
+    """
+    place = resolve_device(device)
+    # A config.json is a file: to inspect a model that is not there, none is built.
+    here = Path(directory).exists()
+    opened = ModelSource(directory, trust_remote_code=trust_remote_code) if here else open_model(directory)
+    source = unpacked(opened)
+    linears = source.anatomy.linears
+    weights = sum(linear.out_features * linear.in_features for linear in linears.values())
+    model_bytes = weights * source.compute_dtype.itemsize
+    known: dict[tuple[Any, ...], tuple[Timing, str]] = {}
+    found = []
+    for name in with_progress(list(linears), "inspecting", unit="layers"):
+        weight_OI = source.weight_OI(name)
+        layer = _look(name, weight_OI, source)
+        if timed and layer.packing.storage != DENSE:
+            key = (weight_OI.shape, str(layer.zeros), round(layer.zeros.zero_fraction, 2))
+            if key not in known:
+                there = weight_OI.to(place, source.compute_dtype)
+                known[key] = time_layer(there, layer.zeros, model_bytes=model_bytes), name
+            timing, first = known[key]
+            layer = replace(layer, timing=timing, timed_as=first)
+        found.append(layer)
+        del weight_OI
+    return Inspection(
+        layers=tuple(found),
+        dtype=str(source.compute_dtype).removeprefix("torch."),
+        device=device_name(str(place)) if known else "",
+        processor=processor(),
+        threads=torch.get_num_threads(),
+        notes=_notes([timing for timing, _ in known.values()], place),
+    )
+
+
+def _look(name: str, weight_OI: Tensor, source: ModelSource) -> LayerWorth:
+    """One layer, without its times."""
+    grid = source.grid(name)
+    bits = 8.0 * weight_OI.itemsize if grid is None else grid.bits_per_weight(weight_OI.shape[1])
+    return LayerWorth(
+        name=name,
+        out_features=weight_OI.shape[0],
+        in_features=weight_OI.shape[1],
+        zeros=detect(weight_OI == 0),
+        values=values_of(bits),
+    )
+
+
+def _notes(timings: Sequence[Timing], place: torch.device) -> tuple[str, ...]:
+    """What kernels refused, each once, and whether the machine was busy."""
+    notes = list(dict.fromkeys(note for timing in timings for note in timing.notes))
+    cores = psutil.cpu_count() or 1
+    if timings and place.type == "cpu" and psutil.getloadavg()[0] > cores + 0.5:
+        notes.append(f"The machine had more work than its {cores} cores: ratios may be chance.")
+    return tuple(notes)
