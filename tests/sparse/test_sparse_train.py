@@ -166,7 +166,7 @@ def test_layers_the_pattern_does_not_fit_may_be_padded(
     down_OI = made.weight_OI(down.layer)
     if pattern == "4:8":
         assert ((down_OI == 0).sum(1) == 20).all()
-    assert stage.forecast(outlook(source)).notes[-2] == result.warnings[0]
+    assert result.warnings[0] in stage.forecast(outlook(source)).notes
 
 
 @pytest.mark.parametrize("method", ["set", "rigl", "srste", "movement", "maskllm"])
