@@ -39,7 +39,7 @@ class ParamAccess(Protocol):
     def gather(self, model: nn.Module, *, keep: bool, frozen: bool = True) -> dict[str, Tensor]:
         """The whole state dict on the CPU, one tensor after another; empty where ``keep`` is False.
 
-        Without ``frozen`` it lacks the parameters that take no gradient, and what belongs to them.
+        Without ``frozen`` it lacks the parameters that take no gradient.
         """
         ...
 
@@ -313,9 +313,7 @@ def _wanted(model: nn.Module, *, frozen: bool) -> dict[str, Tensor]:
     if frozen:
         return state
     still = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    # A quantised weight brings its scales along, under names that begin with its own.
-    parts = tuple(f"{name}." for name in still)
-    return {name: t for name, t in state.items() if name not in still and not name.startswith(parts)}
+    return {name: t for name, t in state.items() if name not in still}
 
 
 def _turned(before: Tensor, now: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +22,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compresskit.training.fields import TrainingFields
-from compresskit.training.fit import fit
+from compresskit.training.fit import TrainOutcome, fit
+from compresskit.training.trainer import StageTrainer
 
 STEPS = 20
 ENGINES: Mapping[str, dict[str, Any]] = {
@@ -31,6 +33,9 @@ ENGINES: Mapping[str, dict[str, Any]] = {
     "zero2": {"strategy": "deepspeed", "zero_stage": 2},
     "zero3": {"strategy": "deepspeed", "zero_stage": 3},
 }
+PARTITIONED = {"deepspeed_config": str(Path(__file__).with_name("partitioned.json"))}
+"""For ZeRO-3, which by itself keeps every parameter of fewer than 100,000 numbers whole: all of these."""
+NAMES = {"ddp": "ddp", "fsdp": "fsdp"} | {f"zero{i}": f"deepspeed ZeRO-{i}" for i in (1, 2, 3)}
 INT8: Mapping[str, dict[str, Any]] = {
     f"int8-{engine}": {**ENGINES[engine], "matmul": "int8"} for engine in ("ddp", "fsdp")
 }
@@ -82,6 +87,24 @@ def make_model(*, tied: bool = True) -> tuple[LlamaForCausalLM, tuple[str, ...]]
             weight = model.get_submodule(name).weight
             weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5] = 0
     return model, held
+
+
+def broken_off(start: Callable[[], TrainOutcome], step: int) -> TrainOutcome:
+    """What a second start comes to, after a first that ends past ``step``, from which no rank comes back."""
+    log = StageTrainer.log
+
+    def stop(self: Any, logs: Any, *rest: Any) -> None:
+        log(self, logs, *rest)
+        if self.state.global_step == step:
+            raise InterruptedError
+
+    StageTrainer.log = stop  # type: ignore[method-assign]
+    try:
+        with suppress(InterruptedError):
+            start()
+    finally:
+        StageTrainer.log = log  # type: ignore[method-assign]
+    return start()
 
 
 def main(out: Path) -> None:

@@ -11,14 +11,13 @@ import json
 import sys
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from every_engine import ENGINES as EVERY
-from every_engine import FIELDS, Counting
+from every_engine import FIELDS, PARTITIONED, Counting, broken_off
 from torch import Tensor
 
 from compresskit.modeling import ModelSource
@@ -27,11 +26,11 @@ from compresskit.training.bias_norm import BiasNorm
 from compresskit.training.fields import TrainingFields
 from compresskit.training.fit import TrainOutcome, fit
 from compresskit.training.lora import Lora
-from compresskit.training.trainer import StageTrainer
 
 STEPS, BREAK = 6, 5
 WAYS = ("bias_norm", "lora")
 ENGINES = {name: changes for name, changes in EVERY.items() if name != "zero1"}
+ENGINES["zero3"] = {**ENGINES["zero3"], **PARTITIONED}
 ALL_FIELDS = replace(FIELDS, steps=STEPS, learning_rate=3e-2, checkpoint_every=3)
 
 
@@ -69,34 +68,15 @@ def train(way: str, source: ModelSource, out: Path, fields: TrainingFields) -> T
     )
 
 
-def broken_off(way: str, source: ModelSource, out: Path, fields: TrainingFields) -> TrainOutcome:
-    """The same, with an end after step 5 that no rank comes back from, and a new start."""
-    log = StageTrainer.log
-
-    def stop(self: Any, logs: Any, *rest: Any) -> None:
-        log(self, logs, *rest)
-        if self.state.global_step == BREAK:
-            raise InterruptedError
-
-    StageTrainer.log = stop  # type: ignore[method-assign]
-    try:
-        with suppress(InterruptedError):
-            train(way, source, out, fields)
-    finally:
-        StageTrainer.log = log  # type: ignore[method-assign]
-    return train(way, source, out, fields)
-
-
 def main(place: Path) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     source = ModelSource(place / "model")
     for engine, changes in ENGINES.items():
         fields = replace(ALL_FIELDS, **changes)
         for way in WAYS:
-            found = {
-                f"{way}-{engine}": train(way, source, place / f"{way}-{engine}", fields),
-                f"{way}-broken-{engine}": broken_off(way, source, place / f"{way}-broken-{engine}", fields),
-            }
+            whole, broken = f"{way}-{engine}", f"{way}-broken-{engine}"
+            again = partial(train, way, source, place / broken, fields)
+            found = {whole: train(way, source, place / whole, fields), broken: broken_off(again, BREAK)}
             for name, outcome in found.items():
                 if torch.distributed.get_rank() == 0:
                     (place / f"{name}.json").write_text(json.dumps(asdict(outcome)))

@@ -12,9 +12,9 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from every_engine import ENGINES as EVERY
 from every_engine import FIELDS, Counting
 from torch import Tensor
 
@@ -24,12 +24,7 @@ from compresskit.training.fields import TrainingFields
 from compresskit.training.fit import TrainOutcome, fit
 
 STEPS = 10
-ENGINES: Mapping[str, dict[str, Any]] = {
-    "ddp": {"strategy": "ddp"},
-    "fsdp": {"strategy": "fsdp"},
-    "zero2": {"strategy": "deepspeed", "zero_stage": 2},
-    "zero3": {"strategy": "deepspeed", "zero_stage": 3},
-}
+ENGINES = {name: changes for name, changes in EVERY.items() if name != "zero1"}
 RUNS: Mapping[str, tuple[str, str]] = {
     "dynamic": ("w4a8-channel", "w8a8"),
     "learned": ("w4a16-g8", "w4a8-channel"),

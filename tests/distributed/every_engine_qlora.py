@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from every_engine import FIELDS, Counting
+from every_engine import ENGINES as EVERY
+from every_engine import FIELDS, PARTITIONED, Counting, broken_off
 from torch import Tensor
 
 from compresskit.modeling import ModelSource
@@ -25,23 +26,23 @@ from compresskit.training.fit import TrainOutcome, fit
 from compresskit.training.rules import Setting
 
 STEPS = 10
-ENGINES: Mapping[str, dict[str, Any]] = {
-    "ddp": {"strategy": "ddp"},
-    "fsdp": {"strategy": "fsdp"},
-    "zero2": {"strategy": "deepspeed", "zero_stage": 2},
-    "zero3": {"strategy": "deepspeed", "zero_stage": 3},
-}
+ENGINES = {name: changes for name, changes in EVERY.items() if name != "zero1"}
+ENGINES["zero3"] = {**ENGINES["zero3"], **PARTITIONED}
 RUNS: Mapping[str, dict[str, Any]] = {
     "lora": {"adapter": "lora", "loftq_rounds": 0},
     "loftq": {"adapter": "lora", "loftq_rounds": 2},
     "dora": {"adapter": "dora", "loftq_rounds": 0},
-    "bf16": {"adapter": "lora", "loftq_rounds": 0, "precision": "bf16"},
+    "dora-free": {"adapter": "dora", "loftq_rounds": 0, "held": ()},
+    "bf16": {"adapter": "lora", "loftq_rounds": 0, "precision": "bf16", "held": ()},
 }
+"""Where no zeros are held it is peft's own layers that compute."""
+BROKEN, BREAK = "lora", 5
+"""The run that is broken off, and the step after which."""
 ALL_FIELDS = replace(FIELDS, steps=STEPS, weight_decay=0.0, learning_rate=1e-2)
 
 
 def adaptation(source: ModelSource, run: str, sharded: bool) -> Adapted:
-    """Zeros are held in every layer but the head."""
+    """Zeros are held in every layer but the head, where the run does not say otherwise."""
     layers = tuple(name for name in source.anatomy.linears if name != "lm_head")
     asked: dict[str, Any] = {
         "rank": 4,
@@ -93,12 +94,16 @@ def main(out: Path) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     source = ModelSource(out / "model")
     for engine, changes in ENGINES.items():
+        fields = replace(ALL_FIELDS, processes=2, **changes)
         for run in RUNS:
             name = f"{run}-{engine}"
-            fields = replace(ALL_FIELDS, processes=2, **changes)
             outcome, kept = train(run, source, out / name, fields)
             if torch.distributed.get_rank() == 0:
                 (out / f"{name}.json").write_text(json.dumps({**asdict(outcome), "frozen_bytes": kept}))
+        name, again = f"{BROKEN}-broken-{engine}", replace(fields, checkpoint_every=3)
+        outcome = broken_off(lambda: train(BROKEN, source, out / name, again)[0], BREAK)  # noqa: B023
+        if torch.distributed.get_rank() == 0:
+            (out / f"{name}.json").write_text(json.dumps(asdict(outcome)))
     torch.distributed.destroy_process_group()
 
 

@@ -11,14 +11,14 @@ import json
 import sys
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from every_engine import ENGINES, FIELDS, Counting
+from every_engine import ENGINES, FIELDS, Counting, broken_off
 from torch import Tensor, nn
 
 from compresskit.modeling import ModelSource
@@ -29,7 +29,6 @@ from compresskit.sparse.train_run import Scheduled
 from compresskit.training.adaptation import Adaptation, Plain
 from compresskit.training.fields import TrainingFields
 from compresskit.training.fit import TrainOutcome, fit
-from compresskit.training.trainer import StageTrainer
 
 STEPS = 12
 RUNS: Mapping[str, dict[str, Any]] = {
@@ -42,10 +41,13 @@ RUNS: Mapping[str, dict[str, Any]] = {
     "maskllm": {"method": "maskllm", "options": {"norm_reward": 1e-3}, "end": "2:4"},
 }
 ALL_FIELDS = replace(FIELDS, steps=STEPS)
+BROKEN, BREAK = ("rigl", "movement", "maskllm"), 8
+"""The runs that are broken off, and the step after which: past a change and past a checkpoint."""
 
 
-BROKEN = ("rigl", "movement", "maskllm")
-"""The runs that are broken off under every engine after step 8, past a change and past a checkpoint."""
+def runs_under(engine: str) -> tuple[str, ...]:
+    """ZeRO-1 differs from ZeRO-2 in how gradients are divided alone, which one of the runs looks at."""
+    return ("gradual", "rigl") if engine == "zero1" else tuple(RUNS)
 
 
 def ends(run: str, source: ModelSource) -> dict[str, str]:
@@ -104,34 +106,17 @@ def require_frozen(model: nn.Module) -> None:
         assert parameter.requires_grad or parameter.grad is None, name
 
 
-def broken_off(run: str, source: ModelSource, out: Path, fields: TrainingFields) -> TrainOutcome:
-    """The same, with an end after step 8 that no rank comes back from, and a new start."""
-    log = StageTrainer.log
-
-    def stop(self: Any, logs: Any, *rest: Any) -> None:
-        log(self, logs, *rest)
-        if self.state.global_step == 8:
-            raise InterruptedError
-
-    StageTrainer.log = stop  # type: ignore[method-assign]
-    try:
-        with suppress(InterruptedError):
-            train(run, source, out, fields)
-    finally:
-        StageTrainer.log = log  # type: ignore[method-assign]
-    return train(run, source, out, fields)
-
-
 def main(place: Path) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     source = ModelSource(place / "model")
     for engine, changes in ENGINES.items():
         fields = replace(ALL_FIELDS, **changes)
-        outcomes = {run: train(run, source, place / f"{run}-{engine}", fields) for run in RUNS}
+        outcomes = {run: train(run, source, place / f"{run}-{engine}", fields) for run in runs_under(engine)}
         again = replace(fields, checkpoint_every=5)
-        for run in BROKEN:
+        for run in (run for run in BROKEN if run in runs_under(engine)):
             name = f"{run}-broken"
-            outcomes[name] = broken_off(run, source, place / f"{name}-{engine}", again)
+            start = partial(train, run, source, place / f"{name}-{engine}", again)
+            outcomes[name] = broken_off(start, BREAK)
         if torch.distributed.get_rank() == 0:
             for run, outcome in outcomes.items():
                 (place / f"{run}-{engine}.json").write_text(json.dumps(asdict(outcome)))

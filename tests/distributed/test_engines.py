@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
@@ -15,22 +12,18 @@ from typing import Any
 import every_engine
 import pytest
 import torch
-from every_engine import ENGINES, FIELDS, INT8, STEPS, Counting, make_model
+from every_engine import ENGINES, FIELDS, INT8, NAMES, STEPS, Counting, make_model
+from ranks import two_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
 from compresskit.training.fit import TrainOutcome, fit
-from compresskit.training.launch import _free_port
 from compresskit.training.watch import LossLog
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-RANKS = 2
 NEEDS_TORCHAO = pytest.mark.skipif(not find_spec("torchao"), reason="torchao is not installed")
 TOLERANCE = 2e-6
 """Relative, of a loss at any of 20 steps: engines sum gradients in other orders, in fp32."""
-NAMES = {"ddp": "ddp", "fsdp": "fsdp", "zero1": "deepspeed ZeRO-1", "zero2": "deepspeed ZeRO-2"} | {
-    "zero3": "deepspeed ZeRO-3"
-}
 
 
 def losses(scratch: Path) -> list[float]:
@@ -57,31 +50,12 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainOutcome
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two ranks, two rows at a time: each step is 2 ranks x 2 passes x 2 rows."""
+def launched(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """Two ranks, two rows at a time: each step is 2 ranks x 2 passes x 2 rows; beside them one process."""
     pytest.importorskip("deepspeed")
     out = tmp_path_factory.mktemp("launched")
-    port = str(_free_port())
-    ranks = []
-    for rank in range(RANKS):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(RANKS),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-        }
-        with (out / f"rank{rank}.log").open("wb") as log:
-            command = [sys.executable, str(every_engine.__file__), str(out)]
-            ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-    try:
-        codes = [rank.wait(timeout=400) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert codes == [0] * RANKS, (out / "rank0.log").read_text()[-3000:]
+    with two_ranks(every_engine, out):
+        request.getfixturevalue("single")
     return out
 
 
@@ -103,7 +77,7 @@ def test_losses_agree_step_by_step(engine: str, launched: Path, single: Any) -> 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_engine_that_ran_is_the_one_asked_for(engine: str, launched: Path) -> None:
     found = outcome_of(launched, engine)
-    assert (found["engine"], found["processes"]) == (NAMES[engine], RANKS)
+    assert (found["engine"], found["processes"]) == (NAMES[engine], 2)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

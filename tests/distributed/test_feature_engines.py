@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import every_engine_features
 import pytest
 import torch
+from every_engine import NAMES
 from every_engine_features import ENGINES, RUNS, STEPS, VOCABULARY, train
+from ranks import two_ranks
 from safetensors.torch import load_file
 from tiny import tiny_llama
 from torch import Tensor
 
-from compresskit.training.launch import _free_port
 from compresskit.training.watch import LossLog
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 TOLERANCE = 2e-5
 """Relative, of a loss at any of 10 steps: engines sum gradients in other orders, in fp32."""
-NAMES = {"ddp": "ddp", "fsdp": "fsdp"} | {f"zero{i}": f"deepspeed ZeRO-{i}" for i in (1, 2, 3)}
 CASES = [(run, engine) for run in RUNS for engine in ENGINES]
 
 
@@ -49,30 +46,11 @@ def single(place: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def launched(place: Path) -> Path:
-    """Two ranks, two rows at a time: each step is 2 ranks x 2 passes x 2 rows."""
+def launched(place: Path, request: pytest.FixtureRequest) -> Path:
+    """Two ranks, two rows at a time: each step is 2 ranks x 2 passes x 2 rows; beside them one process."""
     pytest.importorskip("deepspeed")
-    port, ranks = str(_free_port()), []
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
-    for rank in range(2):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(paths),
-        }
-        with (place / f"rank{rank}.log").open("wb") as log:
-            command = [sys.executable, str(every_engine_features.__file__), str(place)]
-            ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-    try:
-        codes = [rank.wait(timeout=500) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert codes == [0, 0], (place / "rank0.log").read_text()[-3000:]
+    with two_ranks(every_engine_features, place):
+        request.getfixturevalue("single")
     return place
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +10,14 @@ from typing import Any
 import every_engine_few
 import pytest
 import torch
+from every_engine import NAMES
 from every_engine_few import ALL_FIELDS, ENGINES, STEPS, WAYS, layers_of, train
+from ranks import two_ranks
 from safetensors.torch import load_file, save_file
-from test_engines import NAMES
 from tiny import tiny_llama
 
 from compresskit.modeling import ModelSource
 from compresskit.training.bias_norm import biases_and_norms
-from compresskit.training.launch import _free_port
 from compresskit.training.watch import LossLog
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -41,30 +38,10 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
         groups = tensors[name].reshape(-1, 4)
         groups.scatter_(1, groups.abs().topk(2, largest=False).indices, 0)
     save_file(tensors, place / "model" / "model.safetensors", {"format": "pt"})
-    port, ranks = str(_free_port()), []
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
-    for rank in range(2):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(paths),
-        }
-        with (place / f"rank{rank}.log").open("wb") as log:
-            command = [sys.executable, str(every_engine_few.__file__), str(place)]
-            ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-    try:
+    with two_ranks(every_engine_few, place):
         for way in WAYS:
             fields = replace(ALL_FIELDS, micro_batch_size=8)
             train(way, ModelSource(place / "model"), place / f"{way}-one", fields)
-        codes = [rank.wait(timeout=900) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert codes == [0, 0], (place / "rank0.log").read_text()[-3000:]
     return place
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,19 +10,19 @@ from typing import Any
 import every_engine_qat
 import pytest
 import torch
+from every_engine import NAMES
 from every_engine_qat import ALL_FIELDS, ENGINES, RUNS, STEPS, train
+from ranks import two_ranks
 from tiny import tiny_llama
 
 from compresskit.modeling import ModelSource
 from compresskit.quant.promise import OnGrid
-from compresskit.training.launch import _free_port
 from compresskit.training.watch import LossLog
 from compresskit.training.write import write_checkpoint
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 TOLERANCE = 1e-3
 """Relative, of a loss: where sums of another order tip a weight over to the next step of its grid."""
-NAMES = {"ddp": "ddp", "fsdp": "fsdp", "zero2": "deepspeed ZeRO-2", "zero3": "deepspeed ZeRO-3"}
 CASES = [(run, engine) for run in RUNS for engine in ENGINES]
 
 
@@ -47,30 +44,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def launched(place: Path) -> Path:
     """Two ranks, two rows at a time; beside them, one process with the whole batch at once."""
     pytest.importorskip("deepspeed")
-    port, ranks = str(_free_port()), []
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
-    for rank in range(2):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(paths),
-        }
-        with (place / f"rank{rank}.log").open("wb") as log:
-            command = [sys.executable, str(every_engine_qat.__file__), str(place)]
-            ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-    try:
+    with two_ranks(every_engine_qat, place):
         for run in RUNS:
             fields = replace(ALL_FIELDS, micro_batch_size=8)
             train(run, ModelSource(place / "model"), place / f"{run}-one", place / f"{run}-one-s", fields)
-        codes = [rank.wait(timeout=500) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert codes == [0, 0], (place / "rank0.log").read_text()[-3000:]
     return place
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,19 +10,19 @@ from typing import Any
 import every_engine_zeros
 import pytest
 import torch
-from every_engine_zeros import ALL_FIELDS, BROKEN, ENGINES, RUNS, STEPS, ends, train
+from every_engine import NAMES
+from every_engine_zeros import ALL_FIELDS, BROKEN, ENGINES, RUNS, STEPS, ends, runs_under, train
+from ranks import two_ranks
 from safetensors.torch import load_file
-from test_engines import NAMES
 from tiny import tiny_llama
 
 from compresskit.modeling import ModelSource
 from compresskit.sparse.chosen import Chosen
 from compresskit.sparse.pattern import parse_pattern
-from compresskit.training.launch import _free_port
 from compresskit.training.watch import LossLog
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-CASES = [(run, engine) for run in RUNS for engine in ENGINES]
+CASES = [(run, engine) for run in RUNS for engine in ENGINES if run in runs_under(engine)]
 FROZEN = ("maskllm",)
 """Runs that train no weight: in so few steps the loss of a random model hardly falls by masks alone."""
 TOLERANCE = 1e-5
@@ -43,30 +40,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def launched(place: Path) -> Path:
     """Two ranks, two rows at a time; beside them, one process with the whole batch at once."""
     pytest.importorskip("deepspeed")
-    port, ranks = str(_free_port()), []
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
-    for rank in range(2):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(paths),
-        }
-        with (place / f"rank{rank}.log").open("wb") as log:
-            command = [sys.executable, str(every_engine_zeros.__file__), str(place)]
-            ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-    try:
+    with two_ranks(every_engine_zeros, place):
         for run in RUNS:
             fields = replace(ALL_FIELDS, micro_batch_size=8)
             train(run, ModelSource(place / "model"), place / f"{run}-one", fields)
-        codes = [rank.wait(timeout=500) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert codes == [0, 0], (place / "rank0.log").read_text()[-3000:]
     return place
 
 
@@ -122,8 +99,7 @@ def test_the_saved_zeros_are_those_asked_for(run: str, engine: str, launched: Pa
         torch.testing.assert_close(mine[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("run", BROKEN)
+@pytest.mark.parametrize(("run", "engine"), [case for case in CASES if case[0] in BROKEN])
 def test_a_restart_changes_no_byte(run: str, engine: str, launched: Path) -> None:
     """Which weights are zero, and which are to change next, is in the checkpoint's weights and step."""
     assert outcome(launched, f"{run}-broken-{engine}")["resumed_from"] == 5

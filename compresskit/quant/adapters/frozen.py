@@ -75,6 +75,7 @@ def freeze(
         ).to("cpu")
         # Else an evaluation on such a CPU would repack the weight for good, its scales rounded to bfloat16.
         layer.support_avx512bf16_for_cpu = False
+        layer.register_state_dict_post_hook(_without_scales)
         if sharded:
             layer.register_forward_pre_hook(_follow)
     else:
@@ -119,6 +120,12 @@ def _follow(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         )
     scales: Any = layer.quant_state
     scales.to(inputs[0].device)
+
+
+def _without_scales(layer: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Scales are made anew at every start, and DeepSpeed refuses a checkpoint with names of no parameter."""
+    for name in [name for name in state if name.startswith(f"{prefix}weight.")]:
+        del state[name]
 
 
 class GridLinear(nn.Linear):
