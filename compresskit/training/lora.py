@@ -32,7 +32,7 @@ from compresskit.training.lowrank.merge import merged
 from compresskit.training.lowrank.outlook import (
     INSTALL,
     factor_parameters,
-    head_faults,
+    layer_faults,
     rank_faults,
     size_faults,
 )
@@ -83,7 +83,7 @@ class Lora:
             layers = select(model.anatomy, stage.targets, stage.ignore, where=where)
         except InputError as error:
             return faults + [fault for fault in error.faults if isinstance(fault, Fault)]
-        faults += head_faults(model.anatomy, layers, where)
+        faults += layer_faults(model.anatomy, layers, where)
         return faults + rank_faults(stage.rank, model.anatomy, layers, where)
 
     @staticmethod

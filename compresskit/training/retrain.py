@@ -85,7 +85,7 @@ def _notes(stage: TrainableFields, share: Share, anatomy: Anatomy) -> tuple[str,
     if stage.trainable == ALL:
         return ()
     percent = 100 * share.trained / anatomy.num_parameters
-    return (f"{share.trained:,} parameters are trained, {percent:.2g}% of the model's: {stage.trainable}.",)
+    return (f"{share.trained:,} parameters are trained, {percent:.3g}% of the model's: {stage.trainable}.",)
 
 
 def run_retraining(

@@ -34,7 +34,8 @@ from compresskit.stage import Outlook, StageContext, StageResult
 from compresskit.training import lora as lora_module
 from compresskit.training.bias_norm import BiasNorm, biases_and_norms
 from compresskit.training.lora import Lora
-from compresskit.training.trainable import TRAINABLES
+from compresskit.training.retrain import _notes as retrain_notes
+from compresskit.training.trainable import TRAINABLES, Share
 from compresskit.training.trainer import StageTrainer
 
 FEW: dict[str, Any] = {"steps": 6, "batch_size": 4, "context_length": 24, "learning_rate": 1e-2}
@@ -139,6 +140,18 @@ def test_ways_as_they_stand_have_no_fault(source: ModelSource, monkeypatch: pyte
     (fault,) = Finetune(**LORA).faults(outlook(source), "s")
     assert "the package peft" in str(fault)
     assert "pip install 'compresskit[qlora]'" in str(fault)
+
+
+def test_a_layer_that_computes_otherwise_is_told_before(source: ModelSource) -> None:
+    """Frozen it would compute as a plain one does, and be trained and merged as what it is not."""
+    linears, name = dict(source.anatomy.linears), projections(source)[3]
+    linears[name] = replace(linears[name], is_plain=False)
+    odd = outlook(source, anatomy=replace(source.anatomy, linears=linears))
+    for stage in (Finetune(**LORA), Qlora()):
+        (fault,) = stage.faults(odd, "s")
+        assert (fault.where, fault.got) == ("s.targets", name)
+        assert replace(stage, ignore=(name, "lm_head")).faults(odd, "s") == []
+    assert Finetune(trainable="bias_norm").faults(odd, "s") == []
 
 
 def test_a_model_without_biases_and_norm_weights_is_refused(tmp_path: Path) -> None:
@@ -260,6 +273,7 @@ def test_layers_that_store_their_weight_transposed_are_merged_so(text: DataSpec,
     byte_tokenizer().save_pretrained(tmp_path / "gpt2")
     source = open_model(str(tmp_path / "gpt2"))
     for name, way in WAYS.items():
+        assert Finetune(**way).faults(outlook(source), "s") == []
         result, made = run(Finetune(**FEW, **way), source, text, tmp_path / name)
         assert moved(source, made) == (
             few_of(skeleton(source))
@@ -306,6 +320,13 @@ def test_the_forecast_has_no_states_for_what_is_frozen(source: ModelSource) -> N
     assert sharded.memory_bytes < lora.memory_bytes
     taught = Distill(**FEW, **LORA).forecast(model)
     assert taught.memory_bytes - lora.memory_bytes == source.bytes
+
+
+def test_a_share_above_all_of_the_model_is_told_in_plain_digits(source: ModelSource) -> None:
+    """Factors of a high rank are more than the weights they update."""
+    share = Share(trained=400, frozen=200, layers=1)
+    (note,) = retrain_notes(Finetune(**LORA), share, replace(source.anatomy, num_parameters=200))
+    assert note == "400 parameters are trained, 200% of the model's: lora."
 
 
 def test_a_grid_in_force_is_refused_whatever_is_trained(

@@ -21,7 +21,7 @@ from compresskit.targets import select
 from compresskit.training.lowrank.outlook import (
     INSTALL,
     factor_parameters,
-    head_faults,
+    layer_faults,
     rank_faults,
     size_faults,
 )
@@ -63,10 +63,10 @@ def qlora_faults(stage: Qlora, model: Outlook, where: str) -> list[Fault]:
     gridded = tuple(layer for layer in layers if layer in model.layer_bits)
     all_gridded = len(gridded) == len(layers)
     faults += _package_faults(stage, all_gridded, where)
-    faults += head_faults(model.anatomy, layers, where)
+    faults += layer_faults(model.anatomy, layers, where)
     if stage.adapter in LOW_RANK:
         faults += rank_faults(stage.rank, model.anatomy, layers, where)
-    faults += _split_faults(stage, model.anatomy, layers, where)
+    faults += _split_faults(stage, model.anatomy, [n for n in layers if n not in gridded], where)
     faults += _prefix_faults(stage, model, where) if stage.adapter == "prefix" else []
     faults += _loftq_faults(stage, where) + _idle_faults(stage, all_gridded, where)
     return faults + _static_faults(stage, model, where) + _finish_faults(stage, model, layers, gridded, where)

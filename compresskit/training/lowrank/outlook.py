@@ -38,12 +38,19 @@ def rank_faults(rank: int, anatomy: Anatomy, layers: Sequence[str], where: str) 
     return fit_faults(anatomy.linears, layers, misfit, where=f"{where}.rank", cure=cure)
 
 
-def head_faults(anatomy: Anatomy, layers: Sequence[str], where: str) -> list[Fault]:
-    """The loss is computed from the head's own weight, a block of tokens at a time: no adapter is seen."""
-    if (faults := tied_faults(anatomy, layers, where)) or anatomy.head not in layers:
-        return faults
-    cure = f"Add {anatomy.head} to ignore."
-    return [Fault(f"{where}.targets", "layers before the output projection", str(anatomy.head), cure)]
+def layer_faults(anatomy: Anatomy, layers: Sequence[str], where: str) -> list[Fault]:
+    """Layers that cannot be frozen and updated beside that."""
+    linears, field = anatomy.linears, f"{where}.targets"
+    faults = tied_faults(anatomy, layers, where)
+    if not faults and anatomy.head in layers:
+        # The loss is computed from the head's own weight, a block of tokens at a time: no adapter is seen.
+        cure = f"Add {anatomy.head} to ignore."
+        faults.append(Fault(field, "layers before the output projection", str(anatomy.head), cure))
+    # Frozen, a layer is a plain one, whatever it was.
+    if odd := [name for name in layers if not linears[name].is_plain and not linears[name].transposed]:
+        expected = "layers that compute as torch.nn.Linear does"
+        faults.append(Fault(field, expected, ", ".join(odd), "Add these layers to ignore."))
+    return faults
 
 
 def factor_parameters(rank: int, anatomy: Anatomy, layers: Iterable[str]) -> int:

@@ -61,6 +61,8 @@ def test_four_bits_of_an_odd_layer_cannot_be_split(model: Outlook) -> None:
         text for text in found if odd in text and "a multiple of 8" in text and "Use strategy ddp" in text
     ]
     assert not [text for text in map(str, replace(split, base="none").faults(model, "x")) if odd in text]
+    on_grid = replace(model, layer_bits={odd: 8.0})
+    assert not [text for text in map(str, split.faults(on_grid, "x")) if "a multiple of 8" in text]
 
 
 def said(stage: Qlora, model: Outlook) -> str:
