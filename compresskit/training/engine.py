@@ -73,7 +73,8 @@ def engine_arguments(setting: Setting, block_classes: list[str], accumulation: i
         }
     if setting.strategy == "deepspeed":
         return {"deepspeed": deepspeed_config(setting, accumulation)}
-    return {"ddp_find_unused_parameters": False}
+    # Masks, frozen integers and scales are the same on all ranks already: DDP need not send them each step.
+    return {"ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False}
 
 
 def deepspeed_config(setting: Setting, accumulation: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from compresskit.errors import EngineError, ModelError
 from compresskit.modeling import ModelSource, load_model
 from compresskit.training import write
 from compresskit.training.checkpoint import latest, seal, step_of, sweep
-from compresskit.training.engine import deepspeed_config, require_engine, running_engine
+from compresskit.training.engine import deepspeed_config, engine_arguments, require_engine, running_engine
 from compresskit.training.fields import TrainingFields
 from compresskit.training.hold import weight_of
 from compresskit.training.objective import head_module, supervised_tokens
@@ -130,6 +130,12 @@ def test_a_users_deepspeed_config_is_kept_and_its_gaps_are_filled(tmp_path: Path
     with pytest.raises(EngineError, match="16, which follows from the recipe") as error:
         deepspeed_config(setting(path), 2)
     assert len(error.value.faults) == 2
+
+
+def test_ddp_sends_no_masks_and_no_frozen_integers_each_step() -> None:
+    """They are buffers, as large as the weights themselves, which it would send before each forward pass."""
+    made = engine_arguments(Setting(TrainingFields(strategy="ddp"), 2, "cpu"), [], 1)
+    assert made["ddp_broadcast_buffers"] is False
 
 
 def test_another_engine_than_asked_for_is_an_error() -> None:
