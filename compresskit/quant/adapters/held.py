@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from compresskit.formats.grid import Grid
 from compresskit.quant.adapters.frozen import frozen_weight
 from compresskit.training.lowrank.attach import ADAPTER
-from compresskit.training.lowrank.masked import Masked, mask_update, recomputed
+from compresskit.training.lowrank.masked import MaskedUpdate, mask_update, recomputed
 from compresskit.training.lowrank.merge import merged
 
 
@@ -35,7 +35,7 @@ def hold(layer: nn.Module, *, keep_OI: Tensor | None = None, grid: Grid | None =
     layer.held_grid = grid  # type: ignore[assignment]
 
 
-class Held(Masked):
+class Held(MaskedUpdate):
     """Comes before a LoRA layer's own class; see :func:`hold`."""
 
     held_grid: Grid | None

@@ -22,21 +22,21 @@ from compresskit.training.lowrank.attach import ADAPTER
 from compresskit.training.lowrank.merge import update
 
 
-def mask_update(layer: nn.Module, keep_OI: Tensor | None, *, kind: type[Masked] | None = None) -> None:
+def mask_update(layer: nn.Module, keep_OI: Tensor | None, *, kind: type[MaskedUpdate] | None = None) -> None:
     """From now on the update of ``layer`` is zero wherever ``keep_OI`` is False.
 
     Args:
         layer: a LoRA layer of peft, its frozen weight in place.
         keep_OI: bool (O, I): weights that may move; None lets all.
-        kind: what comes before the layer's own class: :class:`Masked`, or a class derived of it.
+        kind: what comes before the layer's own class: :class:`MaskedUpdate`, or a class derived of it.
     """
-    kind = kind or Masked
+    kind = kind or MaskedUpdate
     own = type(layer)
     layer.__class__ = type(f"{kind.__name__}{own.__name__}", (kind, own), {})
     layer.register_buffer("keep_bits", None if keep_OI is None else packed(keep_OI), persistent=False)
 
 
-class Masked:
+class MaskedUpdate:
     """Comes before a LoRA layer's own class; see :func:`mask_update`."""
 
     keep_bits: Tensor | None
