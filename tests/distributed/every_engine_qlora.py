@@ -35,7 +35,7 @@ RUNS: Mapping[str, dict[str, Any]] = {
     "dora-free": {"adapter": "dora", "loftq_rounds": 0, "held": ()},
     "bf16": {"adapter": "lora", "loftq_rounds": 0, "precision": "bf16", "held": ()},
 }
-"""Where no zeros are held it is peft's own layers that compute."""
+"""Where no zeros are held, LoRA is computed by peft's own layers."""
 BROKEN, BREAK = "lora", 5
 """The run that is broken off, and the step after which."""
 ALL_FIELDS = replace(FIELDS, steps=STEPS, weight_decay=0.0, learning_rate=1e-2)

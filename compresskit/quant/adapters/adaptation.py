@@ -189,11 +189,9 @@ class Adapted:
                     )
                     module.lora_magnitude_vector[ADAPTER].weight.copy_(torch.linalg.norm(whole_OI, dim=1))
         grid = source.grid(name) if self.finish == "grid" else None
-        # peft's own DoRA divides the zero norm of a row of zeros by itself, and loses track of 4-bit weights
-        # that ZeRO-3 gathers.
-        is_dora = self.adapter == "dora"
-        ours = is_dora and (self.sharded or not frozen_weight(module.base_layer).any(dim=1).all())
-        if keep_OI is not None or grid is not None or ours:
+        # peft's own DoRA divides the zero norm of a row of zeros by itself, takes other gradients than ours
+        # does, and loses track of 4-bit weights that ZeRO-3 gathers.
+        if keep_OI is not None or grid is not None or self.adapter == "dora":
             hold(layer, keep_OI=keep_OI, grid=grid)
 
     def _merged(self, source: ModelSource, layer: str, tensors: Mapping[str, Tensor]) -> Tensor:
