@@ -33,7 +33,7 @@ def require_whole(artifact: Artifact) -> None:
 def _stage(stage: Mapping[str, Json]) -> list[str]:
     checks = ", ".join(f"{kind} {c['kept']}/{c['checked']}" for kind, c in stage["checks"].items())
     lines = [f"\n{stage['name']}: promises kept: {checks}"]
-    lines += [f"  {name}: {value}" for name, value in stage["result"]["metrics"].items()]
+    lines += [f"  {name}: {_figure(value)}" for name, value in stage["result"]["metrics"].items()]
     layers = stage["result"]["layers"]
     if layers:
         width = max(len(layer["name"]) for layer in layers)
@@ -44,3 +44,10 @@ def _stage(stage: Mapping[str, Json]) -> list[str]:
         line = f"  {layer['name']:<{width}}  {layer['zero_fraction']:6.1%}  {layer['bits']:5.3g}  {shown}"
         lines.append(f"{line}  {layer['note']}".rstrip())
     return lines
+
+
+def _figure(value: Json) -> str:
+    """A figure of a stage; those that belong together stand side by side."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_figure(part)}" for name, part in value.items())
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -17,7 +17,7 @@ Json = Any
 
 FINAL = "artifact"
 SECONDS = ".seconds.json"
-CUT_FIELDS = ("layers", "ffn", "heads", "hidden", "parameters")
+CUT_FIELDS = ("layers", "ffn", "heads", "hidden", "parameters", "milliseconds")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,8 +222,8 @@ def _detail(kind: str, fields: Mapping[str, Json]) -> str:
     if kind == "quantize":
         return f"{method} {fields.get('scheme', '')}".strip()
     steps = f"{fields['steps']} steps" if fields.get("steps") else f"{fields.get('epochs', 1):g} epochs"
-    words = [fields.get("scheme", ""), fields.get("loss", ""), steps]
-    return " ".join(str(word) for word in words if word)
+    named = [fields.get(name, "") for name in ("method", "pattern", "scheme", "loss")]
+    return " ".join(str(word) for word in (*named, steps) if word)
 
 
 def _checked(chain: Chain) -> Chain:

@@ -10,9 +10,11 @@ from xml.etree import ElementTree
 
 import pytest
 
+from compresskit.artifact import open_artifact
 from compresskit.errors import InputError
 from compresskit.measure.record import Record, write_records
 from compresskit.reports import build
+from compresskit.reports.artifact import write_artifact
 from compresskit.reports.figures import write_bytes, write_ms, write_ratio
 from compresskit.reports.svg import BAR_W
 
@@ -128,6 +130,41 @@ def test_the_artifact_has_its_own_row_beside_a_measured_last_stage(make_artifact
     records = [r for s in ("0-source", "3-quantize", "artifact") for r in make_records(s)]
     steps = build([make_artifact(records=records)]).chains[0].steps
     assert [s.name for s in steps][-2:] == ["3-quantize", "artifact"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "detail"),
+    [
+        ("prune", {"method": "wanda", "pattern": "50%:16x16"}, "wanda 50%:16x16"),
+        ("prune", {"method": "cut", "layers": 2, "milliseconds": None}, "cut layers 2"),
+        ("prune", {"method": "cut", "milliseconds": 30.0, "trim": "both"}, "cut milliseconds 30.0"),
+        (
+            "sparse_train",
+            {"method": "maskllm", "pattern": "2:4", "loss": "cross_entropy", "steps": 9},
+            "maskllm 2:4 cross_entropy 9 steps",
+        ),
+    ],
+)
+def test_what_a_stage_was_asked_for(
+    make_artifact: Make, kind: str, fields: dict[str, object], detail: str
+) -> None:
+    place = make_artifact()
+    manifest = json.loads((place / "compresskit.json").read_text())
+    manifest["recipe"]["stages"][0] = {kind: fields}
+    manifest["stages"][0]["kind"] = kind
+    (place / "compresskit.json").write_text(json.dumps(manifest))
+    assert build([place]).chains[0].steps[1].detail == detail
+
+
+def test_figures_of_a_stage_stand_in_the_terminal_as_people_write_them(make_artifact: Make) -> None:
+    place = make_artifact()
+    manifest = json.loads((place / "compresskit.json").read_text())
+    metrics = {"blocks_kept": [0, 2], "forecast": {"prefill_ms": 1.23456789, "decode_tokens": 4}}
+    manifest["stages"][0]["result"]["metrics"] = metrics
+    (place / "compresskit.json").write_text(json.dumps(manifest))
+    lines = write_artifact(open_artifact(place)).splitlines()
+    assert "  blocks_kept: [0, 2]" in lines
+    assert "  forecast: prefill_ms 1.23457, decode_tokens 4" in lines
 
 
 def test_different_conditions_are_told(make_artifact: Make) -> None:
