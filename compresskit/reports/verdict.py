@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from statistics import fmean
 
 from compresskit.errors import InputError
 from compresskit.exports import EXPORTS, runtimes_of
@@ -188,8 +189,9 @@ def _worth(chain: Chain, index: int) -> Worth:
     step = chain.steps[index]
     try:
         zeros = layout_of(parse_pattern(step.fields["pattern"]))
-    except (KeyError, InputError):  # of another version: what was measured stays true
-        zeros = ZeroLayout(zero_fraction=step.value("size", "zero_fraction") or 0.0)
+    except (KeyError, InputError):  # of another version: what was made stays true
+        shares = [float(layer["zero_fraction"]) for layer in step.layers]
+        zeros = ZeroLayout(zero_fraction=fmean(shares) if shares else 0.0)
     bits = {layer["name"]: layer["bits"] for s in chain.steps for layer in s.layers}
     made = [(values_of(bits[layer["name"]]), 1) for layer in step.layers]
     targets = [to for to in chain.recipe.get("export", ()) if to in EXPORTS]
