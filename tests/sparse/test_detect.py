@@ -92,6 +92,33 @@ def test_blocks(size: tuple[int, int], share: float) -> None:
     assert broken.block_fraction == pytest.approx(found.block_fraction - 1 / count), "that block is not zero"
 
 
+@pytest.mark.parametrize(
+    ("text", "shape"),
+    [("8:16", (64, 172)), ("2:4", (64, 90)), ("4:8", (64, 44)), ("1:4", (16, 31)), ("16:32", (64, 172))],
+)
+def test_a_last_group_that_is_short(text: str, shape: tuple[int, int]) -> None:
+    zero = made(f"{text}:pad", *shape)
+    found, (keep, of) = detect(zero), map(int, text.split(":"))
+    assert str(found) == text
+    assert found.zero_fraction == float(zero.double().mean())
+    last = shape[1] // of * of
+    for column in range(last, shape[1]):
+        broken = zero.clone()
+        broken[0, column] = False
+        if not holds(broken, keep, of):
+            assert detect(broken).group != (keep, of), "a short group counts too"
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(172, 64), (64, 172), (99, 131)])
+def test_blocks_at_the_end_that_are_short(rows: int, columns: int) -> None:
+    zero = made("50%:16x16:pad", rows, columns)
+    found = detect(zero)
+    assert found.block == (16, 16)
+    assert found.block_fraction == pytest.approx(0.5, abs=0.01)
+    zero[-1, -1] = not zero[-1, -1]
+    assert detect(zero).block == (16, 16), "one weight more or less"
+
+
 def test_whole_rows_and_columns() -> None:
     columns = torch.zeros(60, 48, dtype=torch.bool)
     columns[:, ::3] = True
