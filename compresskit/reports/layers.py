@@ -5,7 +5,7 @@ from __future__ import annotations
 from compresskit.kernels.limits import DENSE, PACKED_BY, gain_on
 from compresskit.measure.inspect import Inspection, LayerWorth
 from compresskit.reports.figures import write_fraction, write_ms
-from compresskit.sparse.worth import listed, short
+from compresskit.sparse.worth import joined, short
 
 
 def write_layers(found: Inspection) -> str:
@@ -58,13 +58,14 @@ def _legend(found: Inspection, is_timed: bool) -> list[str]:
     ]
     slow = [name for name in PACKED_BY if all(gain_on(name, x.values, x.zeros) == 1 for x in sparse)]
     if slow:
-        lines.append(f"{listed(slow)} multiply by zeros as by any number: 1.00x there.")
+        lines.append(f"{joined(slow)} multiply by zeros as by any number: 1.00x there.")
     if is_timed:
-        timed = {layer.timed_as for layer in found.layers if layer.timing}
+        timed = [layer.timed_as for layer in found.layers if layer.timing]
         where = found.device if found.device != "cpu" else f"{found.processor}, threads {found.threads}"
         lines.append(
             f"here: dense over the fastest sparse kernel of torch, medians at batch 1 in {found.dtype} on "
-            f"{where}; {len(timed)} layers were timed, each for all of its shape and pattern."
+            f"{where}; {len(set(timed))} of {len(timed)} layers were timed, each for all of its shape and "
+            "pattern."
         )
         lines.append(_together(found))
     return lines + [f"note: {note}" for note in found.notes]

@@ -14,6 +14,7 @@ from compresskit.kernels.limits import (
     INT4_G128,
     INT8,
     READ_INTEGERS,
+    WIDTHS,
     Packing,
     Values,
     ZeroLayout,
@@ -74,7 +75,7 @@ class Worth:
             return f"Zeros are stored as any number is, {each}."
         verb = "multiplies" if len(self.slow) == 1 else "multiply"
         return (
-            f"Zeros are stored as numbers, {each}, and {listed(self.slow)} {verb} by them: neither smaller "
+            f"Zeros are stored as numbers, {each}, and {joined(self.slow)} {verb} by them: neither smaller "
             "nor faster than dense, 1.00x."
         )
 
@@ -103,7 +104,7 @@ class Worth:
         with_zeros = f" (with packed zeros {both:.2f}x)" if both > alone else ""
         return (
             f"For speed: {values} weights (quantize, {scheme}) give at most {alone:.2f}x{more}, where they "
-            f"are read as they are, as by {listed(READ_INTEGERS)}{with_zeros}; {CUT}."
+            f"are read as they are, as by {joined(READ_INTEGERS)}{with_zeros}; {CUT}."
         )
 
     def sentences(self) -> tuple[str, str]:
@@ -158,7 +159,9 @@ def usual_values(layers: Iterable[tuple[Values, int]]) -> Values:
 
 def _values_in(last: Outlook, layers: Iterable[str]) -> Values:
     """What ``layers`` have in the end: quantised, or as the model is stored."""
-    linears, bits, plain = last.anatomy.linears, last.layer_bits, Values(8 * last.weight_bytes)
+    linears, bits = last.anatomy.linears, last.layer_bits
+    # The mean of all parameters, norms of another dtype among them, is a little off.
+    plain = Values(min(WIDTHS, key=lambda width: abs(width - 8 * last.weight_bytes)))
     return usual_values(
         (values_of(bits[n]) if n in bits else plain, linears[n].out_features * linears[n].in_features)
         for n in layers
@@ -177,6 +180,6 @@ def short(number: float) -> str:
     return f"{number:.3f}".rstrip("0").rstrip(".")
 
 
-def listed(names: Sequence[str]) -> str:
+def joined(names: Sequence[str]) -> str:
     """``a, b and c``."""
     return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)

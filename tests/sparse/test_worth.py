@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import compresskit as ck
 from compresskit.kernels.limits import BF16, FP32, INT4_G128, INT8, Values, ZeroLayout
 from compresskit.planner import Plan, plan
 from compresskit.sparse.pattern import parse_pattern
-from compresskit.sparse.worth import Worth, layout_of, listed, short, usual_values
+from compresskit.sparse.worth import Worth, joined, layout_of, short, usual_values
 from tests.tiny import tiny_llama
 
 
@@ -80,6 +83,16 @@ def test_what_the_chain_ends_with_counts(model: str) -> None:
     assert notes(four)[1] == "For speed: cut (fewer layers, heads, neurons) is faster on every runtime."
 
 
+def test_norms_of_another_dtype_are_no_part_of_a_weight(model: str, tmp_path: Path) -> None:
+    copytree(model, tmp_path / "mixed")
+    tensors = load_file(tmp_path / "mixed" / "model.safetensors")
+    made = {name: tensor.float() if "norm" in name else tensor for name, tensor in tensors.items()}
+    save_file(made, tmp_path / "mixed" / "model.safetensors", {"format": "pt"})
+    facts, _ = notes(planned(str(tmp_path / "mixed"), ck.Prune("magnitude", pattern="2:4")))
+    assert "numbers, 2 bytes a weight, and" in facts
+    assert "would need 1.125 bytes a weight" in facts
+
+
 def test_the_runtime_that_the_recipe_exports_for(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compresskit.planner._export_faults", lambda *_: [])
     facts, _ = notes(planned(model, ck.Prune("magnitude"), export=("gguf",)))
@@ -114,4 +127,4 @@ def test_layouts_and_means() -> None:
     assert usual_values([(FP32, 10), (INT8, 30), (Values(8, 1.0), 10)]) == Values(8, 0.25)
     assert usual_values([(INT4_G128, 1)]) == INT4_G128
     assert (short(2.0), short(1.125), short(0.3906)) == ("2", "1.125", "0.391")
-    assert (listed(["a"]), listed(["a", "b"]), listed(["a", "b", "c"])) == ("a", "a and b", "a, b and c")
+    assert (joined(["a"]), joined(["a", "b"]), joined(["a", "b", "c"])) == ("a", "a and b", "a, b and c")
