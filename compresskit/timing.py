@@ -1,4 +1,4 @@
-"""What is timed, by whoever times it: one request to a model. No torch until a model is there.
+"""What is timed, by whoever times it: one request to a model, and on what. No torch until a model is there.
 
 A request is a prompt of one row, whose token ids are random, and, where the model predicts the next token,
 further tokens given one by one with the key-value cache.
@@ -9,10 +9,13 @@ from __future__ import annotations
 import gc
 import inspect
 import os
+import platform
+import re
 import sys
 import time
 from collections.abc import Sequence
 from math import inf
+from pathlib import Path
 from typing import Any
 
 from compresskit.errors import Fault, InputError
@@ -31,7 +34,21 @@ def default_threads() -> int:
     """``OMP_NUM_THREADS`` where it is set, else the number of cores this process may use."""
     if (chosen := os.environ.get("OMP_NUM_THREADS", "")).isdigit() and int(chosen) > 0:
         return int(chosen)
+    return usable_cores()
+
+
+def usable_cores() -> int:
+    """Of this machine, those that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def processor() -> str:
+    """The CPU's name and the number of cores that this process may use."""
+    name = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists():
+        names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(encoding="utf-8"), re.MULTILINE)
+        name = names[0] if names else name
+    return f"{name}, {usable_cores()} cores"
 
 
 def request_tokens(limit: int, prompt: int | None, decode: int | None) -> tuple[int, int]:

@@ -5,12 +5,12 @@ Shapes: O = out_features, I = in_features.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -26,12 +26,12 @@ from compresskit.kernels.limits import (
     values_of,
 )
 from compresskit.measure.matvec import Timing, time_layer
-from compresskit.measure.record import processor
 from compresskit.measure.suite import device_name
 from compresskit.modeling import ModelSource, open_model, resolve_device
 from compresskit.modeling.packed import unpacked
 from compresskit.progress import with_progress
 from compresskit.sparse.detect import detect
+from compresskit.timing import is_crowded, load_average, processor
 
 Json = Any
 
@@ -147,8 +147,8 @@ def inspect_layers(
         ModelError: no model, or weights that cannot be read.
         FormatError: packed in a form that compresskit does not read.
     """
-    place = resolve_device(device)
-    # A config.json is a file: to inspect a model that is not there, none is built.
+    place, load = resolve_device(device), load_average()
+    # Of a config.json open_model would build a model, and its random weights are nobody's to inspect.
     here = Path(directory).exists()
     opened = ModelSource(directory, trust_remote_code=trust_remote_code) if here else open_model(directory)
     source = unpacked(opened)
@@ -175,7 +175,7 @@ def inspect_layers(
         device=device_name(str(place)) if known else "",
         processor=processor(),
         threads=torch.get_num_threads(),
-        notes=_notes([timing for timing, _ in known.values()], place),
+        notes=_notes([t for t, _ in known.values()], timed, place, max(load, load_average())),
     )
 
 
@@ -192,10 +192,11 @@ def _look(name: str, weight_OI: Tensor, source: ModelSource) -> LayerWorth:
     )
 
 
-def _notes(timings: Sequence[Timing], place: torch.device) -> tuple[str, ...]:
-    """What kernels refused, each once, and whether the machine was busy."""
+def _notes(timings: Sequence[Timing], timed: bool, place: torch.device, load: float) -> tuple[str, ...]:
+    """What kernels refused, each once, whether the machine was busy, or that there was nothing to time."""
+    if timed and not timings:
+        return ("Nothing was timed: in no layer are there zeros enough to pay for saying where they are.",)
     notes = list(dict.fromkeys(note for timing in timings for note in timing.notes))
-    cores = psutil.cpu_count() or 1
-    if timings and place.type == "cpu" and psutil.getloadavg()[0] > cores + 0.5:
-        notes.append(f"The machine had more work than its {cores} cores: ratios may be chance.")
+    if timings and place.type == "cpu" and is_crowded(load):
+        notes.append(f"The machine had more work than its {os.cpu_count()} cores: ratios may be chance.")
     return tuple(notes)

@@ -7,10 +7,8 @@ quartiles is their median.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -21,6 +19,7 @@ from typing import Any
 
 from compresskit.artifact import write_json
 from compresskit.errors import Fault, InputError
+from compresskit.timing import processor
 
 Json = Any
 
@@ -57,7 +56,7 @@ class Record:
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=lambda: versions())
     device: str = "cpu"
-    processor: str = field(default_factory=lambda: processor())
+    processor: str = field(default_factory=processor)
     threads: int = 1
     seed: int = 0
     repetitions: int = 1
@@ -88,16 +87,6 @@ def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     if found.get("compresskit") == "not installed":
         found["compresskit"] = "from source"
     return found
-
-
-def processor() -> str:
-    """The CPU's name and the number of cores this process may use."""
-    name = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(encoding="utf-8"), re.MULTILINE)
-        name = names[0] if names else name
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    return f"{name}, {cores} cores"
 
 
 def read_records(path: Path) -> list[Record]:

@@ -98,6 +98,28 @@ def test_one_weight_is_in_memory_at_a_time(sparse: Path, monkeypatch: pytest.Mon
     assert len(alive) == 15
 
 
+def test_zeros_too_few_to_be_timed_are_told(tmp_path: Path) -> None:
+    place = tiny_llama(tmp_path / "few")
+    tensors = load_file(place / "model.safetensors")
+    tensors[f"{Q}.weight"][0, :3] = 0
+    save_file(tensors, place / "model.safetensors", {"format": "pt"})
+    assert "Nothing was timed" not in write_layers(inspect_layers(place))
+    text = write_layers(inspect_layers(place, timed=True, device="cpu"))
+    assert text.endswith(
+        "\nnote: Nothing was timed: in no layer are there zeros enough to pay for saying where they are."
+    )
+
+
+@pytest.mark.parametrize(("device", "is_told"), [("cpu", True), ("meta", False)])
+def test_a_crowded_machine_is_told(device: str, is_told: bool) -> None:
+    timing = Timing("CSR", (3.0, 4.0, 5.0), (1.0, 2.0, 3.0))
+    said = inspecting._notes([timing], True, torch.device(device), load=1e6)
+    assert bool(said) == is_told
+    assert inspecting._notes([timing], True, torch.device(device), load=0.0) == ()
+    if is_told:
+        assert said[0].endswith("cores: ratios may be chance.")
+
+
 def test_layers_of_one_shape_and_pattern_are_timed_once(
     artifact: Path, sparse: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,6 +40,7 @@ from compresskit.timing import (
     default_threads,
     is_crowded,
     load_average,
+    processor,
     sample,
 )
 
@@ -198,10 +199,8 @@ class Stopwatch:
         )
 
     def _key(self, config: Any) -> str:
-        data = {
-            k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")
-        }
-        where = torch.cuda.get_device_name() if self.device == "cuda" else _processor()
+        data = {k: v for k, v in config.to_dict().items() if k not in NO_SHAPE}
+        where = torch.cuda.get_device_name() if self.device == "cuda" else processor()
         versions = [torch.__version__, transformers.__version__]
         facts = [data, where, self.threads, str(self.dtype), self.prompt_tokens, self.decode_tokens, versions]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:40]
@@ -271,12 +270,3 @@ def pinned(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _processor() -> str:
-    """The processor's name, as far as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")
