@@ -42,8 +42,8 @@ def run_oneshot(stage: Prune, model: ModelSource, context: StageContext) -> Stag
         context: where to write and what to calibrate on; a method without needs reads no data.
 
     Returns:
-        A promise of zeros and a record for each layer pruned; layers skipped or padded are
-        named in a warning.
+        A promise of zeros and a record for each layer pruned; a warning counts the layers that were
+        skipped or padded, and names ten.
 
     Raises:
         PatternError: the pattern does not fit a layer, or the targets are wrong.

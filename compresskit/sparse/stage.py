@@ -167,12 +167,13 @@ class Prune:
 
     def uneven(self, model: Outlook | ModelSource) -> list[str]:
         """What is told of layers that the pattern does not fit; the stage has no faults for ``model``."""
+        from compresskit.modeling.checkpoint import listed
         from compresskit.sparse.pattern import parse_pattern
 
         pattern, linears = parse_pattern(str(self.pattern)), model.anatomy.linears
         odd = [name for name in self.named(model) if _misfit(pattern, linears[name])]
         done = "are padded with zeros" if self.on_indivisible == "pad" else "stay dense"
-        return [f"{pattern} does not fit {len(odd)} layers, which {done}: {', '.join(odd)}."] if odd else []
+        return [f"{pattern} does not fit {len(odd)} layers, which {done}: {listed(odd)}."] if odd else []
 
     @property
     def reads_data(self) -> bool:

@@ -306,3 +306,10 @@ def test_same_bytes_twice(model: ModelSource, text: Path, tmp_path: Path) -> Non
     assert run(stage, model, tmp_path / "1", text)[0] == run(stage, model, tmp_path / "2", text)[0]
     for path in (tmp_path / "1" / "out").iterdir():
         assert path.read_bytes() == (tmp_path / "2" / "out" / path.name).read_bytes(), path.name
+
+
+def test_of_many_layers_that_do_not_fit_ten_are_named(tmp_path: Path) -> None:
+    model = open_model(tiny_llama(tmp_path, num_hidden_layers=12, intermediate_size=44))
+    (said,) = Prune(pattern="4:8", on_indivisible="pad").uneven(model)
+    assert said.startswith("4:8 does not fit 12 layers, which are padded with zeros: model.layers.0.mlp.down")
+    assert said.endswith("model.layers.9.mlp.down_proj and 2 more.")
