@@ -64,8 +64,12 @@ def csr(weight_OI: Tensor, zeros: ZeroLayout) -> Layer | None:
 
 
 def bsr(weight_OI: Tensor, zeros: ZeroLayout) -> Layer | None:
-    """torch's compressed rows of square blocks."""
-    if zeros.block is None or zeros.block[0] != zeros.block[1]:
+    """torch's compressed rows of square blocks, which have to divide the weight."""
+    if (
+        zeros.block is None
+        or len({*zeros.block}) > 1
+        or any(size % zeros.block[0] for size in weight_OI.shape)
+    ):
         return None
     wide = weight_OI.float() if weight_OI.device.type == "cpu" else weight_OI
     packed = wide.to_sparse_bsr(zeros.block)

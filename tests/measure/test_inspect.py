@@ -170,6 +170,12 @@ def test_kernels_compute_the_dense_layer(name: str, pattern: str, dtype: torch.d
         torch.testing.assert_close(layer(x).double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(36, 64), (32, 68)])
+def test_short_blocks_are_not_for_a_kernel_of_whole_ones(shape: tuple[int, int]) -> None:
+    zeros = ZeroLayout(zero_fraction=0.5, block=(8, 8), block_fraction=0.5)
+    assert matvec._packed(KERNELS["BSR"], torch.ones(shape), zeros, copies=1) == ([], "")
+
+
 def test_timing_takes_the_fastest_that_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
 
