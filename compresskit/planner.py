@@ -379,7 +379,7 @@ def _placed(fault: Fault, recipe: Recipe) -> Fault:
 
 def summary(stage: Stage) -> str:
     """A stage in a few words: ``wanda 2:4``."""
-    words = [getattr(stage, n, None) for n in ("method", "loss", "pattern", "scheme")]
+    words = [getattr(stage, n, None) for n in ("method", "pattern", "scheme", "loss")]
     if stage.reshapes:
         words = [getattr(stage, "method", None), *(f"{k}={v}" for k, v in getattr(stage, "options", ()))]
     choices = [getattr(stage, n, None) for n in ("allocation", "recover", "features", "trainable")]

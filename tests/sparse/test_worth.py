@@ -109,6 +109,7 @@ def test_stages_that_make_no_zeros_say_nothing(model: str) -> None:
 
 def test_training_that_makes_zeros_says_the_same(model: str) -> None:
     trained = planned(model, ck.SparseTrain(method="gradual", pattern="2:4", steps=1, context_length=16))
+    assert " gradual 2:4 cross_entropy" in str(trained)
     assert set(notes(planned(model, ck.Prune("magnitude", pattern="2:4")))) <= set(
         trained.stages[0].forecast.notes
     )
