@@ -11,7 +11,6 @@ from compresskit.exports import EXPORTS, runtimes_of
 from compresskit.kernels.limits import BF16, ZeroLayout, values_of
 from compresskit.reports.chain import FINAL, Chain, Step, is_cut
 from compresskit.reports.figures import ends, write_bytes, write_ms, write_quality
-from compresskit.sparse.pattern import parse_pattern
 from compresskit.sparse.worth import Worth, layout_of, usual_values
 
 NO_CHANGE = 0.02  # ratios within two hundredths of 1 are called unchanged
@@ -188,7 +187,7 @@ def _worth(chain: Chain, index: int) -> Worth:
     """What the zeros of step ``index`` are worth on the runtimes that the chain was made for."""
     step = chain.steps[index]
     try:
-        zeros = layout_of(parse_pattern(step.fields["pattern"]))
+        zeros = layout_of(step.fields["pattern"])
     except (KeyError, InputError):  # of another version: what was made stays true
         shares = [float(layer["zero_fraction"]) for layer in step.layers]
         zeros = ZeroLayout(zero_fraction=fmean(shares) if shares else 0.0)

@@ -24,7 +24,6 @@ from compresskit.kernels.limits import (
     packings,
     values_of,
 )
-from compresskit.sparse.pattern import NM, Block, Pattern, parse_pattern
 from compresskit.stage import Outlook
 
 S = TypeVar("S")
@@ -124,7 +123,7 @@ def with_worth(stages: Iterable[S], last: Outlook, runtimes: tuple[str, ...]) ->
     for planned in stages:
         made: Any = planned
         if made.zeroed:
-            zeros = layout_of(parse_pattern(made.stage.pattern))
+            zeros = layout_of(made.stage.pattern)
             worth = Worth(zeros, _values_in(last, made.zeroed), runtimes)
             notes = (*made.forecast.notes, *worth.sentences())
             made = replace(made, forecast=replace(made.forecast, notes=notes))
@@ -132,8 +131,12 @@ def with_worth(stages: Iterable[S], last: Outlook, runtimes: tuple[str, ...]) ->
     return tuple(told)
 
 
-def layout_of(pattern: Pattern) -> ZeroLayout:
-    """How the zeros of a recipe's ``pattern`` lie."""
+def layout_of(text: str) -> ZeroLayout:
+    """How the zeros of a recipe's pattern lie; PatternError if ``text`` is none."""
+    # Patterns are of torch, which a report does without.
+    from compresskit.sparse.pattern import NM, Block, parse_pattern
+
+    pattern = parse_pattern(text)
     fraction = pattern.zero_fraction
     if isinstance(pattern, NM):
         return ZeroLayout(zero_fraction=fraction, group=(pattern.keep, pattern.of))

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 import compresskit as ck
 from compresskit.kernels.limits import BF16, FP32, INT4_G128, INT8, Values, ZeroLayout
 from compresskit.planner import Plan, plan
-from compresskit.sparse.pattern import parse_pattern
 from compresskit.sparse.worth import Worth, joined, layout_of, short, usual_values
 from tests.tiny import tiny_llama
 
@@ -123,8 +122,8 @@ def test_a_runtime_that_packs_is_not_told_to_be_slow(monkeypatch: pytest.MonkeyP
 
 
 def test_layouts_and_means() -> None:
-    assert layout_of(parse_pattern("2:4")) == ZeroLayout(zero_fraction=0.5, group=(2, 4))
-    assert layout_of(parse_pattern("60%:layer")) == ZeroLayout(zero_fraction=0.6)
+    assert layout_of("2:4") == ZeroLayout(zero_fraction=0.5, group=(2, 4))
+    assert layout_of("60%:layer") == ZeroLayout(zero_fraction=0.6)
     assert usual_values([(FP32, 10), (INT8, 30), (Values(8, 1.0), 10)]) == Values(8, 0.25)
     assert usual_values([(INT4_G128, 1)]) == INT4_G128
     assert (short(2.0), short(1.125), short(0.3906)) == ("2", "1.125", "0.391")
