@@ -26,15 +26,15 @@ from compresskit.training.fit import TrainOutcome, fit
 from compresskit.training.trainer import StageTrainer
 
 STEPS = 20
+DIVIDED = str(Path(__file__).with_name("divided.json"))
+"""Has ZeRO-3 divide these models too: by itself it keeps parameters of fewer than 100,000 numbers whole."""
 ENGINES: Mapping[str, dict[str, Any]] = {
     "ddp": {"strategy": "ddp"},
     "fsdp": {"strategy": "fsdp"},
     "zero1": {"strategy": "deepspeed", "zero_stage": 1},
     "zero2": {"strategy": "deepspeed", "zero_stage": 2},
-    "zero3": {"strategy": "deepspeed", "zero_stage": 3},
+    "zero3": {"strategy": "deepspeed", "zero_stage": 3, "deepspeed_config": DIVIDED},
 }
-PARTITIONED = {"deepspeed_config": str(Path(__file__).with_name("partitioned.json"))}
-"""For ZeRO-3, which by itself keeps every parameter of fewer than 100,000 numbers whole: all of these."""
 NAMES = {"ddp": "ddp", "fsdp": "fsdp"} | {f"zero{i}": f"deepspeed ZeRO-{i}" for i in (1, 2, 3)}
 INT8: Mapping[str, dict[str, Any]] = {
     f"int8-{engine}": {**ENGINES[engine], "matmul": "int8"} for engine in ("ddp", "fsdp")

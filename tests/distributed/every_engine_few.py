@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from every_engine import ENGINES as EVERY
-from every_engine import FIELDS, PARTITIONED, Counting, broken_off
+from every_engine import FIELDS, Counting, broken_off
 from torch import Tensor
 
 from compresskit.modeling import ModelSource
@@ -30,7 +30,6 @@ from compresskit.training.lora import Lora
 STEPS, BREAK = 6, 5
 WAYS = ("bias_norm", "lora")
 ENGINES = {name: changes for name, changes in EVERY.items() if name != "zero1"}
-ENGINES["zero3"] = {**ENGINES["zero3"], **PARTITIONED}
 ALL_FIELDS = replace(FIELDS, steps=STEPS, learning_rate=3e-2, checkpoint_every=3)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from every_engine import ENGINES as EVERY
-from every_engine import FIELDS, PARTITIONED, Counting, broken_off
+from every_engine import FIELDS, Counting, broken_off
 from torch import Tensor
 
 from compresskit.modeling import ModelSource
@@ -27,7 +27,6 @@ from compresskit.training.rules import Setting
 
 STEPS = 10
 ENGINES = {name: changes for name, changes in EVERY.items() if name != "zero1"}
-ENGINES["zero3"] = {**ENGINES["zero3"], **PARTITIONED}
 RUNS: Mapping[str, dict[str, Any]] = {
     "lora": {"adapter": "lora", "loftq_rounds": 0},
     "loftq": {"adapter": "lora", "loftq_rounds": 2},
