@@ -89,6 +89,12 @@ def choice_of(value: str | Mapping[str, Any] | Choice) -> Choice:
     return Choice(str(given.pop("method", "")), freeze_options(given))
 
 
+def choices_of(value: Any) -> tuple[Choice, ...]:
+    """What a recipe writes where one choice or a list of them may stand."""
+    several = isinstance(value, list | tuple) and not isinstance(value, Choice)
+    return tuple(map(choice_of, value)) if several else (choice_of(value),)
+
+
 def choice_faults(choice: Choice, table: Registry[Any], *, where: str) -> list[Fault]:
     """What is wrong with ``choice`` as a name of ``table`` and fields of the class of that name."""
     if not choice.method:

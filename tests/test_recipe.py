@@ -88,7 +88,7 @@ def test_every_fault_is_told_with_its_line_and_the_nearest_names(tmp_path: Path)
         "Did you mean: prune",
         f"{path}:6 stages[1].step: expected a key of the stage distill",
         "steps",
-        f"{path}:7 stages[1].loss: expected text, got 7",
+        f"{path}:7 stages[1].loss: expected text or a mapping or a list",
         f"{path}:8 stages[2]",
     ):
         assert part in text, text

@@ -66,6 +66,8 @@ def _option(field: Field[Any], hint: Any, text: str) -> Callable[[F], F]:
 
 def _metavar(hint: Any) -> str:
     words = describe(hint)
+    if words.startswith("text"):
+        return "TEXT"
     if "mapping" in words and "list" in words:
         return "PATTERN=VALUE"
     if "text" in words:
@@ -173,13 +175,17 @@ def _set_field(stage: dict[str, Any], name: str, value: Any) -> None:
         stage[name] = value
         return
     named = stage.get(outer, {})
+    if isinstance(named, list) and len(named) == 1:
+        named = named[0]
     stage[outer] = {**({"method": named} if isinstance(named, str) else named), inner: value}
 
 
 def _typed(text: Any, hint: Any) -> Any:
     """``text`` as it is where the field takes text, else read as a YAML scalar."""
+    if isinstance(text, tuple):
+        return [_typed(part, hint) for part in text]
     if not isinstance(text, str):
-        return list(text) if isinstance(text, tuple) else text
+        return text
     if fit(text, hint)[0] and not (text.startswith("{") and fit({}, hint)[0]):
         return text
     return parse_yaml(text, "option")[0]

@@ -13,6 +13,13 @@ LOSSES: Registry[DistillLoss] = Registry(
     "distillation loss",
     {
         "forward_kl": "compresskit.distill.forward_kl:ForwardKL",
+        "reverse_kl": "compresskit.distill.reverse_kl:ReverseKL",
+        "skewed_kl": "compresskit.distill.skewed_kl:SkewedKL",
+        "skewed_reverse_kl": "compresskit.distill.skewed_kl:SkewedReverseKL",
+        "jsd": "compresskit.distill.jsd:JSD",
+        "total_variation": "compresskit.distill.total_variation:TotalVariation",
+        "adaptive_kl": "compresskit.distill.adaptive_kl:AdaptiveKL",
+        "taid": "compresskit.distill.taid:TAID",
     },
 )
 

@@ -5,7 +5,7 @@ For any stage with the fields ``teacher``, ``loss``, ``temperature``, ``cross_en
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from compresskit.distill import FEATURE_LOSSES, LOSSES
@@ -19,8 +19,7 @@ from compresskit.distill.vocabulary import (
 )
 from compresskit.errors import Fault, InputError, PlanError
 from compresskit.modeling import ModelSource, open_model
-from compresskit.options import Choice, choice_faults, option_faults
-from compresskit.registry import nearest
+from compresskit.options import Choice, choice_faults, choices_of, option_faults
 from compresskit.training.job import Part
 from compresskit.training.lesson import TEXT_ALONE, unused_faults
 from compresskit.training.outlook import STATE_BYTES, pass_tokens, scale_faults
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from compresskit.training.lesson import Taught
 
 REPLICA = "compresskit.distill.teacher:Replica"
+DIVERGENCES = "compresskit.distill.divergences:Divergences"
 FEATURED = "compresskit.distill.features:WithFeatures"
 LAYERS, WEIGHT = "layers", "weight"
 
@@ -44,9 +44,8 @@ class TeachersLesson:
         faults = []
         if stage.loss == TEXT_ALONE and stage.features is not None:
             faults += unused_faults(stage, where, "temperature", "cross_entropy_weight")
-        elif stage.loss not in LOSSES:
-            cure = f"Did you mean: {nearest(stage.loss, LOSSES)}?"
-            faults.append(Fault(f"{where}.loss", "the name of a distillation loss", repr(stage.loss), cure))
+        else:
+            faults += loss_faults(stage, f"{where}.loss")
         if not stage.temperature > 0:
             got = str(stage.temperature)
             faults.append(Fault(f"{where}.temperature", "a number above 0", got, "Raise temperature."))
@@ -92,6 +91,19 @@ class TeachersLesson:
             objective = Part(FEATURED, featured)
             teacher["blocks"] = tuple(block for _, block in pairs)
         return objective, Part(REPLICA, teacher)
+
+
+def loss_faults(stage: Taught, where: str) -> list[Fault]:
+    """What is wrong with the losses of ``stage`` on next-token distributions."""
+    choices = choices_of(stage.loss)
+    if not choices:
+        return [Fault(where, "at least one loss", "an empty list", "Write forward_kl, or leave loss out.")]
+    place = "{}[{}]" if len(choices) > 1 else "{}"
+    return [
+        fault
+        for i, choice in enumerate(choices)
+        for fault in choice_faults(choice, LOSSES, where=place.format(where, i))
+    ]
 
 
 def feature_faults(stage: Taught, model: Outlook, where: str) -> list[Fault]:
@@ -155,7 +167,7 @@ def _pairs(named: Choice, model: Outlook | ModelSource, teacher: ModelSource) ->
 
 
 def _loss(stage: Taught) -> Part:
-    """The distillation loss, with those fields of the stage that it has."""
-    loss: Any = LOSSES[stage.loss]
-    options = {f.name: getattr(stage, f.name) for f in fields(loss) if hasattr(stage, f.name)}
-    return Part(f"{loss.__module__}:{loss.__qualname__}", options)
+    """The distillation losses."""
+    losses = tuple((choice.method, dict(choice.options)) for choice in choices_of(stage.loss))
+    mixed = {"temperature": stage.temperature, "cross_entropy_weight": stage.cross_entropy_weight}
+    return Part(DIVERGENCES, {"losses": losses, **mixed})

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compresskit.errors import Fault
-from compresskit.options import choice_of
+from compresskit.training.lesson import freeze_lesson
 from compresskit.training.trainable import TrainableFields
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ class Distill(TrainableFields):
 
     Attributes:
         teacher: directory or hub id; None is the model as it was before the first stage.
-        loss: a name of ``compresskit.distill.LOSSES``; beside ``features`` also ``cross_entropy``.
+        loss: a name of ``compresskit.distill.LOSSES``, or a mapping of ``method`` and the loss's own fields,
+            or a list of these, which are added up; beside ``features`` also ``cross_entropy``.
         temperature: divides both models' logits; the loss is multiplied by its square.
         cross_entropy_weight: share of the ordinary next-token loss in the mix, in [0, 1].
         features: what else is learnt from the teacher, block by block: a name of
@@ -32,15 +33,14 @@ class Distill(TrainableFields):
     trains: ClassVar[bool] = True
 
     teacher: str | None = None
-    loss: str = "forward_kl"
+    loss: str | Mapping[str, Any] | tuple[str | Mapping[str, Any], ...] = "forward_kl"
     temperature: float = 1.0
     cross_entropy_weight: float = 0.0
     features: str | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         TrainableFields.__post_init__(self)  # super() knows no class with slots
-        if self.features is not None:
-            object.__setattr__(self, "features", choice_of(self.features))
+        freeze_lesson(self)
 
     def faults(self, model: Outlook, where: str) -> list[Fault]:
         """Everything wrong with this stage for such a ``model``; reads no weight.

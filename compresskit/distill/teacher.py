@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from compresskit.modeling import load_model
 from compresskit.modeling.forwards import keeping
 from compresskit.training.features import compared_blocks
-from compresskit.training.objective import Head, Signal, head_of
+from compresskit.training.objective import Head, Hidden, Signal, head_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,17 +45,23 @@ class Replica:
 
     def load(self) -> None:
         """Read the weights now, before an engine would shard them."""
-        self.head()
+        self._head()
         _ = self._blocks  # whose names are found by the shapes of weights
 
-    def head(self) -> Head:
+    def hidden(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Hidden states (B, T, E) for token ids and their positions, each int64 (B, T)."""
+        base: Any = self._model.to(ids.device).base_model
+        with torch.no_grad():
+            states: Tensor = base(input_ids=ids, position_ids=positions, use_cache=False)[0]
+        return states
+
+    def _head(self) -> Head:
         """Its output projection onto the shared ids."""
         return head_of(self._model).cut(self.vocabulary)
 
     def signal(self, inputs: Mapping[str, Tensor]) -> Signal:
         """Hidden states (B, T, E) for ``input_ids`` and ``position_ids``, each int64 (B, T)."""
         ids = inputs["input_ids"]
-        base: Any = self._model.to(ids.device).base_model
-        with torch.no_grad(), keeping(self._blocks) as kept:
-            hidden = base(input_ids=ids, position_ids=inputs["position_ids"], use_cache=False)[0]
-        return Signal(hidden, self.head(), tuple(kept[block] for block in self._blocks))
+        with keeping(self._blocks) as kept:
+            hidden = self.hidden(ids, inputs["position_ids"])
+        return Signal(Hidden(hidden, self._head()), tuple(kept[block] for block in self._blocks))

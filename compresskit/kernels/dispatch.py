@@ -15,7 +15,7 @@ from compresskit.errors import EngineError, Fault
 
 OPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "linear_cross_entropy": {"cpu": ("reference",), "cuda": ("reference",)},
-    "linear_kl": {"cpu": ("reference",), "cuda": ("reference",)},
+    "linear_divergence": {"cpu": ("reference",), "cuda": ("reference",)},
 }
 
 _used: dict[str, str] = {}

@@ -3,79 +3,75 @@
 The gradient of a fused loss is computed together with its value and only scaled in the backward pass; that
 costs the memory of one head gradient and saves computing all logits a second time.
 
-Shapes: N = tokens, D = student's hidden width, E = teacher's, V = vocabulary.
+Shapes: N = tokens, D = student's hidden width, V or W = its vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from compresskit.kernels.dispatch import implementation
+from compresskit.kernels.reference.linear_divergence import Result, Target, Term
 from compresskit.kernels.reference.projection import accumulator
 
-LINEAR_KL = "compresskit::linear_kl"
 LINEAR_CROSS_ENTROPY = "compresskit::linear_cross_entropy"
 
 
-def linear_kl(
-    student_hidden_ND: Tensor,
-    student_head_VD: Tensor,
-    teacher_hidden_NE: Tensor,
-    teacher_head_VE: Tensor,
+class Sums(NamedTuple):
+    """Of :func:`linear_divergence`; the first four of ``reference.linear_divergence.Result``."""
+
+    total: Tensor
+    terms: Tensor
+    cross_entropy: Tensor
+    agreed: Tensor
+
+
+def linear_divergence(
+    hidden_ND: Tensor,
+    head_WD: Tensor,
+    target: Target,
+    terms: Sequence[Term],
     *,
-    keep_N: Tensor | None = None,
-    student_bias_V: Tensor | None = None,
-    teacher_bias_V: Tensor | None = None,
+    bias_W: Tensor | None = None,
+    softcap: float = 0.0,
     temperature: float = 1.0,
-    student_softcap: float = 0.0,
-    teacher_softcap: float = 0.0,
+    labels_N: Tensor | None = None,
+    cross_entropy_weight: float = 0.0,
     chunk: int = 0,
-) -> Tensor:
-    """Sum over tokens of KL(teacher || student), in nats; differentiable in the student's tensors.
+) -> Sums:
+    """Weighted sum over tokens of divergences from a teacher, in nats; differentiable for the student.
 
     Args:
-        student_hidden_ND: (N, D).
-        student_head_VD: (V, D).
-        teacher_hidden_NE: (N, E).
-        teacher_head_VE: (V, E).
-        keep_N: bool (N,): tokens that count; None counts all.
-        student_bias_V: (V,) or None.
-        teacher_bias_V: (V,) or None.
-        temperature: divides the logits of both.
-        student_softcap: bound of the student's logits; 0 for none.
-        teacher_softcap: bound of the teacher's logits; 0 for none.
+        hidden_ND: (N, D), the student's.
+        head_WD: (W, D).
+        target: the teacher's distributions, over the first of the W ids.
+        terms: which divergences, and how much each counts.
+        bias_W: (W,) or None.
+        softcap: bound of the student's logits; 0 for none.
+        temperature: divides the logits of both; the sum is not multiplied by its square.
+        labels_N: int64 (N,), each in [0, W), where the next-token loss is part of the sum.
+        cross_entropy_weight: of that loss.
         chunk: tokens whose logits are alive at once; 0 chooses.
 
     Returns:
-        A scalar, fp32 (fp64 for fp64 inputs).
+        Scalars in fp32 (fp64 for fp64 inputs); only ``total`` has a gradient.
 
     Raises:
-        ValueError: the two vocabularies differ; cut them first.
+        ValueError: the teacher has more ids than the student, or a cross entropy has no labels.
     """
-    if student_head_VD.shape[0] != teacher_head_VE.shape[0]:
+    if target.vocabulary > head_WD.shape[0]:
         raise ValueError(
-            f"vocabularies differ: {student_head_VD.shape[0]} student, {teacher_head_VE.shape[0]} teacher"
+            f"vocabularies differ: {head_WD.shape[0]} student, {target.vocabulary} teacher; cut the teacher's"
         )
-    if keep_N is not None:
-        student_hidden_ND, teacher_hidden_NE = student_hidden_ND[keep_N], teacher_hidden_NE[keep_N]
-    wanted = _wants_gradients(student_hidden_ND, student_head_VD, student_bias_V)
-    out: tuple[Tensor, ...] = _linear_kl(
-        student_hidden_ND,
-        student_head_VD,
-        student_bias_V,
-        teacher_hidden_NE,
-        teacher_head_VE,
-        teacher_bias_V,
-        float(temperature),
-        float(student_softcap),
-        float(teacher_softcap),
-        chunk,
-        wanted,
-    )
-    return out[0]
+    if cross_entropy_weight and labels_N is None:
+        raise ValueError("a cross entropy needs labels")
+    arguments = (softcap, target, terms, temperature, labels_N, cross_entropy_weight, chunk)
+    wanted = _wants_gradients(hidden_ND, head_WD, bias_W)
+    return Sums(*_LinearDivergence.apply(hidden_ND, head_WD, bias_W, arguments, wanted))  # type: ignore[no-untyped-call]
 
 
 def linear_cross_entropy(
@@ -113,35 +109,31 @@ def _wants_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-@torch.library.custom_op(LINEAR_KL, mutates_args=())
-def _linear_kl(
-    student_hidden: Tensor,
-    student_head: Tensor,
-    student_bias: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_head: Tensor,
-    teacher_bias: Tensor | None,
-    temperature: float,
-    student_softcap: float,
-    teacher_softcap: float,
-    chunk: int,
-    with_gradients: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    run = implementation("linear_kl", student_hidden.device.type)
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = run(
-        student_hidden,
-        student_head,
-        student_bias,
-        teacher_hidden,
-        teacher_head,
-        teacher_bias,
-        temperature,
-        student_softcap,
-        teacher_softcap,
-        chunk,
-        with_gradients,
-    )
-    return result
+class _LinearDivergence(torch.autograd.Function):
+    """No custom op of torch's: those take no functions, and divergences are functions."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        bias: Tensor | None,
+        arguments: tuple[Any, ...],
+        with_gradients: bool,
+    ) -> tuple[Tensor, ...]:
+        run = implementation("linear_divergence", hidden.device.type)
+        with torch.autocast(hidden.device.type, enabled=False):  # each side computes in its own type
+            result: Result = run(hidden, head, bias, *arguments, with_gradients)
+        ctx.save_for_backward(result.hidden_ND, result.head_WD, result.bias_W)
+        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, head, bias)]
+        ctx.num_inputs = 5
+        plain = result[1:4]
+        ctx.mark_non_differentiable(*plain)
+        return result[:4]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _scale(ctx, *grads)
 
 
 @torch.library.custom_op(LINEAR_CROSS_ENTROPY, mutates_args=())
@@ -187,6 +179,5 @@ def _scale(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     return (*grads, *(None for _ in range(ctx.num_inputs - 3)))
 
 
-for _op in (_linear_kl, _linear_cross_entropy):
-    _op.register_fake(_fake)
-    _op.register_autograd(_scale, setup_context=_save)
+_linear_cross_entropy.register_fake(_fake)
+_linear_cross_entropy.register_autograd(_scale, setup_context=_save)

@@ -171,7 +171,7 @@ class Run:
         with _restored_environment(), extended, _trainable(self.model, self.fields) as dtypes:
             trainer = self._trainer(done)
             precision = self.fields.precision
-            with redirected(self.model, self.objective, precision=precision, teacher=self.teacher):
+            with redirected(self.model, self.objective, precision=precision):
                 validated = _run(trainer, start)
             keep = trainer.is_world_process_zero()
             tensors = trainer.access.gather(self.model, keep=keep, frozen=self.saves_frozen)

@@ -176,13 +176,8 @@ def _require_isolation(model: nn.Module, teacher: TeacherProvider | None) -> Non
     faults = []
     if model_sees_across(model):
         faults.append(isolation_fault("model", type(model).__name__))
-    if teacher is not None:
-
-        def hidden(ids: Tensor, positions: Tensor) -> Tensor:
-            return teacher.signal({"input_ids": ids, "position_ids": positions}).hidden_BTE
-
-        if sees_across(hidden):
-            faults.append(isolation_fault("teacher", "a model"))
+    if teacher is not None and (hidden := teacher.hidden) is not None and sees_across(hidden):
+        faults.append(isolation_fault("teacher", "a model"))
     if faults:
         raise PlanError(*faults)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from compresskit.data.spec import DataSpec
 from compresskit.errors import Fault
-from compresskit.options import choice_of
+from compresskit.options import choice_of, choices_of
 from compresskit.registry import Registry
 from compresskit.training.fields import TrainingFields
 
@@ -30,8 +30,8 @@ class Taught(Protocol):
         ...
 
     @property
-    def loss(self) -> str:
-        """A name of ``compresskit.distill.LOSSES``, or ``cross_entropy`` where there need be no other."""
+    def loss(self) -> Any:
+        """Choices of ``compresskit.distill.LOSSES``, or ``cross_entropy`` where there need be no other."""
         ...
 
     @property
@@ -84,7 +84,8 @@ class TaughtFields(TrainingFields):
     """How to train, and whether to learn from a teacher besides; inherited by stages that need none.
 
     Attributes:
-        loss: ``cross_entropy``, or a name of ``compresskit.distill.LOSSES`` to learn from a teacher.
+        loss: ``cross_entropy``, or to learn from a teacher a name of ``compresskit.distill.LOSSES``, a
+            mapping of ``method`` and the loss's own fields, or a list of these, which are added up.
         teacher: directory or hub id; None is the model as it was before the first stage.
         temperature: divides both models' logits; the distillation loss is multiplied by its square.
         cross_entropy_weight: share of the next-token loss beside a distillation loss, in [0, 1].
@@ -93,7 +94,7 @@ class TaughtFields(TrainingFields):
         data: text to train on; None takes the recipe's.
     """
 
-    loss: str = TEXT_ALONE
+    loss: str | Mapping[str, Any] | tuple[str | Mapping[str, Any], ...] = TEXT_ALONE
     teacher: str | None = None
     temperature: float = 1.0
     cross_entropy_weight: float = 0.0
@@ -101,10 +102,19 @@ class TaughtFields(TrainingFields):
     data: DataSpec | None = None
 
     def __post_init__(self) -> None:
-        if self.features is not None:
-            object.__setattr__(self, "features", choice_of(self.features))
+        freeze_lesson(self)
         if isinstance(self.data, str):
             object.__setattr__(self, "data", DataSpec(source=self.data))
+
+
+def freeze_lesson(stage: Taught) -> None:
+    """Make the losses of a stage in construction choices: frozen, hashable, checked by their tables."""
+    if not isinstance(stage.loss, str):
+        named = choices_of(stage.loss)
+        plain = len(named) == 1 and not named[0].options
+        object.__setattr__(stage, "loss", named[0].method if plain else named)
+    if stage.features is not None:
+        object.__setattr__(stage, "features", choice_of(stage.features))
 
 
 def lesson_faults(stage: Taught, model: Outlook, where: str) -> list[Fault]:

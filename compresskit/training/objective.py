@@ -6,7 +6,7 @@ supervised tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -41,18 +41,50 @@ class Head:
 
 
 @dataclass(frozen=True, slots=True)
-class Signal:
-    """What a teacher says about a batch.
+class Hidden:
+    """A teacher's distributions over all ids, as hidden states before its own head.
 
     Attributes:
-        hidden_BTE: hidden states before its own head.
-        head: its output projection.
-        blocks_BTE: what those of its blocks make that a feature loss compares.
+        states_BTE: in the teacher's own type.
+        head: its output projection, onto ids that the student has too.
     """
 
-    hidden_BTE: Tensor
+    states_BTE: Tensor
     head: Head
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """A teacher's distributions of which only some ids are known.
+
+    Attributes:
+        ids_BTK: int64; of each token K different ids.
+        log_p_BTO: (B, T, K) their log-probabilities, or (B, T, K + 1) with that of all other ids last.
+        vocabulary: ids the teacher may give a probability to: the first of the student's.
+        temperature: of the log-probabilities.
+    """
+
+    ids_BTK: Tensor
+    log_p_BTO: Tensor
+    vocabulary: int
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """What a teacher says about a batch. No mapping: engines would cast what is in one.
+
+    Attributes:
+        says: the distributions.
+        blocks_BTE: what those of its blocks make that a feature loss compares.
+        told_BT: bool, where it says anything; None for everywhere.
+        progress: share of the training steps that are done; 1 in an evaluation. The trainer sets it.
+    """
+
+    says: Hidden | Listing
     blocks_BTE: tuple[Tensor, ...] = ()
+    told_BT: Tensor | None = None
+    progress: float = 1.0
 
 
 class Objective(Protocol):
@@ -80,12 +112,13 @@ class Objective(Protocol):
 class TeacherProvider(Protocol):
     """Where a teacher's signal comes from; the trainer never touches the teacher itself."""
 
-    def load(self) -> None:
-        """Read the weights now. Once an engine runs it may shard whatever is loaded (ZeRO-3 does)."""
+    @property
+    def hidden(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """Its hidden states (B, T, E) for ids and positions; None where no model runs in this process."""
         ...
 
-    def head(self) -> Head:
-        """Its output projection, cut to the vocabulary the student shares with it."""
+    def load(self) -> None:
+        """Read the weights now. Once an engine runs it may shard whatever is loaded (ZeRO-3 does)."""
         ...
 
     def signal(self, inputs: Mapping[str, Tensor]) -> Signal:

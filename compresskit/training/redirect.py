@@ -20,7 +20,6 @@ from compresskit.training.objective import (
     Head,
     Objective,
     Signal,
-    TeacherProvider,
     head_module,
     softcap_of,
 )
@@ -29,18 +28,13 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @contextmanager
-def redirected(
-    model: nn.Module, objective: Objective, *, precision: str, teacher: TeacherProvider | None
-) -> Iterator[None]:
-    """While this lasts, ``model(input_ids, position_ids, labels, ...)`` is the objective's sums.
-
-    Of a teacher it is also given ``teacher_hidden`` and ``teacher_blocks``, as they are in a ``Signal``.
+def redirected(model: nn.Module, objective: Objective, *, precision: str) -> Iterator[None]:
+    """While this lasts, ``model(input_ids, position_ids, labels, signal)`` is the objective's sums.
 
     Args:
         model: a causal language model, not wrapped yet.
         objective: what to compute.
         precision: ``fp32``, ``bf16`` or ``fp16``: the type matrix products run in; weights are not touched.
-        teacher: whose output projection the objective needs, or None.
     """
     head = head_module(model)
     softcap = softcap_of(model)
@@ -52,13 +46,8 @@ def redirected(
         input_ids: Tensor,
         position_ids: Tensor,
         labels: Tensor,
-        teacher_hidden: Tensor | None = None,
-        teacher_blocks: tuple[Tensor, ...] = (),
+        signal: Signal | None = None,
     ) -> Mapping[str, Tensor]:
-        signal = None
-        if teacher_hidden is not None and teacher is not None:
-            signal = Signal(teacher_hidden, teacher.head())
-
         def project(hidden: Tensor) -> Mapping[str, Tensor]:
             bias, weight = getattr(head, "bias", None), cast(Tensor, head.weight)
             operands = getattr(head, "operands", None)
@@ -73,9 +62,9 @@ def redirected(
                 hidden = base(input_ids=input_ids, position_ids=position_ids, use_cache=False)[0]
             with computing([(head, project)]):
                 sums: Mapping[str, Tensor] = head(hidden)
-            if featured is not None:
+            if featured is not None and signal is not None:
                 states = [kept[block] for block in blocks]
-                sums = with_feature_loss(featured, sums, model, states, teacher_blocks, labels)
+                sums = with_feature_loss(featured, sums, model, states, signal.blocks_BTE, labels)
         return sums
 
     with computing([(model, forward)]):

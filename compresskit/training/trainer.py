@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sized
 from contextlib import ExitStack
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any, cast
@@ -189,9 +190,9 @@ class StageTrainer(Trainer):
         if self._teacher is not None:
             with torch.no_grad():
                 signal = self._teacher.signal(fed)
-            fed["teacher_hidden"] = signal.hidden_BTE
-            if signal.blocks_BTE:
-                fed["teacher_blocks"] = signal.blocks_BTE
+            model = cast(nn.Module, self.model)
+            progress = self.state.global_step / self.state.max_steps if model.training else 1.0
+            fed["signal"] = replace(signal, progress=progress)
         return fed
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:

@@ -214,7 +214,7 @@ def test_distil_with_features_writes_a_plain_model(
     made = load_file(out / "model.safetensors")
     assert set(made) == set(source.names())
     assert all(torch.isfinite(t).all() for t in made.values())
-    assert set(result.metrics["final_parts"]) == {"kl", "features"}
+    assert set(result.metrics["final_parts"]) == {"forward_kl", "agreement", "features"}
     log = LossLog(tmp_path / "stage" / "scratch" / "losses.jsonl").read()
     features = [record["parts"]["features"] for record in log if "parts" in record]
     assert len(features) == 6

@@ -26,7 +26,7 @@ from compresskit.training.order import Ordered
 from compresskit.training.watch import LossLog
 
 CROSS_ENTROPY = {"target": "compresskit.training.objective:CrossEntropy", "options": {}}
-FORWARD_KL = {"target": "compresskit.distill.forward_kl:ForwardKL", "options": {}}
+FORWARD_KL = {"target": "compresskit.distill.divergences:Divergences", "options": {}}
 VOCABULARY, WIDTH, ROWS = 48, 12, 24
 FIELDS = TrainingFields(steps=6, batch_size=4, learning_rate=3e-3, checkpoint_every=0, warmup_fraction=0.0)
 PAIRS = ((0, 1), (1, 2))
@@ -135,7 +135,7 @@ def test_equals_the_loop_written_out(place: Path, tmp_path: Path) -> None:
 
 def test_the_log_names_the_feature_loss_apart(place: Path, tmp_path: Path) -> None:
     train(student(place), place, tmp_path, objective(objective=FORWARD_KL, options={"weight": 0.25}))
-    both = zip(parts(tmp_path, "kl"), parts(tmp_path, "features"), strict=True)
+    both = zip(parts(tmp_path, "forward_kl"), parts(tmp_path, "features"), strict=True)
     assert losses(tmp_path) == pytest.approx([kl + 0.25 * features for kl, features in both], rel=1e-5)
 
 

@@ -115,7 +115,7 @@ def test_distil_brings_a_pruned_student_back_to_its_teacher(text: DataSpec, tmp_
         stage, open_model(str(student)), text, tmp_path / "s", promises=held, original=source.directory
     )
     assert result.metrics["final_loss"] < 0.7 * result.metrics["first_loss"]
-    assert result.metrics["kernels"] == {"linear_kl": "reference"}
+    assert result.metrics["kernels"] == {"linear_divergence": "reference"}
     made = load_file(out / "model.safetensors")
     for layer in layers:
         assert not made[f"{layer}.weight"][:, ::2].any()

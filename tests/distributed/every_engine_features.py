@@ -27,7 +27,7 @@ from compresskit.modeling import load_model
 from compresskit.training.fit import TrainOutcome, fit
 
 VOCABULARY, STEPS = 48, 10
-FORWARD_KL = {"target": "compresskit.distill.forward_kl:ForwardKL", "options": {}}
+FORWARD_KL = {"target": "compresskit.distill.divergences:Divergences", "options": {}}
 RUNS: Mapping[str, dict[str, Any]] = {
     "wide": {"method": "squarehead", "pairs": ((0, 1), (1, 3)), "widths": None},
     "narrow": {"method": "hidden_mse", "pairs": ((1, 3),), "widths": (16, 32)},

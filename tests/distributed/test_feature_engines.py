@@ -64,9 +64,11 @@ def test_losses_agree_step_by_step(run: str, engine: str, launched: Path, single
     found, expected = (LossLog(scratch / "losses.jsonl").losses() for scratch in (mine, true))
     assert len(found) == len(expected) == STEPS
     assert found == pytest.approx(expected, rel=TOLERANCE)
-    for name in ("kl", "features"):
+    for name in ("forward_kl", "features"):
         assert parts(mine, name) == pytest.approx(parts(true, name), rel=TOLERANCE)
-    assert parts(true, "kl")[-1] < 0.8 * parts(true, "kl")[0], "nothing was learnt, so nothing was compared"
+    assert parts(true, "forward_kl")[-1] < 0.8 * parts(true, "forward_kl")[0], (
+        "nothing was learnt, so nothing was compared"
+    )
     outcome = json.loads((launched / f"{run}-{engine}.json").read_text())
     assert (outcome["engine"], outcome["processes"]) == (NAMES[engine.removesuffix("-again")], 2)
     assert outcome["validation_loss"] == pytest.approx(single[run][0].validation_loss, rel=TOLERANCE)

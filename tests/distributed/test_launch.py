@@ -94,7 +94,7 @@ def test_sharded_it_distils_from_a_replica_as_one_process_does(
         with_fields(job, checkpoint_every=0, steps=6),
         model=str(student),
         teacher=teacher,
-        objective=Part("compresskit.distill.forward_kl:ForwardKL", {"temperature": 2.0}),
+        objective=Part("compresskit.distill.divergences:Divergences", {"temperature": 2.0}),
     )
     (tmp_path / "one").mkdir()
     one = train(replace(job, out=str(tmp_path / "one"), scratch=str(tmp_path / "one_scratch")))

@@ -1,0 +1,292 @@
+"""Divergences of a student's next-token distribution from a teacher's, fused with both output projections.
+
+For each token a divergence is a function of two distributions over the same outcomes. It gives its value and
+its slope, the derivative by log q with every outcome's log q taken by itself; the derivative by the student's
+logits follows from that here, once for all of them. Tokens are taken a few at a time and their gradients
+are computed on the spot: no (N, V) tensor is ever whole, and the backward pass needs no logits again.
+
+Outcomes are all V ids, or some ids of each token and perhaps a last one, "any other id", for the rest. A
+divergence over these is at most that over all ids, and its gradient reaches every logit all the same.
+
+Paper of the fusion: Hsu et al., "Liger Kernel: Efficient Triton Kernels for LLM Training", 2024,
+https://arxiv.org/abs/2410.10989 (the idea; this is plain torch).
+
+Shapes: N = tokens, D = student's hidden width, E = teacher's, V = vocabulary of the teacher, W >= V = that of
+the student, C = tokens of one chunk, K = listed ids of a token, O = outcomes: V, K or K + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from compresskit.kernels.reference.projection import Gradients, Projection, accumulator, chunks
+
+LEAST_LOG = -80.0
+"""Log-probabilities of outcomes that cannot happen: low enough to weigh nothing, and no infinity."""
+
+
+class Divergence(Protocol):
+    """A pure function of two distributions."""
+
+    def __call__(self, log_p_CO: Tensor, log_q_CO: Tensor) -> tuple[Tensor, Tensor]:
+        """Value of each token (C,), nats, and its derivative by each log q, (C, O); changes no input."""
+        ...
+
+
+class Outcomes(NamedTuple):
+    """What a teacher says of C tokens.
+
+    Attributes:
+        log_p_CO: log-probabilities, at the temperature that was asked for.
+        ids_CK: which ids the first K outcomes are; None for all of them, in order.
+    """
+
+    log_p_CO: Tensor
+    ids_CK: Tensor | None = None
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether the last outcome is "any other id"."""
+        return self.ids_CK is not None and self.log_p_CO.shape[1] > self.ids_CK.shape[1]
+
+    def top(self, count: int) -> Outcomes:
+        """The ``count`` likeliest ids and the rest, of outcomes that are all ids."""
+        log_p_CK, ids_CK = self.log_p_CO.topk(min(count, self.log_p_CO.shape[1]), dim=-1)
+        rest_C1 = self.log_p_CO.scatter(-1, ids_CK, -torch.inf).logsumexp(-1, keepdim=True)
+        return Outcomes(torch.cat([log_p_CK, rest_C1], -1).clamp_min_(LEAST_LOG), ids_CK)
+
+
+class Target(Protocol):
+    """Where the teacher's distributions come from."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Ids the teacher may give a probability to: the first of the student's."""
+        ...
+
+    def outcomes(self, part: slice, temperature: float) -> Outcomes:
+        """Of these tokens; in the accumulator's type."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Projected:
+    """Distributions over all ids, from the teacher's hidden states and output projection.
+
+    Attributes:
+        hidden_NE: (N, E); matrix products run in its type.
+        projection: of the teacher.
+    """
+
+    hidden_NE: Tensor
+    projection: Projection
+
+    @property
+    def vocabulary(self) -> int:
+        """See :class:`Target`."""
+        return self.projection.head_VD.shape[0]
+
+    def outcomes(self, part: slice, temperature: float) -> Outcomes:
+        """See :class:`Target`."""
+        logits_CV = self.projection.logits(self.hidden_NE[part])
+        if temperature != 1:
+            logits_CV /= temperature
+        return Outcomes(logits_CV.log_softmax(-1))
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """Distributions of which only some ids are known.
+
+    Attributes:
+        ids_NK: int64 (N, K), in [0, V).
+        log_p_NO: (N, K), or (N, K + 1) with the rest last; taken at ``temperature``.
+        vocabulary: V.
+        temperature: of the log-probabilities.
+    """
+
+    ids_NK: Tensor
+    log_p_NO: Tensor
+    vocabulary: int
+    temperature: float = 1.0
+
+    def outcomes(self, part: slice, temperature: float) -> Outcomes:
+        """See :class:`Target`.
+
+        Raises:
+            ValueError: the probabilities are of another temperature.
+        """
+        if temperature != self.temperature:
+            raise ValueError(f"log-probabilities at temperature {self.temperature}, asked for {temperature}")
+        log_p_CO = self.log_p_NO[part]
+        return Outcomes(log_p_CO.to(accumulator(log_p_CO.dtype)).clamp(min=LEAST_LOG), self.ids_NK[part])
+
+
+class Term(NamedTuple):
+    """One divergence of a sum.
+
+    Attributes:
+        divergence: the function.
+        weight: what it is multiplied by.
+        top: compare only so many of the teacher's likeliest ids, and the rest as one; 0 compares all.
+    """
+
+    divergence: Divergence
+    weight: float = 1.0
+    top: int = 0
+
+
+class Result(NamedTuple):
+    """Sums over N tokens, and what autograd needs.
+
+    Attributes:
+        total: weighted sum of all terms and of the cross entropy, nats; the only one with gradients.
+        terms: each divergence before its weight, (number of terms,).
+        cross_entropy: before its weight; 0 where its weight is.
+        agreed: tokens whose likeliest id is the same in both; 0 where the teacher's ids are listed otherwise.
+        hidden_ND, head_WD, bias_W: gradients of the total; empty where none were asked for.
+    """
+
+    total: Tensor
+    terms: Tensor
+    cross_entropy: Tensor
+    agreed: Tensor
+    hidden_ND: Tensor
+    head_WD: Tensor
+    bias_W: Tensor
+
+
+def linear_divergence(
+    hidden_ND: Tensor,
+    head_WD: Tensor,
+    bias_W: Tensor | None,
+    softcap: float,
+    target: Target,
+    terms: Sequence[Term],
+    temperature: float,
+    labels_N: Tensor | None,
+    cross_entropy_weight: float,
+    chunk: int,
+    with_gradients: bool,
+) -> Result:
+    """Weighted sum of divergences, and of the next-token loss, over all tokens, and its gradients.
+
+    Args:
+        hidden_ND: (N, D), any float dtype; matrix products run in it, sums in fp32 (or fp64).
+        head_WD: (W, D).
+        bias_W: (W,) or None.
+        softcap: bound of the logits; 0 for none.
+        target: the teacher's distributions over the first V ids.
+        terms: the divergences; both distributions are over those V ids.
+        temperature: divides the logits of both in the divergences; nothing is multiplied by its square.
+        labels_N: int64 (N,), each in [0, W); None where there is no cross entropy.
+        cross_entropy_weight: what the next-token loss, at temperature 1 and over all W ids, is multiplied by.
+        chunk: tokens at a time; 0 chooses.
+        with_gradients: else the gradients come back empty.
+    """
+    student = Projection(head_WD.to(hidden_ND.dtype), bias_W, softcap)
+    gradients = Gradients.zeros(hidden_ND, head_WD, with_gradients)
+    sums = hidden_ND.new_zeros(len(terms) + 2, dtype=accumulator(hidden_ND.dtype))
+    for part in chunks(hidden_ND.shape[0], head_WD.shape[0], hidden_ND.device.type, chunk):
+        logits_CW = student.logits(hidden_ND[part])
+        log_q_CV = logits_CW[:, : target.vocabulary]
+        log_q_CV = (log_q_CV if temperature == 1 else log_q_CV / temperature).log_softmax(-1)
+        values, grad_CW = _through_terms(log_q_CV, target.outcomes(part, temperature), terms)
+        grad_CW = pad(grad_CW.div_(temperature), (0, logits_CW.shape[1] - target.vocabulary))
+        sums[:-1] += values
+        if cross_entropy_weight and labels_N is not None:
+            whole = temperature == 1 and target.vocabulary == logits_CW.shape[1]
+            log_q_CW = log_q_CV if whole else logits_CW.log_softmax(-1)
+            sums[-1] += _add_cross_entropy(grad_CW, log_q_CW, labels_N[part], cross_entropy_weight)
+        if with_gradients:
+            gradients.add(part, hidden_ND[part], student, student.through_softcap(grad_CW, logits_CW))
+    weights = sums.new_tensor([*(term.weight for term in terms), 0.0, cross_entropy_weight])
+    return Result(
+        (sums * weights).sum(),
+        sums[:-2],
+        sums[-1],
+        sums[-2],
+        gradients.hidden_ND,
+        gradients.head_VD,
+        gradients.bias_V,
+    )
+
+
+def _through_terms(log_q_CV: Tensor, said: Outcomes, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
+    """Sums of the terms and, last, of the tokens agreed upon; and the gradient by the student's logits.
+
+    Args:
+        log_q_CV: the student's, over all ids.
+        said: by the teacher.
+        terms: the divergences.
+
+    Returns:
+        (number of terms + 1,), and a new tensor (C, V).
+    """
+    values = log_q_CV.new_zeros(len(terms) + 1)
+    values[-1] = (_likeliest(said) == log_q_CV.argmax(-1)).sum()
+    q_CV = log_q_CV.exp()
+    grad_CV = None
+    for top in dict.fromkeys(term.top for term in terms):
+        known = said.top(top) if top and said.ids_CK is None else said
+        log_q_CO = _seen(log_q_CV, known)
+        slope_CO = None
+        for index, term in enumerate(terms):
+            if term.top == top:
+                value_C, by_log_q_CO = term.divergence(known.log_p_CO, log_q_CO)
+                values[index] = value_C.sum()
+                weighted_CO = by_log_q_CO if term.weight == 1 else term.weight * by_log_q_CO
+                slope_CO = weighted_CO if slope_CO is None else slope_CO + weighted_CO
+        assert slope_CO is not None
+        part_CV = _to_logits(slope_CO, log_q_CO, q_CV, known)
+        grad_CV = part_CV if grad_CV is None else grad_CV.add_(part_CV)
+    return values, torch.zeros_like(q_CV) if grad_CV is None else grad_CV
+
+
+def _likeliest(said: Outcomes) -> Tensor:
+    """The teacher's first choice, (C,); of listed ids the likeliest."""
+    if said.ids_CK is None:
+        return said.log_p_CO.argmax(-1)
+    best_C1 = said.log_p_CO[:, : said.ids_CK.shape[1]].argmax(-1, keepdim=True)
+    return said.ids_CK.gather(-1, best_C1)[:, 0]
+
+
+def _seen(log_q_CV: Tensor, known: Outcomes) -> Tensor:
+    """The student's log-probabilities of these outcomes, (C, O)."""
+    if known.ids_CK is None:
+        return log_q_CV
+    listed_CK = log_q_CV.gather(-1, known.ids_CK)
+    if not known.has_rest:
+        return listed_CK.clamp_min_(LEAST_LOG)
+    rest_C1 = log_q_CV.scatter(-1, known.ids_CK, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([listed_CK, rest_C1], -1).clamp_min_(LEAST_LOG)
+
+
+def _to_logits(slope_CO: Tensor, log_q_CO: Tensor, q_CV: Tensor, known: Outcomes) -> Tensor:
+    """The gradient by the logits, (C, V), from that by the log-probabilities of outcomes.
+
+    log q of outcome o changes with logit j by q(j given o) - q(j).
+    """
+    total_C1 = slope_CO.sum(-1, keepdim=True)
+    if known.ids_CK is None:
+        return torch.addcmul(slope_CO, q_CV, total_C1, value=-1)
+    listed_CK = slope_CO[:, : known.ids_CK.shape[1]]
+    if not known.has_rest:
+        return (q_CV * -total_C1).scatter_add_(-1, known.ids_CK, listed_CK)
+    rest_C1 = slope_CO[:, -1:] * torch.exp(-log_q_CO[:, -1:])
+    at_ids_CK = listed_CK - q_CV.gather(-1, known.ids_CK) * total_C1
+    return (q_CV * (rest_C1 - total_C1)).scatter_(-1, known.ids_CK, at_ids_CK)
+
+
+def _add_cross_entropy(grad_CW: Tensor, log_q_CW: Tensor, labels_C: Tensor, weight: float) -> Tensor:
+    """Sum of -log q of the labels; its gradient by the logits, times ``weight``, is added to ``grad_CW``."""
+    at_label = labels_C[:, None]
+    grad_CW.add_(log_q_CW.exp(), alpha=weight)
+    grad_CW.scatter_add_(-1, at_label, torch.full_like(at_label, -weight, dtype=grad_CW.dtype))
+    return -log_q_CW.gather(-1, at_label).sum()
