@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from compresskit.distill import FEATURE_LOSSES, LOSSES
 from compresskit.distill.mapping import UNIFORM, FeatureFields, Pairs, mapping_faults, paired
+from compresskit.distill.placements import PLACEMENTS
+from compresskit.distill.placements.base import Placement, Teaching
 from compresskit.distill.vocabulary import (
     shared_vocabulary,
-    teacher_bytes,
     teacher_faults,
     vocabulary_faults,
     vocabulary_of,
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from compresskit.stage import Outlook, StageContext
     from compresskit.training.lesson import Taught
 
-REPLICA = "compresskit.distill.teacher:Replica"
 DIVERGENCES = "compresskit.distill.divergences:Divergences"
 FEATURED = "compresskit.distill.features:WithFeatures"
 LAYERS, WEIGHT = "layers", "weight"
@@ -53,13 +53,15 @@ class TeachersLesson:
             got = str(stage.cross_entropy_weight)
             cure = "Give the share of the next-token loss, such as 0.5."
             faults.append(Fault(f"{where}.cross_entropy_weight", "a number from 0 to 1", got, cure))
-        taught = teacher_faults(stage.teacher, stage.data or model.data, model, where)
-        return faults + feature_faults(stage, model, f"{where}.features") + taught
+        faults += feature_faults(stage, model, f"{where}.features")
+        faults += teacher_faults(stage.teacher, stage.data or model.data, model, where)
+        return faults or placement_faults(stage, model, f"{where}.teacher_placement")
 
     @staticmethod
     def held_bytes(stage: Taught, model: Outlook) -> int:
-        """Of the teacher's weights, which every process holds, and of what a feature loss keeps."""
-        return teacher_bytes(stage.teacher, model) + feature_bytes(stage, model)
+        """Of what every process holds of the teacher, and of what a feature loss keeps."""
+        teaching = _teaching(stage, model, _teacher(stage, model), model.trust_remote_code)
+        return _placement(stage).held_bytes(stage, model, teaching) + feature_bytes(stage, model)
 
     @staticmethod
     def parts(stage: Taught, model: ModelSource, context: StageContext) -> tuple[Part, Part]:
@@ -77,11 +79,7 @@ class TeachersLesson:
         if faults:
             raise PlanError(*faults)
         objective = CROSS_ENTROPY if stage.loss == TEXT_ALONE else _loss(stage)
-        teacher: dict[str, Any] = {
-            "directory": str(source.directory),
-            "vocabulary": shared_vocabulary(rows, source),
-            "trust_remote_code": trust,
-        }
+        teaching = _teaching(stage, model, source, trust)
         if stage.features is not None:
             pairs, own = _pairs(stage.features, model, source), dict(stage.features.options)
             own.pop(LAYERS, None)
@@ -89,8 +87,16 @@ class TeachersLesson:
             widths = width_of(model.config), width_of(source.config)
             featured |= {"pairs": pairs, "widths": None if widths[0] == widths[1] else widths}
             objective = Part(FEATURED, featured)
-            teacher["blocks"] = tuple(block for _, block in pairs)
-        return objective, Part(REPLICA, teacher)
+        return objective, _placement(stage).part(teaching)
+
+
+def placement_faults(stage: Taught, model: Outlook, where: str) -> list[Fault]:
+    """Why the teacher of ``stage``, of which nothing else is wrong, cannot be placed as asked for."""
+    placed: Choice = stage.teacher_placement
+    if faults := choice_faults(placed, PLACEMENTS, where=where):
+        return faults
+    teaching = _teaching(stage, model, _teacher(stage, model), model.trust_remote_code)
+    return _placement(stage).faults(stage, model, teaching, where)
 
 
 def loss_faults(stage: Taught, where: str) -> list[Fault]:
@@ -140,6 +146,24 @@ def width_of(config: Any) -> int:
     """Of the hidden states between blocks of a model with such a configuration; 0 where it does not say."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return int(getattr(text, "hidden_size", 0) or 0)
+
+
+def _placement(stage: Taught) -> Placement:
+    placed: Choice = stage.teacher_placement
+    made: Placement = PLACEMENTS[placed.method](**dict(placed.options))
+    return made
+
+
+def _teaching(stage: Taught, model: Outlook | ModelSource, source: ModelSource, trust: bool) -> Teaching:
+    pairs = _pairs(stage.features, model, source) if stage.features is not None else ()
+    return Teaching(
+        teacher=source,
+        vocabulary=shared_vocabulary(vocabulary_of(model.config), source),
+        blocks=tuple(block for _, block in pairs),
+        losses=() if stage.loss == TEXT_ALONE else choices_of(stage.loss),
+        temperature=stage.temperature,
+        trust_remote_code=trust,
+    )
 
 
 def _teacher(stage: Taught, model: Outlook) -> ModelSource:

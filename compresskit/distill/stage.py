@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compresskit.errors import Fault
-from compresskit.training.lesson import freeze_lesson
+from compresskit.training.lesson import REPLICATE, freeze_lesson
 from compresskit.training.trainable import TrainableFields
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ class Distill(TrainableFields):
 
     Attributes:
         teacher: directory or hub id; None is the model as it was before the first stage.
+        teacher_placement: where the teacher lives: a name of ``compresskit.distill.placements.PLACEMENTS``,
+            or a mapping of ``method`` and its own fields.
         loss: a name of ``compresskit.distill.LOSSES``, or a mapping of ``method`` and the loss's own fields,
             or a list of these, which are added up; beside ``features`` also ``cross_entropy``.
         temperature: divides both models' logits; the loss is multiplied by its square.
@@ -33,6 +35,7 @@ class Distill(TrainableFields):
     trains: ClassVar[bool] = True
 
     teacher: str | None = None
+    teacher_placement: str | Mapping[str, Any] = REPLICATE
     loss: str | Mapping[str, Any] | tuple[str | Mapping[str, Any], ...] = "forward_kl"
     temperature: float = 1.0
     cross_entropy_weight: float = 0.0

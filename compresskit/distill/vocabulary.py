@@ -95,11 +95,6 @@ def vocabulary_of(config: Any) -> int:
     return int(text.vocab_size)
 
 
-def teacher_bytes(teacher: str | None, model: Outlook) -> int:
-    """Of the teacher's weights."""
-    return open_model(teacher or str(model.original), trust_remote_code=model.trust_remote_code).bytes
-
-
 def _at(where: str, fault: Fault | str) -> Fault:
     if isinstance(fault, str):
         return Fault(where, "a usable teacher", fault, "Choose another one.")

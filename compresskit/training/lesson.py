@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from compresskit.data.spec import DataSpec
 from compresskit.errors import Fault
-from compresskit.options import choice_of, choices_of
+from compresskit.options import Choice, choice_of, choices_of
 from compresskit.registry import Registry
 from compresskit.training.fields import TrainingFields
 
@@ -32,6 +32,11 @@ class Taught(Protocol):
     @property
     def loss(self) -> Any:
         """Choices of ``compresskit.distill.LOSSES``, or ``cross_entropy`` where there need be no other."""
+        ...
+
+    @property
+    def teacher_placement(self) -> Any:
+        """A ``Choice`` of ``compresskit.distill.placements.PLACEMENTS``."""
         ...
 
     @property
@@ -75,6 +80,7 @@ class Lesson(Protocol):
 
 
 LESSONS: Registry[Lesson] = Registry("lesson", {"teacher": "compresskit.distill.lesson:TeachersLesson"})
+REPLICATE = "replicate"
 TEXT_ALONE = "cross_entropy"
 """The loss of a stage that learns from text without a teacher."""
 
@@ -87,6 +93,8 @@ class TaughtFields(TrainingFields):
         loss: ``cross_entropy``, or to learn from a teacher a name of ``compresskit.distill.LOSSES``, a
             mapping of ``method`` and the loss's own fields, or a list of these, which are added up.
         teacher: directory or hub id; None is the model as it was before the first stage.
+        teacher_placement: where the teacher lives: a name of ``compresskit.distill.placements.PLACEMENTS``,
+            or a mapping of ``method`` and its own fields.
         temperature: divides both models' logits; the distillation loss is multiplied by its square.
         cross_entropy_weight: share of the next-token loss beside a distillation loss, in [0, 1].
         features: what else is learnt from a teacher, block by block: a name of
@@ -96,6 +104,7 @@ class TaughtFields(TrainingFields):
 
     loss: str | Mapping[str, Any] | tuple[str | Mapping[str, Any], ...] = TEXT_ALONE
     teacher: str | None = None
+    teacher_placement: str | Mapping[str, Any] = REPLICATE
     temperature: float = 1.0
     cross_entropy_weight: float = 0.0
     features: str | Mapping[str, Any] | None = None
@@ -113,6 +122,7 @@ def freeze_lesson(stage: Taught) -> None:
         named = choices_of(stage.loss)
         plain = len(named) == 1 and not named[0].options
         object.__setattr__(stage, "loss", named[0].method if plain else named)
+    object.__setattr__(stage, "teacher_placement", choice_of(stage.teacher_placement))
     if stage.features is not None:
         object.__setattr__(stage, "features", choice_of(stage.features))
 
@@ -127,7 +137,7 @@ def lesson_faults(stage: Taught, model: Outlook, where: str) -> list[Fault]:
             )
             faults.append(Fault(f"{where}.teacher", "a teacher for features", "none", cure))
         return faults
-    return unused_faults(stage, where, "teacher", "temperature", "cross_entropy_weight")
+    return unused_faults(stage, where, "teacher", "teacher_placement", "temperature", "cross_entropy_weight")
 
 
 def has_teacher(stage: Taught) -> bool:
@@ -137,7 +147,12 @@ def has_teacher(stage: Taught) -> bool:
 
 def unused_faults(stage: Taught, where: str, *names: str) -> list[Fault]:
     """Which fields of these were given although the text's own loss has no use for them."""
-    unused = {"teacher": None, "temperature": 1.0, "cross_entropy_weight": 0.0}
+    unused = {
+        "teacher": None,
+        "teacher_placement": Choice(REPLICATE),
+        "temperature": 1.0,
+        "cross_entropy_weight": 0.0,
+    }
     cure = "Set loss: forward_kl to learn from a teacher, or leave this field out."
     return [
         Fault(f"{where}.{name}", "nothing beside loss: cross_entropy", str(getattr(stage, name)), cure)

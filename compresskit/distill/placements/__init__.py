@@ -1,0 +1,17 @@
+"""Where a teacher lives while its student trains. One placement a file; this table is the registry."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from compresskit.registry import Registry
+
+if TYPE_CHECKING:  # keeps torch out of `compresskit --help`
+    from compresskit.distill.placements.base import Placement
+
+PLACEMENTS: Registry[Placement] = Registry(
+    "teacher placement",
+    {
+        "replicate": "compresskit.distill.placements.replicate:Replicate",
+    },
+)
