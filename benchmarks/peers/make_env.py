@@ -15,6 +15,7 @@ from pathlib import Path
 
 # Versions that were run; the records name them too.
 PEERS = {
+    "trl": ("trl==1.16.0", "transformers==5.23.*", "torch==2.13.*"),
     "llmcompressor": ("llmcompressor==0.14.0.1", "transformers>=5.15,<5.18", "torch>=2.11,<=2.14"),
 }
 
