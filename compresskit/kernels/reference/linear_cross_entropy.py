@@ -6,7 +6,7 @@ a few at a time and their gradients are computed on the spot.
 Paper: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024,
 https://arxiv.org/abs/2411.09009 (the idea; this is plain torch).
 
-Shapes: N = tokens, D = hidden width, V = vocabulary, C = tokens of one chunk.
+Shapes: N = tokens, D = hidden width, V = vocabulary, C = tokens of one chunk, B = tokens of one block.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compresskit.kernels.reference.projection import Gradients, Projection, accumulator, chunks
+from compresskit.kernels.reference.projection import Gradients, Projection, accumulator, blocks, chunks
 
 
 def linear_cross_entropy(
@@ -45,12 +45,14 @@ def linear_cross_entropy(
     gradients = Gradients.zeros(hidden_ND, head_VD, with_gradients)
     for part in chunks(hidden_ND.shape[0], head_VD.shape[0], hidden_ND.device.type, chunk):
         logits_CV = projection.logits(hidden_ND[part])
-        log_q_CV = logits_CV.log_softmax(-1)
-        at_label = labels_N[part, None]
-        total -= log_q_CV.gather(-1, at_label).sum()
+        for block in blocks(logits_CV):
+            logits_BV, at_label = logits_CV[block], labels_N[part][block, None]
+            log_q_BV = logits_BV.log_softmax(-1)
+            total -= log_q_BV.gather(-1, at_label).sum()
+            if with_gradients:
+                grad_BV = log_q_BV.exp_()
+                grad_BV.scatter_add_(-1, at_label, torch.full_like(at_label, -1, dtype=grad_BV.dtype))
+                logits_BV.copy_(projection.through_softcap(grad_BV, logits_BV))
         if with_gradients:
-            grad_CV = log_q_CV.exp_()
-            grad_CV.scatter_add_(-1, at_label, torch.full_like(at_label, -1, dtype=grad_CV.dtype))
-            grad_CV = projection.through_softcap(grad_CV, logits_CV)
-            gradients.add(part, hidden_ND[part], projection, grad_CV)
+            gradients.add(part, hidden_ND[part], projection, logits_CV)
     return total, gradients.hidden_ND, gradients.head_VD, gradients.bias_V

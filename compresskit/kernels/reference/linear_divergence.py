@@ -3,7 +3,8 @@
 For each token a divergence is a function of two distributions over the same outcomes. It gives its value and
 its slope, the derivative by log q with every outcome's log q taken by itself; the derivative by the student's
 logits follows from that here, once for all of them. Tokens are taken a few at a time and their gradients
-are computed on the spot: no (N, V) tensor is ever whole, and the backward pass needs no logits again.
+are computed on the spot: no (N, V) tensor is ever whole, and the backward pass needs no logits again. Logits
+are multiplied chunk by chunk, and looked at block by block within it; a block's gradient takes their place.
 
 Outcomes are all V ids, or some ids of each token and perhaps a last one, "any other id", for the rest. A
 divergence over these is at most that over all ids, and its gradient reaches every logit all the same.
@@ -17,7 +18,7 @@ the student, C = tokens of one chunk, K = listed ids of a token, O = outcomes: V
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compresskit.kernels.reference.projection import Gradients, Projection, accumulator, chunks
+from compresskit.kernels.reference.projection import Gradients, Projection, accumulator, blocks, chunks
 
 LEAST_LOG = -80.0
 """Log-probabilities of outcomes that cannot happen: low enough to weigh nothing, and no infinity."""
@@ -70,8 +71,8 @@ class Target(Protocol):
         """Ids the teacher may give a probability to: the first of the student's."""
         ...
 
-    def outcomes(self, part: slice, temperature: float) -> Outcomes:
-        """Of these tokens; in the accumulator's type."""
+    def chunk(self, part: slice, temperature: float) -> Callable[[slice], Outcomes]:
+        """Of these tokens: a function of some of them, counted from the first, in the accumulator's type."""
         ...
 
 
@@ -92,12 +93,10 @@ class Projected:
         """See :class:`Target`."""
         return self.projection.head_VD.shape[0]
 
-    def outcomes(self, part: slice, temperature: float) -> Outcomes:
+    def chunk(self, part: slice, temperature: float) -> Callable[[slice], Outcomes]:
         """See :class:`Target`."""
         logits_CV = self.projection.logits(self.hidden_NE[part])
-        if temperature != 1:
-            logits_CV /= temperature
-        return Outcomes(logits_CV.log_softmax(-1))
+        return lambda block: Outcomes(_softened(logits_CV[block], temperature).log_softmax(-1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +115,7 @@ class Listed:
     vocabulary: int
     temperature: float = 1.0
 
-    def outcomes(self, part: slice, temperature: float) -> Outcomes:
+    def chunk(self, part: slice, temperature: float) -> Callable[[slice], Outcomes]:
         """See :class:`Target`.
 
         Raises:
@@ -124,8 +123,13 @@ class Listed:
         """
         if temperature != self.temperature:
             raise ValueError(f"log-probabilities at temperature {self.temperature}, asked for {temperature}")
-        log_p_CO = self.log_p_NO[part]
-        return Outcomes(log_p_CO.to(accumulator(log_p_CO.dtype)).clamp(min=LEAST_LOG), self.ids_NK[part])
+        log_p_CO, ids_CK = self.log_p_NO[part], self.ids_NK[part]
+        log_p_CO = log_p_CO.to(accumulator(log_p_CO.dtype)).clamp(min=LEAST_LOG)
+        return lambda block: Outcomes(log_p_CO[block], ids_CK[block])
+
+
+def _softened(logits: Tensor, temperature: float) -> Tensor:
+    return logits if temperature == 1 else logits / temperature
 
 
 class Term(NamedTuple):
@@ -195,17 +199,20 @@ def linear_divergence(
     sums = hidden_ND.new_zeros(len(terms) + 2, dtype=accumulator(hidden_ND.dtype))
     for part in chunks(hidden_ND.shape[0], head_WD.shape[0], hidden_ND.device.type, chunk):
         logits_CW = student.logits(hidden_ND[part])
-        log_q_CV = logits_CW[:, : target.vocabulary]
-        log_q_CV = (log_q_CV if temperature == 1 else log_q_CV / temperature).log_softmax(-1)
-        values, grad_CW = _through_terms(log_q_CV, target.outcomes(part, temperature), terms)
-        grad_CW = pad(grad_CW.div_(temperature), (0, logits_CW.shape[1] - target.vocabulary))
-        sums[:-1] += values
-        if cross_entropy_weight and labels_N is not None:
-            whole = temperature == 1 and target.vocabulary == logits_CW.shape[1]
-            log_q_CW = log_q_CV if whole else logits_CW.log_softmax(-1)
-            sums[-1] += _add_cross_entropy(grad_CW, log_q_CW, labels_N[part], cross_entropy_weight)
+        said = target.chunk(part, temperature)
+        for block in blocks(logits_CW):
+            logits_BW = logits_CW[block]
+            log_q_BV = _softened(logits_BW[:, : target.vocabulary], temperature).log_softmax(-1)
+            values, grad_BV = _through_terms(log_q_BV, said(block), terms)
+            sums[:-1] += values
+            grad_BW = _widened(grad_BV.div_(temperature), logits_BW.shape[1])
+            if cross_entropy_weight and labels_N is not None:
+                whole = temperature == 1 and target.vocabulary == logits_BW.shape[1]
+                log_q_BW = log_q_BV if whole else logits_BW.log_softmax(-1)
+                sums[-1] += _add_cross_entropy(grad_BW, log_q_BW, labels_N[part][block], cross_entropy_weight)
+            logits_BW.copy_(student.through_softcap(grad_BW, logits_BW))
         if with_gradients:
-            gradients.add(part, hidden_ND[part], student, student.through_softcap(grad_CW, logits_CW))
+            gradients.add(part, hidden_ND[part], student, logits_CW)
     weights = sums.new_tensor([*(term.weight for term in terms), 0.0, cross_entropy_weight])
     return Result(
         (sums * weights).sum(),
@@ -216,6 +223,11 @@ def linear_divergence(
         gradients.head_VD,
         gradients.bias_V,
     )
+
+
+def _widened(grad_BV: Tensor, width: int) -> Tensor:
+    """With zeros for ids that the teacher does not have."""
+    return grad_BV if grad_BV.shape[1] == width else pad(grad_BV, (0, width - grad_BV.shape[1]))
 
 
 def _through_terms(log_q_CV: Tensor, said: Outcomes, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:

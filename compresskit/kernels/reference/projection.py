@@ -11,9 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
-"""Logits alive at once. On a CPU they should stay near the cache; on a GPU they must keep it busy."""
-MIN_CHUNK = 16
+CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}
+"""Logits alive at once, of each model."""
+MIN_CHUNK = 128
+"""Tokens. With fewer, reading the head and adding to its gradient takes longer than the products."""
+BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Logits that are looked at together: on a CPU they should stay in its cache, and a GPU must be kept busy."""
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -24,6 +27,15 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def chunks(num_tokens: int, vocabulary: int, device: str, chunk: int) -> Iterator[slice]:
     """Cut ``num_tokens`` into slices of ``chunk`` tokens; 0 chooses by the size of the vocabulary."""
     step = chunk or max(MIN_CHUNK, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cpu"]) // vocabulary)
+    for start in range(0, num_tokens, step):
+        yield slice(start, min(start + step, num_tokens))
+
+
+def blocks(logits_CV: Tensor) -> Iterator[slice]:
+    """Cut the tokens of a chunk into those whose logits are looked at together."""
+    num_tokens, vocabulary = logits_CV.shape
+    most = BLOCK_ELEMENTS.get(logits_CV.device.type, BLOCK_ELEMENTS["cpu"])
+    step = max(1, most // vocabulary)
     for start in range(0, num_tokens, step):
         yield slice(start, min(start + step, num_tokens))
 
@@ -80,5 +92,10 @@ class Gradients:
         narrow = hidden_CD.dtype if hidden_CD.dtype != torch.float16 else torch.float32
         grad = grad_CV.to(narrow)
         self.hidden_ND[part] = (grad @ projection.head_VD.to(narrow)).to(self.hidden_ND.dtype)
-        self.head_VD.add_(grad.T @ hidden_CD.to(narrow))
+        hidden_CD = hidden_CD.to(narrow)
+        if narrow == self.head_VD.dtype:
+            self.head_VD.addmm_(grad.T, hidden_CD)
+        else:
+            for part in chunks(self.head_VD.shape[0], self.head_VD.shape[1], grad.device.type, 0):
+                self.head_VD[part].add_(grad.T[part] @ hidden_CD)
         self.bias_V.add_(grad_CV.sum(0))
