@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from compresskit.errors import Fault
+from compresskit.kernels.chunking import loss_bytes
 from compresskit.stage import Forecast
 from compresskit.training.faults import eight_bit_faults, training_faults
 from compresskit.training.fields import TrainingFields
@@ -19,8 +20,6 @@ LONGEST_ROW = 2048
 """Tokens of a row where neither the recipe nor the model asks for fewer."""
 STATE_BYTES = 16
 """Of one trained parameter: fp32 weight, gradient and the two moments of Adam."""
-LOGIT_ROWS = 1024
-"""Tokens whose logits are alive at once; see ``compresskit.kernels``."""
 INT8_NOTES = {
     "cpu": "Products in int8 were faster than in fp32 and slower than in bf16, on a CPU with instructions "
     "for both; without such instructions they may be slower than either.",
@@ -139,7 +138,7 @@ def forecast_training(
         states = parameters * (8 + 8 // shards) + frozen * 4
     per_token = len(anatomy.blocks) * (1 if fields.activation_checkpointing else 8) * width
     activations = 4 * tokens * (per_token + 4 * inner)
-    logits = 4 * 4 * min(tokens, LOGIT_ROWS) * vocabulary
+    logits = loss_bytes(tokens, vocabulary, width, model.device)
     loading = (parameters + frozen) * 4
     notes: tuple[str, ...] = ()
     if setting.strategy in ("fsdp", "deepspeed"):

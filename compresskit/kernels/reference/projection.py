@@ -11,12 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}
-"""Logits alive at once, of each model."""
-MIN_CHUNK = 128
-"""Tokens. With fewer, reading the head and adding to its gradient takes longer than the products."""
-BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
-"""Logits that are looked at together: on a CPU they should stay in its cache, and a GPU must be kept busy."""
+from compresskit.kernels.chunking import block_tokens, chunk_tokens
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -26,7 +21,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def chunks(num_tokens: int, vocabulary: int, device: str, chunk: int) -> Iterator[slice]:
     """Cut ``num_tokens`` into slices of ``chunk`` tokens; 0 chooses by the size of the vocabulary."""
-    step = chunk or max(MIN_CHUNK, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cpu"]) // vocabulary)
+    step = chunk or chunk_tokens(vocabulary, device)
     for start in range(0, num_tokens, step):
         yield slice(start, min(start + step, num_tokens))
 
@@ -34,8 +29,7 @@ def chunks(num_tokens: int, vocabulary: int, device: str, chunk: int) -> Iterato
 def blocks(logits_CV: Tensor) -> Iterator[slice]:
     """Cut the tokens of a chunk into those whose logits are looked at together."""
     num_tokens, vocabulary = logits_CV.shape
-    most = BLOCK_ELEMENTS.get(logits_CV.device.type, BLOCK_ELEMENTS["cpu"])
-    step = max(1, most // vocabulary)
+    step = block_tokens(vocabulary, logits_CV.device.type)
     for start in range(0, num_tokens, step):
         yield slice(start, min(start + step, num_tokens))
 

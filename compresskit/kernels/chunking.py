@@ -1,0 +1,38 @@
+"""How many tokens' logits are alive at once in the fused losses. No torch: a forecast asks, too."""
+
+from __future__ import annotations
+
+CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}
+"""Logits that are multiplied together, of each model."""
+MIN_CHUNK = 128
+"""Tokens. With fewer, reading the head and adding to its gradient takes longer than the products."""
+BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Logits that are looked at together: on a CPU they should stay in its cache, and a GPU must be kept busy."""
+BLOCK_COPIES = 6
+"""What the losses make of a block's logits before they are done with it, at most."""
+
+
+def chunk_tokens(vocabulary: int, device: str) -> int:
+    """Tokens whose logits are multiplied together."""
+    return max(MIN_CHUNK, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cpu"]) // vocabulary)
+
+
+def block_tokens(vocabulary: int, device: str) -> int:
+    """Tokens whose logits are looked at together."""
+    return max(1, BLOCK_ELEMENTS.get(device, BLOCK_ELEMENTS["cpu"]) // vocabulary)
+
+
+def loss_bytes(tokens: int, vocabulary: int, width: int, device: str, *, models: int = 2) -> int:
+    """What a fused loss on so many tokens holds at its peak, the head's gradient among it.
+
+    Args:
+        tokens: of the batch.
+        vocabulary: V, of the student.
+        width: of the student's hidden states.
+        device: ``cpu`` or ``cuda``.
+        models: 2 with a teacher, else 1.
+    """
+    if not vocabulary:
+        return 0
+    chunk, block = (min(tokens, of(vocabulary, device)) for of in (chunk_tokens, block_tokens))
+    return 4 * vocabulary * (models * chunk + BLOCK_COPIES * block + width)
