@@ -27,6 +27,8 @@ class TrainingFields:
             while they train, forward and backward; evaluations multiply in float.
         activation_checkpointing: recompute activations in the backward pass.
         eval_every: steps between evaluations on the validation split; 0 evaluates at the end only.
+        keep_best: give the weights of the best evaluation instead of those of the last step.
+        trackers: services that are told of each step, through Accelerate: tensorboard, wandb, trackio.
         checkpoint_every: steps between checkpoints that a restart continues from; 0 keeps none.
         processes: training processes on this machine.
         strategy: ``ddp``, ``fsdp`` or ``deepspeed``; with one process ``auto`` is no wrapper at all.
@@ -54,6 +56,8 @@ class TrainingFields:
     matmul: str = "float"
     activation_checkpointing: bool = False
     eval_every: int = 0
+    keep_best: bool = False
+    trackers: tuple[str, ...] = ()
     checkpoint_every: int = 100
     processes: int = 1
     strategy: str = "auto"

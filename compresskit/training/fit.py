@@ -9,8 +9,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from compresskit.modeling import resolve_device
 from compresskit.training import checkpoint
 from compresskit.training.access import access_for, cast_like, local_bytes
 from compresskit.training.arguments import CHECKPOINTS, training_arguments
+from compresskit.training.best import BEST, Best
 from compresskit.training.engine import running_engine
 from compresskit.training.faults import eight_bit_faults, training_faults
 from compresskit.training.features import projecting, without_projections
@@ -32,10 +33,12 @@ from compresskit.training.finite import require_finite_weights
 from compresskit.training.int8 import int8_products
 from compresskit.training.objective import CrossEntropy, Objective, TeacherProvider
 from compresskit.training.order import Ordered, Rows
+from compresskit.training.outcome import TrainOutcome
 from compresskit.training.redirect import redirected
 from compresskit.training.rules import Setting, launched_processes
+from compresskit.training.trackers import Trackers
 from compresskit.training.trainer import StageTrainer
-from compresskit.training.watch import LOSSES, LossLog, Watch
+from compresskit.training.watch import LOSSES, LossLog, Watch, held_bytes
 from compresskit.training.zeroing import Zeroing
 
 LAST = 10
@@ -46,43 +49,6 @@ SWITCHES = (
     "ACCELERATE_TORCH_DEVICE",
     "ACCELERATE_USE_CPU",
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainOutcome:
-    """What a training run came to, as plain data; nearly all of it the same whenever the run is repeated.
-
-    Attributes:
-        steps: optimiser steps of the whole run.
-        first_loss: of the first step, nats per supervised token.
-        final_loss: mean over the last 10 steps.
-        final_parts: of what the objective named of its loss, such as ``kl`` and ``features``, the same mean.
-        validation_loss: of the last evaluation; None where there was nothing to evaluate on.
-        skipped_steps: that the fp16 loss scaler left out.
-        engine: that ran: ``single``, ``ddp``, ``fsdp`` or ``deepspeed ZeRO-<stage>``.
-        processes: that took part.
-        parameter_bytes: that this rank kept between steps.
-        kernels: op -> implementation.
-        resumed_from: step this start continued from; 0 for a fresh one. Not part of a manifest.
-        seconds: that the steps since then took. Not part of a manifest.
-        warnings: full sentences.
-        validation_loss_before: of an evaluation before the first step; None where none was asked for.
-    """
-
-    steps: int
-    first_loss: float
-    final_loss: float
-    validation_loss: float | None
-    skipped_steps: int
-    engine: str
-    processes: int
-    parameter_bytes: int
-    kernels: Mapping[str, str] = field(default_factory=dict)
-    resumed_from: int = 0
-    seconds: float = 0.0
-    warnings: tuple[str, ...] = ()
-    final_parts: Mapping[str, float] = field(default_factory=dict)
-    validation_loss_before: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +105,9 @@ class Run:
             raise PlanError(*faults)
         if not len(self.rows):
             raise DataError(Fault("training data", "at least one row", "none", "Give more text."))
+        if self.fields.keep_best and self.validation is None:
+            cure = "Give data with a validation split or a validation_fraction, or leave keep_best out."
+            raise DataError(Fault("keep_best", "validation rows", "none", cure))
         return Setting(self.fields, launched_processes() or 1, kind)
 
     @cached_property
@@ -155,7 +124,7 @@ class Run:
         facts |= {"processes": setting.processes, "strategy": setting.strategy, "device": setting.device}
         facts |= {"objective": repr(self.objective), "held": self.held}
         facts |= {"adaptation": self.adaptation, "zeroing": repr(self.zeroing)}
-        for name in ("eval_every", "checkpoint_every"):
+        for name in ("eval_every", "checkpoint_every", "trackers"):
             facts.pop(name)
         text = json.dumps(facts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -174,7 +143,12 @@ class Run:
             with redirected(self.model, self.objective, precision=precision):
                 validated = _run(trainer, start)
             keep = trainer.is_world_process_zero()
-            tensors = trainer.access.gather(self.model, keep=keep, frozen=self.saves_frozen)
+            given_step = self.steps
+            if self._best is None:
+                tensors = trainer.access.gather(self.model, keep=keep, frozen=self.saves_frozen)
+            else:
+                given_step, tensors = self._best.read() if keep else (given_step, {})
+                validated = trainer.lowest_evaluation()
             require_finite_weights(tensors, self.steps)
             if self.save is not None:
                 self.save(cast_like(without_projections(tensors), dtypes))
@@ -197,6 +171,30 @@ class Run:
             warnings=self.warnings,
             final_parts=log.parts(LAST),
             validation_loss_before=trainer.first_evaluation(),
+            given_step=given_step,
+        )
+
+    @cached_property
+    def _best(self) -> Best | None:
+        """Where the weights of the best evaluation are kept, if they are asked for."""
+        return Best(self.scratch / BEST, self.saves_frozen) if self.fields.keep_best else None
+
+    def _watch(self, done: int) -> Watch:
+        """What the main process tells of the run, ``done`` steps of which are behind it."""
+        fields, log = self.fields, LossLog(self.scratch / LOSSES)
+        log.cut_after(done)
+        trackers = None
+        if fields.trackers:
+            name = f"{self.title.lower()}-{self.identity[:8]}"
+            trackers = Trackers(fields.trackers, run=name, settings=asdict(fields))
+        return Watch(
+            log,
+            title=self.title,
+            steps=self.steps,
+            done=done,
+            tokens_per_step=fields.batch_size * int(self.rows[0]["input_ids"].shape[-1]),
+            trackers=trackers,
+            memory_bytes=partial(held_bytes, self.setting.device),
         )
 
     def _trainer(self, done: int) -> StageTrainer:
@@ -211,12 +209,6 @@ class Run:
             device=self.device,
             evaluates=self.validation is not None,
         )
-        watch = None
-        if arguments.process_index == 0:
-            log = LossLog(self.scratch / LOSSES)
-            log.cut_after(done)
-            tokens = fields.batch_size * int(self.rows[0]["input_ids"].shape[-1])
-            watch = Watch(log, title=self.title, steps=self.steps, done=done, tokens_per_step=tokens)
         rows = Ordered(self.rows, steps=self.steps, batch_size=fields.batch_size, seed=self.seed)
         return StageTrainer(
             self.model,
@@ -228,9 +220,10 @@ class Run:
             held=tuple(dict.fromkeys((*self.held, *(self.zeroing.layers if self.zeroing else ())))),
             zeroing=self.zeroing,
             access=access_for(setting.strategy, fields.zero_stage),
-            watch=watch,
+            watch=self._watch(done) if arguments.process_index == 0 else None,
             identity=self.identity,
             evaluates_first=self.evaluates_first,
+            best=self._best,
         )
 
 
@@ -293,7 +286,7 @@ def fit(
 
 def _run(trainer: StageTrainer, start: Path | None) -> float | None:
     """Train from ``start``; returns the validation loss at the end."""
-    with trainer.resources, quiet_transformers(), trainer.progress:
+    with trainer.resources, quiet_transformers(), trainer.telling:
         trainer.train(resume_from_checkpoint=str(start) if start else None)
         return trainer.last_evaluation()
 

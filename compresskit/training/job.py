@@ -17,12 +17,13 @@ from compresskit.modeling import ModelSource, load_tokenizer
 from compresskit.registry import locate
 from compresskit.training.adaptation import Adaptation, Plain
 from compresskit.training.fields import TrainingFields
-from compresskit.training.fit import TrainOutcome, fit, quiet_transformers
+from compresskit.training.fit import fit, quiet_transformers
 from compresskit.training.hold import require_held
 from compresskit.training.isolation import isolation_fault, model_sees_across, sees_across
 from compresskit.training.launch import launch
 from compresskit.training.objective import TeacherProvider
 from compresskit.training.order import Rows
+from compresskit.training.outcome import TrainOutcome, outcome_from_json
 from compresskit.training.rules import launched_processes, this_rank
 
 OUTCOME = "outcome.json"
@@ -167,7 +168,7 @@ def carry_out(job: TrainJob) -> TrainOutcome:
         warnings=notes,
     )
     if this_rank() == 0:
-        (Path(job.scratch) / OUTCOME).write_text(json.dumps(asdict(outcome)), encoding="utf-8")
+        (Path(job.scratch) / OUTCOME).write_text(outcome.to_json(), encoding="utf-8")
     return outcome
 
 
@@ -180,12 +181,6 @@ def _require_isolation(model: nn.Module, teacher: TeacherProvider | None) -> Non
         faults.append(isolation_fault("teacher", "a model"))
     if faults:
         raise PlanError(*faults)
-
-
-def outcome_from_json(text: str) -> TrainOutcome:
-    """Inverse of ``json.dumps(asdict(outcome))``."""
-    data = json.loads(text)
-    return TrainOutcome(**data | {"warnings": tuple(data["warnings"])})
 
 
 def _rows(job: TrainJob) -> tuple[Rows, Rows | None, tuple[str, ...]]:

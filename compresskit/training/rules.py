@@ -11,6 +11,7 @@ from pathlib import Path
 
 from compresskit.training.fields import TrainingFields
 from compresskit.training.int8 import multiplies_int8
+from compresskit.training.trackers import PACKAGES
 
 STRATEGIES = ("auto", "ddp", "fsdp", "deepspeed")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -232,6 +233,38 @@ RULES: tuple[Rule, ...] = (
         "no bf16 or fp16 section enabled in {deepspeed_config}",
         "one there, beside the recipe's precision",
         "Take it out of the file and set precision in the recipe: weights are kept in fp32 on every engine.",
+    ),
+    Rule(
+        "best-without-evaluations",
+        "keep_best",
+        lambda s: s.fields.keep_best and not s.fields.eval_every,
+        "eval_every above 0 beside keep_best",
+        "evaluations at the end only",
+        "Set eval_every to a number of steps, or leave keep_best out.",
+    ),
+    Rule(
+        "best-while-zeros-change",
+        "keep_best",
+        lambda s: s.fields.keep_best and getattr(s.fields, "kind", "") == "sparse_train",
+        "the last step's weights, which alone have all the zeros",
+        "keep_best",
+        "Leave keep_best out; finetune or distill after this stage may have it.",
+    ),
+    Rule(
+        "tracker-name",
+        "trackers",
+        lambda s: not set(s.fields.trackers) <= set(PACKAGES),
+        f"names of {', '.join(PACKAGES)}",
+        "{trackers}",
+        "Choose from these.",
+    ),
+    Rule(
+        "tracker-missing",
+        "trackers",
+        lambda s: any(find_spec(PACKAGES[n]) is None for n in s.fields.trackers if n in PACKAGES),
+        "the packages of {trackers}",
+        "an environment without one of them",
+        "Install it with pip, or leave trackers out.",
     ),
     Rule(
         "optimizer-8bit-missing",

@@ -12,8 +12,8 @@ from compresskit.modeling import ModelSource, context_length
 from compresskit.stage import LayerRecord, Promise, StageContext, StageResult
 from compresskit.training.access import zero_fraction
 from compresskit.training.fields import TrainingFields
-from compresskit.training.fit import TrainOutcome
 from compresskit.training.job import Part, TrainJob, train
+from compresskit.training.outcome import TrainOutcome
 from compresskit.training.outlook import LONGEST_ROW
 from compresskit.training.rules import this_rank
 

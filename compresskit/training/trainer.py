@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sized
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +22,7 @@ from compresskit.errors import EngineError, Fault
 from compresskit.progress import Progress
 from compresskit.training import checkpoint
 from compresskit.training.access import ParamAccess
+from compresskit.training.best import Best
 from compresskit.training.engine import require_engine
 from compresskit.training.finite import bad_gradient, culprit, first_named, not_finite, on_every_rank
 from compresskit.training.hold import hold_zeros
@@ -65,6 +68,7 @@ class StageTrainer(Trainer):
         watch: of the main process.
         identity: which run checkpoints belong to.
         evaluates_first: whether to evaluate before the first step too.
+        best: where the weights of the best evaluation are kept, or None.
     """
 
     def __init__(
@@ -82,12 +86,13 @@ class StageTrainer(Trainer):
         watch: Watch | None,
         identity: str,
         evaluates_first: bool = False,
+        best: Best | None = None,
     ) -> None:
         self._setting, self._teacher, self._validation = setting, teacher, validation
         self._held, self._zeroing = held, zeroing
         self._watch, self._identity = watch, identity
         self._parts: dict[str, Tensor] = {}
-        self._evaluates_first = evaluates_first
+        self._evaluates_first, self._best = evaluates_first, best
         self.access = access
         self.resources = ExitStack()
         super().__init__(
@@ -113,9 +118,9 @@ class StageTrainer(Trainer):
         return made
 
     @property
-    def progress(self) -> Progress:
-        """The progress line of the main process; elsewhere one that shows nothing."""
-        return self._watch.progress if self._watch else Progress("", 0, stream=_Silent())
+    def telling(self) -> AbstractContextManager[object]:
+        """While it lasts the main process tells how far it is; others tell nothing."""
+        return self._watch or nullcontext()
 
     def when_prepared(self) -> None:
         """Check the engine and hold the zeros, until ``resources`` is closed."""
@@ -244,9 +249,17 @@ class StageTrainer(Trainer):
         model.train()
         total, tokens = _summed(totals).tolist()
         metrics = {"eval_loss": total / max(tokens, 1)}
+        self._offer(metrics["eval_loss"])
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _offer(self, loss: float) -> None:
+        """Keep the weights as they are if no evaluation before was better; every rank asks."""
+        if self._best is not None:
+            model, keep = cast(nn.Module, self.model), self.is_world_process_zero()
+            gathered = partial(self.access.gather, model, keep=keep, frozen=self._best.frozen)
+            self._best.offer(self.state.global_step, loss, self.lowest_evaluation(), gathered)
 
     def _validation_batches(self, rows: Rows) -> list[dict[str, Tensor]]:
         """This rank's batches; every rank has as many, a missing one supervises no token."""
@@ -267,6 +280,11 @@ class StageTrainer(Trainer):
         """Validation loss before the first step of the whole run; None where it was not asked for."""
         entries = self.state.log_history
         return next((float(e["eval_loss"]) for e in entries if "eval_loss" in e and e["step"] == 0), None)
+
+    def lowest_evaluation(self) -> float:
+        """The lowest validation loss so far, also of before a restart; infinity where there was none."""
+        entries = self.state.log_history
+        return min((float(e["eval_loss"]) for e in entries if "eval_loss" in e), default=math.inf)
 
     def last_evaluation(self) -> float | None:
         """Validation loss after the last step, evaluated now if it has not been; None without such rows."""

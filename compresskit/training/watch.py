@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, TracebackType
 from typing import Any
+
+import psutil
 
 from compresskit.kernels.dispatch import used
 from compresskit.progress import Progress
+from compresskit.training.trackers import Trackers
 
 LOSSES = "losses.jsonl"
 
@@ -72,6 +75,15 @@ class LossLog:
         return dict(sorted(merged.items()))
 
 
+def held_bytes(device: str) -> int:
+    """What this process holds now: of ``cuda`` what torch has allocated there, else what is resident."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.memory_allocated()
+    return int(psutil.Process().memory_info().rss)
+
+
 def _parse(line: str) -> dict[str, Any] | None:
     try:
         record: dict[str, Any] = json.loads(line)
@@ -89,10 +101,23 @@ class Watch:
         steps: of the whole run.
         done: steps already behind, after a restart.
         tokens_per_step: input tokens of one optimiser step over all processes.
+        trackers: that are told, too.
+        memory_bytes: what this process holds now.
     """
 
-    def __init__(self, log: LossLog, *, title: str, steps: int, done: int, tokens_per_step: int) -> None:
+    def __init__(
+        self,
+        log: LossLog,
+        *,
+        title: str,
+        steps: int,
+        done: int,
+        tokens_per_step: int,
+        trackers: Trackers | None = None,
+        memory_bytes: Callable[[], int],
+    ) -> None:
         self.log, self.progress = log, Progress(title, steps, unit="steps", done=done)
+        self._trackers, self._memory_bytes = trackers, memory_bytes
         self._done, self._tokens = done, tokens_per_step
         self._start = time.monotonic()
 
@@ -119,9 +144,28 @@ class Watch:
         if parts:
             record["parts"] = dict(parts)
         self.log.write(record | ({"skipped": True} if skipped else {}))
-        rate = (step - self._done) * self._tokens / max(seconds, 1e-9)
-        self.progress.advance(1, f"loss {loss:.4f}, {rate:,.0f} tokens/s")
+        rate, memory = (step - self._done) * self._tokens / max(seconds, 1e-9), self._memory_bytes()
+        agrees = f", {100 * parts['agreement']:.0f}% as the teacher" if "agreement" in parts else ""
+        self.progress.advance(1, f"loss {loss:.4f}{agrees}, {rate:,.0f} tokens/s, {memory / 1e9:.2f} GB")
+        if self._trackers is not None:
+            numbers = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
+            numbers |= {"tokens_per_s": rate, "memory_bytes": memory, **parts}
+            self._trackers.log(numbers, step)
 
     def evaluation(self, step: int, loss: float) -> None:
         """One evaluation is done."""
         self.log.write({"step": step, "validation_loss": loss})
+        if self._trackers is not None:
+            self._trackers.log({"validation_loss": loss}, step)
+
+    def __enter__(self) -> Watch:
+        self.progress.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """The run is over, or broken off."""
+        self.progress.__exit__(kind, error, trace)
+        if self._trackers is not None:
+            self._trackers.finish()

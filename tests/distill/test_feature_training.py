@@ -21,8 +21,9 @@ from compresskit.modeling import load_model
 from compresskit.training import fit as fit_module
 from compresskit.training.features import PROJECTIONS
 from compresskit.training.fields import TrainingFields
-from compresskit.training.fit import TrainOutcome, fit
+from compresskit.training.fit import fit
 from compresskit.training.order import Ordered
+from compresskit.training.outcome import TrainOutcome
 from compresskit.training.watch import LossLog
 
 CROSS_ENTROPY = {"target": "compresskit.training.objective:CrossEntropy", "options": {}}

@@ -21,7 +21,7 @@ from compresskit.distill.stage import Distill
 from compresskit.errors import PlanError
 from compresskit.modeling import ModelSource, open_model
 from compresskit.stage import Outlook, StageContext, StageResult
-from compresskit.training.fit import TrainOutcome
+from compresskit.training.outcome import TrainOutcome
 
 FEW = {"steps": 6, "batch_size": 4, "context_length": 24, "learning_rate": 1e-2, "checkpoint_every": 0}
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compresskit.training.fields import TrainingFields
-from compresskit.training.fit import TrainOutcome, fit
+from compresskit.training.fit import fit
+from compresskit.training.outcome import TrainOutcome
 from compresskit.training.trainer import StageTrainer
 
 STEPS = 20

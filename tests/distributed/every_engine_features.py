@@ -24,7 +24,8 @@ from torch import Tensor
 from compresskit.distill.features import WithFeatures
 from compresskit.distill.teacher import Replica
 from compresskit.modeling import load_model
-from compresskit.training.fit import TrainOutcome, fit
+from compresskit.training.fit import fit
+from compresskit.training.outcome import TrainOutcome
 
 VOCABULARY, STEPS = 48, 10
 FORWARD_KL = {"target": "compresskit.distill.divergences:Divergences", "options": {}}

@@ -24,8 +24,9 @@ from compresskit.modeling import ModelSource
 from compresskit.training.adaptation import Adaptation
 from compresskit.training.bias_norm import BiasNorm
 from compresskit.training.fields import TrainingFields
-from compresskit.training.fit import TrainOutcome, fit
+from compresskit.training.fit import fit
 from compresskit.training.lora import Lora
+from compresskit.training.outcome import TrainOutcome
 
 STEPS, BREAK = 6, 5
 WAYS = ("bias_norm", "lora")

@@ -21,7 +21,8 @@ from torch import Tensor
 from compresskit.modeling import ModelSource
 from compresskit.quant.qat_run import Rounded
 from compresskit.training.fields import TrainingFields
-from compresskit.training.fit import TrainOutcome, fit
+from compresskit.training.fit import fit
+from compresskit.training.outcome import TrainOutcome
 
 STEPS = 10
 ENGINES = {name: changes for name, changes in EVERY.items() if name != "zero1"}

@@ -22,7 +22,8 @@ from torch import Tensor
 from compresskit.modeling import ModelSource
 from compresskit.quant.adapters.adaptation import Adapted
 from compresskit.training.fields import TrainingFields
-from compresskit.training.fit import TrainOutcome, fit
+from compresskit.training.fit import fit
+from compresskit.training.outcome import TrainOutcome
 from compresskit.training.rules import Setting
 
 STEPS = 10

@@ -28,7 +28,8 @@ from compresskit.sparse.masked import Masked
 from compresskit.sparse.train_run import Scheduled
 from compresskit.training.adaptation import Adaptation, Plain
 from compresskit.training.fields import TrainingFields
-from compresskit.training.fit import TrainOutcome, fit
+from compresskit.training.fit import fit
+from compresskit.training.outcome import TrainOutcome
 
 STEPS = 12
 RUNS: Mapping[str, dict[str, Any]] = {

@@ -17,7 +17,8 @@ from ranks import two_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
-from compresskit.training.fit import TrainOutcome, fit
+from compresskit.training.fit import fit
+from compresskit.training.outcome import TrainOutcome
 from compresskit.training.watch import LossLog
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

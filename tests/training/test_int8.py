@@ -22,11 +22,12 @@ from compresskit.modeling import ModelSource
 from compresskit.stage import Outlook
 from compresskit.training import fit as fit_module
 from compresskit.training.fields import TrainingFields
-from compresskit.training.fit import TrainOutcome, fit
+from compresskit.training.fit import fit
 from compresskit.training.int8 import int8_products
 from compresskit.training.job import Part, TrainJob
 from compresskit.training.job import train as carry_out
 from compresskit.training.order import Rows
+from compresskit.training.outcome import TrainOutcome
 from compresskit.training.watch import LossLog
 
 pytest.importorskip("torchao")

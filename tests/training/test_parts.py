@@ -87,7 +87,7 @@ def test_a_sweep_keeps_one(tmp_path: Path) -> None:
 def test_the_loss_log_survives_a_kill(tmp_path: Path) -> None:
     log = LossLog(tmp_path / "losses.jsonl")
     assert log.read() == []
-    watch = Watch(log, title="t", steps=4, done=0, tokens_per_step=10)
+    watch = Watch(log, title="t", steps=4, done=0, tokens_per_step=10, memory_bytes=lambda: 0)
     watch.progress = type(watch.progress)("t", 4, stream=io.StringIO())
     for step in (1, 2, 3):
         watch.step(step, 3.0 - step, 0.1, 1.0, skipped=step == 2)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from compresskit.modeling import ModelSource
 from compresskit.quant.adapters.adaptation import Adapted
 from compresskit.training.fields import TrainingFields
-from compresskit.training.fit import TrainOutcome, fit
+from compresskit.training.fit import fit
+from compresskit.training.outcome import TrainOutcome
 
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")

@@ -1,0 +1,50 @@
+"""The weights of the best evaluation so far, whole on the disk, whatever engine holds them in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+BEST = "best.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """A file that is either whole or not there.
+
+    Attributes:
+        path: of the file; a kill leaves the one before in its place.
+        frozen: whether parameters that take no gradient are kept, too.
+    """
+
+    path: Path
+    frozen: bool = True
+
+    def offer(
+        self, step: int, loss: float, before: float, gathered: Callable[[], Mapping[str, Tensor]]
+    ) -> None:
+        """Keep the weights of ``step`` if its validation loss is the lowest.
+
+        Args:
+            step: optimiser steps that are done.
+            loss: of this evaluation; the same on every rank.
+            before: the lowest of earlier ones, also of those before a restart.
+            gathered: the whole weights, on the main process; every rank calls it, or none.
+        """
+        if not loss < before:
+            return
+        if tensors := gathered():
+            part = self.path.with_suffix(".partial")
+            save_file(dict(tensors), part, metadata={"step": str(step)})
+            os.replace(part, self.path)
+
+    def read(self) -> tuple[int, dict[str, Tensor]]:
+        """The step and the weights; on the main process, after an evaluation."""
+        with safe_open(self.path, framework="pt") as file:
+            return int(file.metadata()["step"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
