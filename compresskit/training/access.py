@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from compresskit.errors import EngineError, Fault
 
@@ -34,6 +35,10 @@ class ParamAccess(Protocol):
 
     def local(self, parameter: nn.Parameter) -> Tensor:
         """This rank's own part of ``parameter``; all of it where nothing is sharded."""
+        ...
+
+    def settle(self, model: nn.Module) -> None:
+        """After a forward pass that no backward pass follows: give up what was gathered for it."""
         ...
 
     def gather(self, model: nn.Module, *, keep: bool, frozen: bool = True) -> dict[str, Tensor]:
@@ -73,6 +78,9 @@ class Whole:
         """See :meth:`ParamAccess.drop`."""
         self.collecting = False
         self._sums.clear()
+
+    def settle(self, model: nn.Module) -> None:
+        """See :meth:`ParamAccess.settle`; nothing is ever gathered."""
 
     def local(self, parameter: nn.Parameter) -> Tensor:
         """The parameter."""
@@ -229,6 +237,12 @@ class Sharded:
         """See :meth:`ParamAccess.drop`."""
         self.collecting = False
         self._sums.clear()
+
+    def settle(self, model: nn.Module) -> None:
+        """See :meth:`ParamAccess.settle`: the root keeps its parameters for a backward pass."""
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def local(self, parameter: nn.Parameter) -> Tensor:
         """The shard."""

@@ -247,6 +247,7 @@ class StageTrainer(Trainer):
                 totals[1] += supervised_tokens(inputs["labels"])
                 bar.advance()
         model.train()
+        self.access.settle(cast(nn.Module, self.model))
         total, tokens = _summed(totals).tolist()
         metrics = {"eval_loss": total / max(tokens, 1)}
         self._offer(metrics["eval_loss"])

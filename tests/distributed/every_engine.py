@@ -40,6 +40,10 @@ NAMES = {"ddp": "ddp", "fsdp": "fsdp"} | {f"zero{i}": f"deepspeed ZeRO-{i}" for 
 INT8: Mapping[str, dict[str, Any]] = {
     f"int8-{engine}": {**ENGINES[engine], "matmul": "int8"} for engine in ("ddp", "fsdp")
 }
+EVALUATED: dict[str, Any] = {"eval_every": 4, "keep_best": True}
+BEST: Mapping[str, dict[str, Any]] = {
+    f"best-{engine}": {**ENGINES[engine], **EVALUATED} for engine in ("ddp", "fsdp", "zero3")
+}
 FIELDS = TrainingFields(
     steps=STEPS,
     batch_size=8,
@@ -54,9 +58,9 @@ FIELDS = TrainingFields(
 class Counting:
     """Rows that count upwards; rows differ in how many tokens are supervised, so ranks do too."""
 
-    def __init__(self) -> None:
+    def __init__(self, by: int = 5) -> None:
         starts = torch.randint(0, 48, (40, 1), generator=torch.Generator().manual_seed(0))
-        self.ids = (starts + 5 * torch.arange(12)) % 48
+        self.ids = (starts + by * torch.arange(12)) % 48
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -110,7 +114,7 @@ def broken_off(start: Callable[[], TrainOutcome], step: int) -> TrainOutcome:
 
 def main(out: Path) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
-    runs = {**ENGINES, **(INT8 if find_spec("torchao") else {})}
+    runs = {**ENGINES, **BEST, **(INT8 if find_spec("torchao") else {})}
     for engine, changes in runs.items():
         model, held = make_model()
 
@@ -122,7 +126,14 @@ def main(out: Path) -> None:
         scratch = out / engine
         rows = Counting()
         outcome = fit(
-            model, rows, fields=fields, scratch=scratch, validation=rows, held=held, device="cpu", save=save
+            model,
+            rows,
+            fields=fields,
+            scratch=scratch,
+            validation=Counting(7) if fields.keep_best else rows,
+            held=held,
+            device="cpu",
+            save=save,
         )
         if torch.distributed.get_rank() == 0:
             (out / f"{engine}.json").write_text(json.dumps(asdict(outcome)))

@@ -12,7 +12,7 @@ from typing import Any
 import every_engine
 import pytest
 import torch
-from every_engine import ENGINES, FIELDS, INT8, NAMES, STEPS, Counting, make_model
+from every_engine import BEST, ENGINES, EVALUATED, FIELDS, INT8, NAMES, STEPS, Counting, make_model
 from ranks import two_ranks
 from safetensors.torch import load_file
 from torch import Tensor
@@ -92,6 +92,30 @@ def test_every_pruned_weight_is_zero_in_the_saved_result(engine: str, launched: 
     assert saved.keys() == true.keys()
     for name, tensor in true.items():
         torch.testing.assert_close(saved[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("run", BEST)
+def test_the_best_evaluation_is_kept(run: str, launched: Path, tmp_path: Path) -> None:
+    """Rows that count by another number are predicted worse the longer training lasts."""
+    saved: dict[str, Tensor] = {}
+    model, held = make_model()
+    fields = replace(FIELDS, micro_batch_size=8, **EVALUATED)
+    true = fit(
+        model,
+        Counting(),
+        fields=fields,
+        scratch=tmp_path,
+        validation=Counting(7),
+        held=held,
+        device="cpu",
+        save=saved.update,
+    )
+    assert 0 < true.given_step < STEPS
+    found, mine = outcome_of(launched, run), load_file(launched / f"{run}.safetensors")
+    assert (found["engine"], found["given_step"]) == (NAMES[run.removeprefix("best-")], true.given_step)
+    assert found["validation_loss"] == pytest.approx(true.validation_loss, rel=1e-4)
+    for name, tensor in saved.items():
+        torch.testing.assert_close(mine[name], tensor, rtol=1e-2, atol=1e-3, msg=name)
 
 
 @NEEDS_TORCHAO
