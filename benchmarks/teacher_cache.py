@@ -3,11 +3,11 @@
     python -m benchmarks.run teacher_cache --text FILE --tokenizer DIR
     python -m benchmarks.run teacher_cache --text FILE --teacher DIR --student DIR
 
-Without models they are random Llamas, the teacher of three times the student's parameters. The same rows in the
-same order with each placement of the teacher, in fresh processes in turn; the first steps of each are not
-counted, and neither is the pass that makes a cache, whose seconds are told apart. ``curve_percent`` is the largest
-deviation of a step's training loss from that beside the live teacher: of what losses of a part of the distribution
-leave out, too, where the cache keeps only a part of it.
+Without models they are random Llamas, the teacher of three times the student's parameters. The same rows in
+the same order with each placement of the teacher, in fresh processes in turn; the first steps of each are not
+counted, and neither is the pass that makes a cache, whose seconds are told apart. ``curve_percent`` is the
+largest deviation of a step's training loss from that beside the live teacher. A cache that keeps a part of the
+distribution leaves a part of the loss out; ``validation_loss`` is of the same kind as the run's own loss.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ WARMUP = 2
 def child(job: dict[str, Any]) -> None:
     """One distillation; prints seconds and losses of its steps as JSON on the last line."""
     stage = ck.Distill(**job["fields"])
-    data = ck.DataSpec(source=job["text"], cross_documents=True)
+    data = ck.DataSpec(source=job["text"], documents=job["documents"], cross_documents=True)
     began = time.perf_counter()
     artifact = ck.run(ck.Recipe(model=job["student"], data=data, stages=(stage,)), job["out"], measures=())
     whole_s = time.perf_counter() - began
@@ -91,11 +91,11 @@ def measured(options: argparse.Namespace, place: Path) -> dict[str, list[dict[st
     for turn in range(options.rounds):
         for name, placement in PLACEMENTS.items():
             job = {"student": str(models["student"]), "text": str(options.text)}
+            job["documents"] = options.documents
             job |= {"out": str(place / f"{name}-{turn}")}
             done = outcome(job | {"fields": {**fields, "teacher_placement": placement}}, place / "cache")
-            done["tokens_per_s"] = (
-                options.batch_size * options.context_length / median(done["seconds"][WARMUP:])
-            )
+            tokens = options.batch_size * options.context_length
+            done["tokens_per_s"] = tokens / median(done["seconds"][WARMUP:])
             runs.setdefault(name, []).append(done)
             print(name, {k: v for k, v in done.items() if k not in ("seconds", "losses")}, flush=True)
     return runs
@@ -108,6 +108,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, help="of the random models")
     parser.add_argument("--teacher", type=Path)
     parser.add_argument("--student", type=Path)
+    parser.add_argument("--documents", type=int, default=120)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=4)
@@ -138,7 +139,7 @@ def main() -> None:
         values[f"{name}_curve_percent"] = 100 * max(deviations)
         for kept in ("before_steps_s", "validation_loss", "faithfulness"):
             values[f"{name}_{kept}"] = rounds[0][kept]
-    settings = ("steps", "batch_size", "context_length", "learning_rate")
+    settings = ("documents", "steps", "batch_size", "context_length", "learning_rate")
     print(
         append_record(
             "teacher-cache",
