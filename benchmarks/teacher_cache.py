@@ -4,10 +4,10 @@
     python -m benchmarks.run teacher_cache --text FILE --teacher DIR --student DIR
 
 Without models they are random Llamas, the teacher of three times the student's parameters. The same rows in
-the same order with each placement of the teacher, in fresh processes in turn; the first steps of each are not
-counted, and neither is the pass that makes a cache, whose seconds are told apart. ``curve_percent`` is the
-largest deviation of a step's training loss from that beside the live teacher. A cache that keeps a part of the
-distribution leaves a part of the loss out; ``validation_loss`` is of the same kind as the run's own loss.
+the same order with each placement of the teacher, in fresh processes in turn; the first steps of each are
+not counted, and neither is the pass that makes a cache, whose seconds are told apart. ``curve_percent`` is
+the largest deviation of a step's training loss from that beside the live teacher. A cache that keeps a part
+of the distribution leaves a part of the loss out, of ``validation_loss``, too.
 """
 
 from __future__ import annotations
