@@ -7,7 +7,9 @@ at once one wins and both use it.
 
 Files: ``tokens.bin`` (N little-endian ids), ``starts.npy`` (the offset of each document's first
 token, int64 (D,)), ``entry.json`` (sizes and checksums), and for dialogues ``learnt.npy`` (which
-tokens are learnt, as runs: first and end of each, int64 (S, 2); 16 bytes a response).
+tokens are learnt, as runs: first and end of each, int64 (S, 2); 16 bytes a response). For examples
+``types.bin`` (the segment of each token, uint8 (N,), where the tokenizer tells segments apart) and
+``labels.npy`` (the class of each document, int64 (D,)).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import secrets
 import shutil
 import time
 import warnings
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +36,7 @@ from compresskit.errors import DataError, Fault
 VERSION = 2
 STALE_S = 24 * 3600.0
 TOKENS, STARTS, LEARNT, ENTRY = "tokens.bin", "starts.npy", "learnt.npy", "entry.json"
+TYPES, LABELS = "types.bin", "labels.npy"
 
 
 class Piece(NamedTuple):
@@ -41,11 +45,16 @@ class Piece(NamedTuple):
     Attributes:
         ids: of its tokens.
         learnt: runs of tokens that are learnt, first and end of each, in order; None is all of them.
-            All pieces of an entry have runs, or none has.
+        types: the segment of each token, below 256.
+        label: the class of the document.
+
+    All pieces of an entry have such a part, or none has.
     """
 
     ids: list[int]
     learnt: list[tuple[int, int]] | None = None
+    types: list[int] | None = None
+    label: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +68,8 @@ class Entry:
         notes: sentences about the source for whoever uses the tokens.
         learnt: runs of tokens that are learnt (S, 2), first and end of each, in order and inside one
             document; None where all tokens are.
+        types: segment of each token (N,), uint8, memory-mapped; None where there are none.
+        labels: class of each document (D,), int64; None where there are none.
     """
 
     folder: Path
@@ -66,6 +77,8 @@ class Entry:
     starts: npt.NDArray[np.int64]
     notes: tuple[str, ...]
     learnt: npt.NDArray[np.int64] | None = None
+    types: npt.NDArray[np.uint8] | None = None
+    labels: npt.NDArray[np.int64] | None = None
 
 
 def read_entry(folder: Path) -> Entry:
@@ -82,26 +95,45 @@ def read_entry(folder: Path) -> Entry:
         if file_sha256(folder / name) != digest:
             raise ValueError(f"{name} differs from its checksum")
     tokens = np.memmap(folder / TOKENS, dtype=facts["dtype"], mode="r")
-    learnt = np.load(folder / LEARNT) if LEARNT in facts["sha256"] else None
-    return Entry(folder, tokens, np.load(folder / STARTS), tuple(facts["notes"]), learnt)
+    has = facts["sha256"].keys()
+    return Entry(
+        folder,
+        tokens,
+        np.load(folder / STARTS),
+        tuple(facts["notes"]),
+        np.load(folder / LEARNT) if LEARNT in has else None,
+        np.memmap(folder / TYPES, dtype=np.uint8, mode="r") if TYPES in has else None,
+        np.load(folder / LABELS) if LABELS in has else None,
+    )
 
 
 def _write(folder: Path, pieces: Iterable[Piece], dtype: str, notes: Iterable[str]) -> None:
-    starts, learnt, offset = [], [], 0
+    starts, labels = array("q"), array("q")  # 8 bytes a number: a source may hold many millions
+    learnt, offset = array("q"), 0
     names = [TOKENS, STARTS]
-    with (folder / TOKENS).open("wb") as file:
-        for ids, runs in pieces:
+    with (folder / TOKENS).open("wb") as file, (folder / TYPES).open("wb") as types:
+        for piece in pieces:
             starts.append(offset)
-            if runs is not None:
-                learnt += [(offset + first, offset + end) for first, end in runs]
-                names = [TOKENS, STARTS, LEARNT]
-            offset += len(ids)
-            file.write(np.asarray(ids, dtype=dtype).tobytes())
-        file.flush()
-        os.fsync(file.fileno())
+            for first, end in piece.learnt or ():
+                learnt.extend((offset + first, offset + end))
+            if piece.label is not None:
+                labels.append(piece.label)
+            if piece.types is not None:
+                types.write(np.asarray(piece.types, dtype=np.uint8).tobytes())
+            parts = ((LEARNT, piece.learnt), (TYPES, piece.types), (LABELS, piece.label))
+            names = [TOKENS, STARTS, *(name for name, part in parts if part is not None)]
+            offset += len(piece.ids)
+            file.write(np.asarray(piece.ids, dtype=dtype).tobytes())
+        for written in (file, types):
+            written.flush()
+            os.fsync(written.fileno())
+    if TYPES not in names:
+        (folder / TYPES).unlink()
     np.save(folder / STARTS, np.asarray(starts, dtype=np.int64))
     if LEARNT in names:
         np.save(folder / LEARNT, np.asarray(learnt, dtype=np.int64).reshape(-1, 2))
+    if LABELS in names:
+        np.save(folder / LABELS, np.asarray(labels, dtype=np.int64))
     facts = {
         "version": VERSION,
         "dtype": dtype,

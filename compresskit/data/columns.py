@@ -1,4 +1,4 @@
-"""Which columns of a table hold the text, or the dialogues."""
+"""Which columns of a table hold the text, the dialogues, or the sentences and their classes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from compresskit.data.dialogue import MEND, Content, Dialogue, from_messages, paired
+from compresskit.data.example import LABELS, Example, find_pairs, label_of
 from compresskit.data.lines import bad
 from compresskit.data.spec import DataSpec
 from compresskit.registry import nearest
@@ -22,6 +23,10 @@ NAMES = (
     "a prompt ({}), a response ({}), and if need be input or context, system and history; "
     "or a list of messages ({})"
 ).format(", ".join(PROMPTS), ", ".join(RESPONSES), ", ".join(CHATS))
+NAME_TEXT = "Set data.column to the one with the text, or data.columns to those of prompt and response."
+NAME_PAIR = "Set data.column and data.pair to those of the two sentences, or data.column to a single one's."
+
+Read = Content | Example
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,10 @@ class Layout:
         response: column of the response.
         instances: column of lists of ``{input, output}``, each a dialogue of its own.
         exact: the user named the columns: no input, system or history is looked for beside them.
+        examples: ``text`` is a sentence, and the row an example.
+        pair: column of the second sentence, or nothing.
+        label: column of the class, or nothing.
+        labels: names of the classes; see DataSpec.
     """
 
     text: str = ""
@@ -43,11 +52,15 @@ class Layout:
     response: str = ""
     instances: str = ""
     exact: bool = False
+    examples: bool = False
+    pair: str = ""
+    label: str = ""
+    labels: tuple[str, ...] = ()
 
     @property
     def required(self) -> tuple[str, ...]:
         """The columns that each row has."""
-        names = (self.text, self.chat, *self.prompt, self.response, self.instances)
+        names = (self.text, self.pair, self.label, self.chat, *self.prompt, self.response, self.instances)
         return tuple(name for name in names if name)
 
     def wanted(self, columns: Iterable[str]) -> list[str]:
@@ -55,14 +68,14 @@ class Layout:
         beside = () if self.text or self.exact else (*INPUTS, *SYSTEMS, HISTORY)
         return [name for name in columns if name in self.required or name.lower() in beside]
 
-    def contents(self, place: str, row: object) -> list[Content]:
+    def contents(self, place: str, row: object) -> list[Read]:
         """The documents in one row; a row that is a string is its own text, null is no text.
 
         Raises:
             DataError: the row is no object, lacks a column, or holds something else there.
         """
         if isinstance(row, str):
-            return [row]
+            return [Example(row) if self.examples else row]
         if not isinstance(row, dict):
             cure = "Write one object or one string per row."
             raise bad(place, "an object or a string", type(row).__name__, cure)
@@ -71,7 +84,8 @@ class Layout:
                 cure = f"Did you mean: {nearest(name, row)}? Mend that row."
                 raise bad(place, f"a column called {name!r}", f"columns {', '.join(row) or 'none'}", cure)
         if self.text:
-            return [_text(place, row, self.text)]
+            text = _text(place, row, self.text)
+            return [self._example(place, row, text) if self.examples else text]
         lower = {} if self.exact else {name.lower(): name for name in row if name not in self.required}
         system = "\n\n".join(_texts(place, row, lower, SYSTEMS))
         if self.chat:
@@ -82,6 +96,11 @@ class Layout:
         prompt = "\n\n".join([*asked, *_texts(place, row, lower, INPUTS)])
         history = row[lower[HISTORY]] if HISTORY in lower else None
         return [paired(place, prompt, _text(place, row, self.response), history, system)]
+
+    def _example(self, place: str, row: Mapping[str, object], text: str) -> Example:
+        pair = _text(place, row, self.pair) if self.pair else None
+        label = label_of(place, row[self.label], self.label, self.labels) if self.label else None
+        return Example(text, pair, label)
 
 
 def _texts(
@@ -126,6 +145,8 @@ def find_layout(where: str, columns: Mapping[str, bool], spec: DataSpec) -> Layo
     Raises:
         DataError: a named column is not there, there is no candidate, or there are several.
     """
+    if spec.examples:
+        return _examples(where, columns, spec)
     if spec.columns:
         return _named(where, columns, spec.columns)
     if spec.column is not None:
@@ -150,7 +171,45 @@ def find_layout(where: str, columns: Mapping[str, bool], spec: DataSpec) -> Layo
         got = f"columns {', '.join(columns) or 'none'}"
         cure = "Set data.columns to those of the prompt and the response, as in [question, answer]."
         raise bad(where, f"dialogues: {NAMES}", got, cure)
-    return Layout(text=text_column(where, columns, None))
+    cure = f"{NAME_TEXT} Set data.examples=true for pairs of sentences." if find_pairs(lower) else NAME_TEXT
+    return Layout(text=text_column(where, columns, None, cure))
+
+
+def _examples(where: str, columns: Mapping[str, bool], spec: DataSpec) -> Layout:
+    """Of sentences, single or in pairs, and their classes."""
+    for field, name in (("column", spec.column), ("pair", spec.pair), ("label", spec.label)):
+        if name and name not in columns:
+            cure = f"Did you mean: {nearest(name, columns)}? Set data.{field} to one of them."
+            raise bad(where, f"a column called {name!r}", f"columns {', '.join(columns) or 'none'}", cure)
+    lower = {name.lower(): name for name in columns}
+    label = spec.label
+    if label is None:
+        labels = [lower[name] for name in LABELS if name in lower and lower[name] != spec.column]
+        if len(labels) > 1:
+            cure = "Set data.label to one of them, or to '' to read none."
+            raise bad(where, "one column of classes", " and ".join(map(repr, labels)), cure)
+        label = labels[0] if labels else ""
+    texts = {name: is_text for name, is_text in columns.items() if name != label}
+    if spec.column is not None:
+        text, pair = spec.column, spec.pair or ""
+    elif spec.pair is not None:
+        cure = "Set data.column to the first sentence's."
+        raise bad(where, "the column of the first sentence", f"that of the second alone, {spec.pair}", cure)
+    else:
+        text, pair = _sentences(where, texts)
+    return Layout(text=text, examples=True, pair=pair, label=label, labels=spec.labels)
+
+
+def _sentences(where: str, columns: Mapping[str, bool]) -> tuple[str, str]:
+    """The column of the sentence and that of its pair, or nothing."""
+    lower = {name.lower(): name for name in columns if columns[name]}
+    pairs = find_pairs(lower)
+    ways = [" and ".join(map(repr, pair)) for pair in pairs]
+    taken = {name for pair in pairs for name in pair}
+    ways += [repr(lower[n]) for n in PREFERRED if pairs and n in lower and lower[n] not in taken]
+    if len(ways) > 1:
+        raise bad(where, "one sentence or one pair of them a row", "; or ".join(ways), NAME_PAIR)
+    return pairs[0] if pairs else (text_column(where, columns, None, NAME_PAIR), "")
 
 
 def _said(layout: Layout) -> str:
@@ -183,13 +242,14 @@ def _dialogues(columns: Mapping[str, bool]) -> list[Layout]:
     return found
 
 
-def text_column(where: str, columns: Mapping[str, bool], wanted: str | None) -> str:
+def text_column(where: str, columns: Mapping[str, bool], wanted: str | None, several: str = NAME_TEXT) -> str:
     """The name of the column to read as text.
 
     Args:
         where: the file, for the error.
         columns: name of each column and whether it holds text.
         wanted: the user's choice; None looks for a usual name, then for the only column with text.
+        several: the cure where there is more than one.
 
     Raises:
         DataError: ``wanted`` is not there, or there is no single candidate; both list the columns.
@@ -207,10 +267,9 @@ def text_column(where: str, columns: Mapping[str, bool], wanted: str | None) -> 
     if len(lower) == 1:
         return next(iter(lower.values()))
     kind = "several columns of text" if lower else "no column of text"
-    cure = "Set data.column to the one with the text, or data.columns to those of prompt and response."
     raise bad(
         where,
         "one column of text, or one of the names " + ", ".join(PREFERRED),
         f"{kind}; the columns are {names}",
-        cure if lower else "Name a source that has text.",
+        several if lower else "Name a source that has text.",
     )

@@ -1,4 +1,4 @@
-"""A data source as a stream of documents, texts or dialogues, split into training and validation."""
+"""A data source as a stream of texts, dialogues or examples, split into training and validation."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from compresskit.data.columns import find_layout
+from compresskit.data.columns import Read, find_layout
 from compresskit.data.dialogue import Content, Dialogue
+from compresskit.data.example import Example
 from compresskit.data.hub import hub_columns, hub_documents, hub_identity, hub_splits
 from compresskit.data.lines import bad, file_sha256, lines
 from compresskit.data.readers import kind_of, read_file, refuse_columns
@@ -24,6 +25,8 @@ CHECKED_CHARACTERS = 1 << 25
 CHECKED_FAULTS = 10
 CHECKED_ROWS = 3
 GIVE_TEXT = "Give a source with text."
+KINDS: dict[type[Read], str] = {str: "text", Dialogue: "a dialogue", Example: "a sentence with its class"}
+SEEN: dict[type[Read], str] = {str: "text", Dialogue: "dialogues", Example: "examples"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,26 +70,43 @@ class Corpus:
             DataError: unreadable, malformed, or no text in it; also while the stream is read.
                 Text and dialogues in one source are refused.
         """
+        if self.spec.examples:
+            cure = "Leave data.examples, pair, label and labels out."
+            raise bad(self.spec.source, "text or dialogues", "sentences with classes", cure)
+        return (content for content in self._read(split, notes) if not isinstance(content, Example))
+
+    def examples(self, split: str = "train", notes: list[str] | None = None) -> Iterator[Example]:
+        """Each example of ``split``; see :meth:`documents`, of which a source has either.
+
+        Raises:
+            DataError: as there.
+        """
+        return (content for content in self._read(split, notes) if isinstance(content, Example))
+
+    def _read(self, split: str, notes: list[str] | None) -> Iterator[Read]:
         if split not in SPLITS:
             raise bad("split", " or ".join(SPLITS), repr(split), "Name one of them.")
         if self.spec.documents is not None and self.spec.documents < 1:
             raise bad("documents", "at least 1", str(self.spec.documents), "Raise it, or leave it out.")
-        return islice(self._contents(split, [] if notes is None else notes), self.spec.documents)
+        return self._contents(split, [] if notes is None else notes)
 
-    def _contents(self, split: str, notes: list[str]) -> Iterator[Content]:
-        blank = rows = texts = 0
-        kind: type[Content] | None = None
+    def _contents(self, split: str, notes: list[str]) -> Iterator[Read]:
+        blank = rows = texts = given = 0
+        one_sided, first_sided = 0, ""
+        kind: type[Read] | None = None
         for place, content, wanted in self._marked(split):
             rows += 1
-            text = str(content)
-            if not text.strip():
+            if _is_blank(content):
                 blank += 1
+                continue
+            if isinstance(content, Example) and not content.is_whole:
+                one_sided, first_sided = one_sided + 1, first_sided or place
                 continue
             texts += 1
             kind = kind or type(content)
             _require_kind(place, content, kind)
             try:
-                key = text.encode()
+                key = str(content).encode()
             except UnicodeEncodeError as error:
                 got = f"a lone surrogate at character {error.start}"
                 raise bad(place, "text of Unicode characters", got, "Mend the text of that row.") from error
@@ -95,20 +115,30 @@ class Corpus:
                 wanted = held == (split == "validation")
             if wanted:
                 yield content
+                given += 1
+                if given == self.spec.documents:
+                    break
         if texts == 0:
             got = f"{rows} blank documents" if rows else "an empty source"
+            got = f"{rows} rows, none with text on every side" if one_sided else got
             raise bad(self.spec.source, "at least one document with text", got, GIVE_TEXT)
         if blank:
             notes.append(f"{self.spec.source}: {blank} of {rows} documents are blank and were left out.")
+        if one_sided:
+            notes.append(
+                f"{self.spec.source}: {one_sided} of {rows} pairs have one side only and were left out, "
+                f"the first at {first_sided}."
+            )
         if self.source.left_out:
             names = ", ".join(path.name for path in self.source.left_out[:5])
             notes.append(f"{self.spec.source}: files of a test split were left out: {names}.")
 
-    def _marked(self, split: str) -> Iterator[tuple[str, Content, bool | None]]:
+    def _marked(self, split: str) -> Iterator[tuple[str, Read, bool | None]]:
         """Place, content and whether the document is in ``split``; None where its hash is to decide."""
         if self.source.kind == "stdlib":
             for name, path in stdlib_split(split, self.spec.validation_fraction):
-                yield name, "".join(text for _, text in lines(path)), True
+                text = "".join(text for _, text in lines(path))
+                yield name, Example(text) if self.spec.examples else text, True
             return
         if self.source.kind == "hub":
             for part, decided in _parts(split, "validation" in hub_splits(self.source.name)):
@@ -125,7 +155,7 @@ class Corpus:
     def fingerprint(self) -> str:
         """A hash of everything that decides the documents and their split, but not of where files lie."""
         spec = self.spec
-        facts = [
+        facts: list[object] = [
             spec.column,
             spec.columns,
             spec.supervise,
@@ -133,6 +163,8 @@ class Corpus:
             spec.validation_fraction,
             self.source.kind,
         ]
+        if spec.examples or not spec.header:  # else as ever, so that caches stay good
+            facts += [spec.examples, spec.pair, spec.label, spec.labels, spec.header]
         if self.source.kind == "hub":
             facts.append(hub_identity(self.source.name))
         elif self.source.kind == "stdlib":
@@ -164,6 +196,10 @@ def open_corpus(spec: DataSpec) -> Corpus:
         other = f"columns {', '.join(spec.columns)}" if spec.columns else "supervise: responses"
         got = f"column {spec.column} and {other}"
         raise bad(spec.source, "a column of text or dialogues", got, "Leave one of them out.")
+    if spec.examples and (spec.columns or spec.supervise):
+        got = f"also {'columns' if spec.columns else 'supervise'}, which dialogues have"
+        cure = "Name a sentence by data.column and its pair by data.pair, or leave out what examples have."
+        raise bad(spec.source, "examples or dialogues", got, cure)
     if source.kind == "stdlib":
         refuse_columns(spec.source, spec)
     return Corpus(spec, source)
@@ -183,23 +219,26 @@ def _as_text(source: str, content: Content) -> str:
     return str(content)
 
 
-def _require_kind(place: str, content: Content, kind: type[Content]) -> None:
+def _require_kind(place: str, content: Read, kind: type[Read]) -> None:
     if not isinstance(content, kind):
-        words = {str: "text", Dialogue: "a dialogue"}
         cure = "Name a source of one kind, or set data.column or data.columns."
-        raise bad(place, f"{words[kind]}, as elsewhere", words[type(content)], cure)
+        raise bad(place, f"{KINDS[kind]}, as elsewhere", KINDS[type(content)], cure)
+
+
+def _is_blank(content: Read) -> bool:
+    return content.is_blank if isinstance(content, Example) else not str(content).strip()
 
 
 def _file_faults(path: Path, spec: DataSpec) -> tuple[list[Fault], Counter[str]]:
-    """What is wrong with one file, and how many texts and dialogues were seen before the end or a fault."""
+    """What is wrong with one file, and how many contents of each kind were seen before the end or a fault."""
     seen: Counter[str] = Counter()
     faults: list[Fault] = []
     characters = 0
     try:
         for _, content in read_file(path, spec, faults):
-            text = str(content)
-            seen["text" if isinstance(content, str) else "dialogues"] += bool(text.strip())
-            characters += len(text)
+            if not _is_blank(content) and (not isinstance(content, Example) or content.is_whole):
+                seen[SEEN[type(content)]] += 1
+            characters += len(str(content))
             if characters > CHECKED_CHARACTERS:
                 break
     except DataError as error:

@@ -17,7 +17,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,8 @@ from compresskit.progress import Progress
 BATCH_CHARACTERS = 1 << 20
 UNSUPERVISED = -100
 LEAST_PROMPT = 8
+
+T = TypeVar("T")
 
 
 class PackedRows(Dataset[dict[str, Tensor]]):
@@ -174,7 +176,7 @@ def _closing(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [] if eos is None or starts or ends else [int(eos)]
 
 
-def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of everything about ``tokenizer`` that decides token ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     body = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
@@ -185,7 +187,7 @@ def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
 def _pieces(texts: Iterable[Content], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Piece]]:
     """The token ids of texts, a batch at a time."""
     closing = _closing(tokenizer)
-    for batch in _batches(texts):
+    for batch in in_batches(texts):
         lists: list[list[int]] = tokenizer([str(text) for text in batch], verbose=False)["input_ids"]
         yield [Piece(ids + closing) for ids in lists]
 
@@ -195,7 +197,7 @@ def _dialogue_pieces(
 ) -> Iterator[list[Piece]]:
     """The token ids of dialogues and what of them is learnt, a batch at a time; ``notes`` at the end."""
     dropped = 0
-    for batch in _batches(dialogues):
+    for batch in in_batches(dialogues):
         pieces = []
         for made in renderer([one for one in batch if isinstance(one, Dialogue)]):
             runs = [(0, len(made.ids))] if spec.supervise == "all" else made.learnt
@@ -209,7 +211,7 @@ def _dialogue_pieces(
         notes.append(f"{spec.source}: {dropped} dialogues have no token to learn and were left out.")
 
 
-def _flat(batches: Iterator[list[Piece]], source: str, split: str) -> Iterator[Piece]:
+def flat(batches: Iterator[list[Piece]], source: str, split: str) -> Iterator[Piece]:
     """The pieces one by one; a split without any token is an error, so no empty entry is ever cached."""
     tokens = 0
     with Progress(f"tokenising {source} ({split})", 0, unit="documents") as progress:
@@ -223,8 +225,9 @@ def _flat(batches: Iterator[list[Piece]], source: str, split: str) -> Iterator[P
         raise DataError(Fault(where, "at least one document with text", "none", cure))
 
 
-def _batches(contents: Iterable[Content]) -> Iterator[list[Content]]:
-    batch: list[Content] = []
+def in_batches(contents: Iterable[T]) -> Iterator[list[T]]:
+    """``contents`` in lists of about a million characters, as tokenizers like them."""
+    batch: list[T] = []
     size = 0
     for content in contents:
         batch.append(content)
@@ -268,7 +271,7 @@ def packed(
     corpus = open_corpus(spec)
     size: Any = len(tokenizer)
     dtype = "<u2" if size <= 1 << 16 else "<u4"
-    facts = [corpus.fingerprint(), split, _identity(tokenizer), dtype]
+    facts = [corpus.fingerprint(), split, tokenizer_identity(tokenizer), dtype]
     notes: list[str] = []  # filled while the documents are read
     contents = corpus.documents(split, notes)
     if corpus.is_dialogue:
@@ -278,6 +281,6 @@ def packed(
     else:
         batches = _pieces(contents, tokenizer)
     key = key_of(*facts)
-    pieces = _flat(batches, spec.source, split)
+    pieces = flat(batches, spec.source, split)
     entry = build_entry(cache, key, pieces, dtype=dtype, notes=notes)
     return PackedRows(entry, context_length, rows=rows, cross_documents=spec.cross_documents)

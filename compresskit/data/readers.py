@@ -8,21 +8,23 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from compresskit.data.columns import Layout, find_layout
-from compresskit.data.dialogue import Content
+from compresskit.data.columns import Layout, Read, find_layout
 from compresskit.data.jsonfile import json_lines, json_rows
 from compresskit.data.lines import LINE_BYTES, bad, lines
 from compresskit.data.spec import DataSpec
 from compresskit.errors import DataError, Fault
 
-Document = tuple[str, Content]  # its place, e.g. stories.jsonl:7, and its text or dialogue
+Document = tuple[str, Read]  # its place, e.g. stories.jsonl:7, and its text, dialogue or example
 Row = tuple[str, object, Layout]  # place, value, and what its columns are read as
 
+LONGEST_NAME = 40
 SEPARATOR = "<|endoftext|>"
 DOCUMENT_CHARACTERS = 4000
 LONGEST_DOCUMENT_CHARACTERS = 1 << 20
 ROWS_AT_ONCE = 256
 PLAIN = Layout()
+SENTENCE = Layout(examples=True)
+HEADLESS = "If the file has no header, set data.header=false and name columns by number, as in column_2."
 
 
 def _read_text(path: Path, spec: DataSpec) -> Iterator[Row]:
@@ -30,9 +32,12 @@ def _read_text(path: Path, spec: DataSpec) -> Iterator[Row]:
 
     Without the separator neighbouring paragraphs stay together up to about 4,000 characters, so
     that a document is long enough for a model to make use of what came before; a file without
-    blank lines is cut at the end of a line, at four times that.
+    blank lines is cut at the end of a line, at four times that. Of examples each line is one.
     """
     refuse_columns(str(path), spec)
+    if spec.examples:
+        yield from ((f"{path}:{number}", text.strip(), SENTENCE) for number, text in lines(path))
+        return
     head = islice(lines(path, longest_bytes=LINE_BYTES), 2000)
     with_separators = any(text.strip() == SEPARATOR for _, text in head)
     parts: list[str] = []
@@ -55,7 +60,8 @@ def _read_text(path: Path, spec: DataSpec) -> Iterator[Row]:
 
 def refuse_columns(where: str, spec: DataSpec) -> None:
     """DataError if ``spec`` asks for columns, or for dialogues, of what is plain text."""
-    asked = {"column": spec.column, "columns": spec.columns}
+    asked: dict[str, object] = {"column": spec.column, "columns": spec.columns}
+    asked |= {"pair": spec.pair, "label": spec.label, "labels": spec.labels}
     asked |= {"supervise": spec.supervise if spec.supervise == "responses" else None}
     for name, value in asked.items():
         if value:
@@ -77,7 +83,7 @@ def _of_rows(path: Path, rows: Iterator[tuple[int, object]], spec: DataSpec) -> 
         place = f"{path}:{number}"
         if layout is None and isinstance(row, dict):  # the first row decides for all that follow
             layout = find_layout(place, {name: isinstance(value, str) for name, value in row.items()}, spec)
-        yield place, row, layout or PLAIN
+        yield place, row, layout or (SENTENCE if spec.examples else PLAIN)
 
 
 def _read_table(path: Path, spec: DataSpec) -> Iterator[Row]:
@@ -88,16 +94,44 @@ def _read_table(path: Path, spec: DataSpec) -> Iterator[Row]:
     csv.field_size_limit(max(csv.field_size_limit(), 1 << 30))
     table = csv.reader((text for _, text in lines(path)), **style)
     rows = _table_rows(path, table)
-    _, header = next(rows, (0, []))
+    head, header = next(rows, (0, []))
     if not header:
         raise bad(str(path), "a header and rows", "an empty file", "Give a file with text.")
-    first = next(rows, None)
+    first = (head, header) if not spec.header else next(rows, None)
     if first is None:
         raise bad(str(path), "rows under the header", "a header alone", "Give a file with text.")
-    columns = {name: not _is_number(value) for name, value in zip(header, first[1], strict=True)}
-    layout = find_layout(f"{path}:1", columns, spec)
+    names = header if spec.header else [f"column_{number + 1}" for number in range(len(header))]
+    columns = {name: not _is_number(value) for name, value in zip(names, first[1], strict=True)}
+    place = f"{path}:{head}"
+    try:
+        layout = find_layout(place, columns, spec)
+    except DataError as error:
+        raise _or_headless(error, header, spec) from error
+    if spec.header:
+        _require_names(place, header, layout, spec)
     for number, row in chain([first], rows):
-        yield f"{path}:{number}", dict(zip(header, row, strict=True)), layout
+        yield f"{path}:{number}", dict(zip(names, row, strict=True)), layout
+
+
+def _or_headless(error: DataError, header: list[str], spec: DataSpec) -> DataError:
+    """``error``, with one more cure where the first line hardly holds names."""
+    if not spec.header or not any(_is_number(n) or len(n) > LONGEST_NAME for n in header):
+        return error
+    faults = [fault for fault in error.faults if isinstance(fault, Fault)]
+    return DataError(*(Fault(f.where, f.expected, f.got, f"{f.cure} {HEADLESS}") for f in faults))
+
+
+def _require_names(place: str, header: list[str], layout: Layout, spec: DataSpec) -> None:
+    """DataError if the first line is no header, or one that does not say which column is meant."""
+    read = layout.required
+    if twice := [name for name in read if header.count(name) > 1]:
+        cure = "Give each column a name of its own."
+        raise bad(place, "different names of columns", f"{twice[0]!r} twice", cure)
+    # A column chosen by the user is its name; else the first line of a table without a header would be lost.
+    chosen = spec.column is not None or spec.columns
+    if not chosen and (numbers := [name for name in header if _is_number(name)]):
+        cure = f"{HEADLESS} If it has one, set data.column."
+        raise bad(place, "the names of columns in the first line", f"the number {numbers[0]}", cure)
 
 
 def _table_rows(path: Path, table: Any) -> Iterator[tuple[int, list[str]]]:
