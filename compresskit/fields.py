@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from compresskit.errors import Fault
@@ -19,6 +19,11 @@ def coerce(value: Any, hint: Any, where: str, into: dict[str, Any], name: str, f
     ok, result = fit(value, hint)
     if ok:
         into[name] = result
+    elif is_sequence(hint) and is_dataclass(get_args(hint)[0]) and isinstance(value, list | tuple | Mapping):
+        items: dict[str, Any] = {}
+        for number, item in enumerate(_listed(value, get_args(hint)[0])):
+            coerce(item, get_args(hint)[0], f"{where}[{number}]", items, str(number), faults)
+        into[name] = tuple(items.values())
     elif (target := _dataclass_in(hint)) is not None and isinstance(value, Mapping):
         nested: dict[str, Any] = {}
         hints = get_type_hints(target)
@@ -27,7 +32,10 @@ def coerce(value: Any, hint: Any, where: str, into: dict[str, Any], name: str, f
                 coerce(item, hints[key], f"{where}.{key}", nested, key, faults)
             else:
                 faults.append(Fault(where, "a known key", repr(key), f"Did you mean: {nearest(key, hints)}?"))
-        into[name] = target(**nested)
+        missing = [name for name in _required(target) if name not in nested]
+        faults += [Fault(where, f"the key {key}", "none", f"Add '{key}: ...'.") for key in missing]
+        if not missing:
+            into[name] = target(**nested)
     else:
         faults.append(Fault(where, describe(hint), f"{value!r}", f"Change {name}."))
 
@@ -78,6 +86,21 @@ def describe(hint: Any) -> str:
     if is_dataclass(hint):
         return "a path or a mapping of " + ", ".join(f.name for f in fields(hint))
     return NAMES.get(hint, str(hint))
+
+
+def _listed(value: Any, target: Any) -> list[Any]:
+    """The items of a list of ``target``; ``{a: 1, b: {...}}`` is short for one of its first two fields."""
+    if not isinstance(value, Mapping):
+        return list(value)
+    first, second = (f.name for f in fields(target)[:2])
+    return [
+        {first: name, **(item if isinstance(item, Mapping) else {second: item})}
+        for name, item in value.items()
+    ]
+
+
+def _required(target: Any) -> list[str]:
+    return [f.name for f in fields(target) if f.default is MISSING and f.default_factory is MISSING]
 
 
 def _dataclass_in(hint: Any) -> Any:

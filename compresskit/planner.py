@@ -367,7 +367,7 @@ def _wordings(recipe: Recipe, source: ModelSource, known: list[Fault]) -> tuple[
     faults: list[Fault] = []
     notes: tuple[str, ...] = ()
     for where, spec in data_of(recipe):
-        if not any(fault.where.startswith(f"{where}: ") for fault in known):
+        if not any(fault.where.startswith((f"{where}: ", f"{where}.sources[")) for fault in known):
             found, said = foresee(spec, where, lambda: load_tokenizer(source))
             faults, notes = faults + found, notes + said
     return faults, notes

@@ -127,11 +127,15 @@ def _absolute(path: Any) -> Any:
 
 
 def _absolute_data(spec: DataSpec) -> DataSpec:
-    if not spec.source:
-        return spec
-    source = spec.source
+    if spec.sources and spec.source == spec.name_of_sources:
+        shares = tuple(replace(share, source=_absolute_source(share.source)) for share in spec.sources)
+        return replace(spec, source=STDLIB, sources=shares)
+    return replace(spec, source=_absolute_source(spec.source)) if spec.source else spec
+
+
+def _absolute_source(source: str) -> str:
     is_glob = any(c in source for c in "*?[") and not Path(source).is_absolute()
-    return replace(spec, source=str(Path.cwd() / source) if is_glob else _absolute(source))
+    return str(Path.cwd() / source) if is_glob else str(_absolute(source))
 
 
 def stage_to_json(stage: Stage) -> dict[str, Json]:
@@ -147,7 +151,9 @@ def _plain(value: Any) -> Json:
     if isinstance(value, Choice):
         return value.to_json()
     if is_dataclass(value) and not isinstance(value, type):
-        return {name: _plain(part) for name, part in asdict(value).items()}
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
 
 

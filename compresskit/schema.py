@@ -64,6 +64,8 @@ def _type(hint: Any) -> Json:
         return {"anyOf": [_type(option) for option in get_args(hint)]}
     if is_sequence(hint):
         item = _type(get_args(hint)[0])
+        if is_dataclass(get_args(hint)[0]):  # a mapping is short for a list of its first two fields
+            return {"anyOf": [{"type": "array", "items": item}, {"type": "object"}, {"type": "string"}]}
         return {"anyOf": [{"type": "array", "items": item}, item]}
     if get_origin(hint) is Mapping:
         return {"type": "object"}

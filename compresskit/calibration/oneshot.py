@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from compresskit.errors import Fault, ModelError
 
 if TYPE_CHECKING:
-    from compresskit.data.pack import PackedRows
+    from compresskit.data.pack import TokenRows
     from compresskit.data.spec import DataSpec
     from compresskit.modeling.anatomy import Anatomy, Linear
     from compresskit.modeling.source import ModelSource
@@ -82,7 +82,7 @@ def row_length(stage: Calibrated, config: Any) -> int:
 
 def calibration_rows(
     stage: Calibrated, model: ModelSource, fallback: DataSpec, *, cache: Path, scratch: Path
-) -> tuple[PackedRows, Path | None, tuple[str, ...]]:
+) -> tuple[TokenRows, Path | None, tuple[str, ...]]:
     """The rows a method sees.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,10 +37,12 @@ class Corpus:
     Attributes:
         spec: what was asked for.
         source: what its name stands for.
+        parts: of several sources mixed, each by itself; else none.
     """
 
     spec: DataSpec
     source: Source
+    parts: tuple[Corpus, ...] = ()
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -53,6 +56,8 @@ class Corpus:
         Raises:
             DataError: it cannot be read.
         """
+        if self.parts:
+            return any(part.is_dialogue for part in self.parts)
         return any(isinstance(content, Dialogue) for _, content, _ in islice(self._marked("all"), 1))
 
     def documents(self, split: str = "train", notes: list[str] | None = None) -> Iterator[Content]:
@@ -60,7 +65,8 @@ class Corpus:
 
         A source with a validation split of its own is taken at its word. Of any other, documents are
         held out by a hash of their text (of the relative path for ``stdlib:``); the first one is always
-        training and the second always validation, so that even a tiny source has both.
+        training and the second always validation, so that even a tiny source has both. Documents of several
+        sources come in the shares of these, until all are at their end.
 
         Args:
             split: ``train``, ``validation`` or ``all``; ``DataSpec.documents`` limits each by itself.
@@ -88,7 +94,10 @@ class Corpus:
             raise bad("split", " or ".join(SPLITS), repr(split), "Name one of them.")
         if self.spec.documents is not None and self.spec.documents < 1:
             raise bad("documents", "at least 1", str(self.spec.documents), "Raise it, or leave it out.")
-        return self._contents(split, [] if notes is None else notes)
+        found = [] if notes is None else notes
+        if self.parts:
+            return _in_turn([part._read(split, found) for part in self.parts], self.spec.shares)
+        return self._contents(split, found)
 
     def _contents(self, split: str, notes: list[str]) -> Iterator[Read]:
         blank = rows = texts = given = 0
@@ -155,6 +164,10 @@ class Corpus:
     def fingerprint(self) -> str:
         """A hash of everything that decides the documents and their split, but not of where files lie."""
         spec = self.spec
+        if self.parts:
+            shares = [f"{share:.9f}" for share in spec.shares]
+            whole = [*zip(shares, (part.fingerprint() for part in self.parts), strict=True)]
+            return hashlib.sha256(repr(whole).encode()).hexdigest()
         facts: list[object] = [
             spec.column,
             spec.columns,
@@ -188,6 +201,13 @@ def open_corpus(spec: DataSpec) -> Corpus:
     Raises:
         DataError: there is no such source, or a column is named that it cannot have.
     """
+    if spec.sources:
+        if faults := _share_faults(spec):
+            raise DataError(*faults)
+        parts = tuple(open_corpus(part) for part in spec.parts())
+        files = tuple(path for part in parts for path in part.source.files)
+        kinds = {part.source.kind for part in parts}
+        return Corpus(spec, Source(kinds.pop() if len(kinds) == 1 else "several", spec.source, files), parts)
     source = find_source(spec.source)
     if spec.supervise not in (None, *SUPERVISE):
         expected = " or ".join(SUPERVISE)
@@ -203,6 +223,39 @@ def open_corpus(spec: DataSpec) -> Corpus:
     if source.kind == "stdlib":
         refuse_columns(spec.source, spec)
     return Corpus(spec, source)
+
+
+def _share_faults(spec: DataSpec) -> list[Fault]:
+    """What is wrong with how several sources are named and weighed."""
+    found = []
+    if spec.source != spec.name_of_sources:
+        got = f"source {spec.source} and {len(spec.sources)} sources"
+        found.append(Fault("source", "one source, or several", got, "Name it among the sources."))
+    if spec.column is not None or spec.columns or spec.examples:
+        got = "columns of the whole" if not spec.examples else "sentences with classes"
+        cure = "Write column and columns beside each source's weight." if not spec.examples else "Name one."
+        found.append(Fault("sources", "texts or dialogues with columns of their own", got, cure))
+    for number, share in enumerate(spec.sources):
+        if not (share.weight > 0 and math.isfinite(share.weight)):
+            cure = "Raise it, or leave that source out."
+            found.append(Fault(f"sources[{number}].weight", "a weight above 0", f"{share.weight:g}", cure))
+    names = [(share.source, share.column, share.columns) for share in spec.sources]
+    for name in dict.fromkeys(one for one in names if names.count(one) > 1):
+        found.append(Fault("sources", "different sources", f"{name[0]} twice", "Add up its weights."))
+    return found
+
+
+def _in_turn(streams: list[Iterator[Read]], shares: tuple[float, ...]) -> Iterator[Read]:
+    """The items of ``streams``, the one that is most behind its share next."""
+    counts = dict.fromkeys(range(len(streams)), 0)
+    while counts:
+        number = min(counts, key=lambda i: (counts[i] + 0.5) / shares[i])
+        for content in islice(streams[number], 1):
+            yield content
+            counts[number] += 1
+            break
+        else:
+            del counts[number]
 
 
 def documents(spec: DataSpec, split: str = "train") -> Iterator[str]:
@@ -269,6 +322,11 @@ def check(spec: DataSpec, where: str) -> list[Fault]:
         The faults, at most ten; none where the source can be read and holds text.
     """
     found: list[Fault] = []
+    if spec.sources:
+        found = _share_faults(spec)
+        places = [f"{where}.sources[{number}]" for number in range(len(spec.sources))]
+        parts = zip(spec.parts(), places, strict=True)
+        return [_at(where, fault) for fault in found] + [f for part, at in parts for f in check(part, at)]
     try:
         source = open_corpus(spec).source
         if source.kind == "hub":

@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from compresskit.data.cache import Entry, Piece, build_entry, key_of
 from compresskit.data.corpus import open_corpus
 from compresskit.data.dialogue import Content, Dialogue
+from compresskit.data.mixture import MixedRows, mixed
 from compresskit.data.render import Renderer
 from compresskit.data.spec import DataSpec
 from compresskit.errors import DataError, Fault
@@ -109,6 +110,9 @@ class PackedRows(Dataset[dict[str, Tensor]]):
         for a, b in self._learnt[first:last].clip(low, high) - begin:
             keep[a:b] = True
         return keep
+
+
+TokenRows = PackedRows | MixedRows
 
 
 def cut(length: int, last_run: int, context_length: int) -> int:
@@ -247,8 +251,8 @@ def packed(
     context_length: int,
     cache: Path,
     rows: int | None = None,
-) -> PackedRows:
-    """The documents of a split as packed rows.
+) -> TokenRows:
+    """The documents of a split as packed rows, several sources mixed in their shares.
 
     Dialogues are worded as :mod:`compresskit.data.render` says. In text, special tokens are the tokenizer's
     own; if it adds neither BOS nor EOS but has an EOS, that goes after each document. The last, partial row
@@ -268,6 +272,22 @@ def packed(
     if context_length < 2:
         got = str(context_length)
         raise DataError(Fault("context_length", "at least 2 tokens", got, "Raise the context length."))
+    if not spec.sources:
+        return _packed(spec, tokenizer, split, context_length, cache, rows)
+    open_corpus(spec)  # tells what is wrong with the weights and with every name before any source is read
+    parts = [_packed(part, tokenizer, split, context_length, cache) for part in spec.parts()]
+    return mixed(parts, spec, rows)
+
+
+def _packed(
+    spec: DataSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str,
+    context_length: int,
+    cache: Path,
+    rows: int | None = None,
+) -> PackedRows:
+    """The rows of one source."""
     corpus = open_corpus(spec)
     size: Any = len(tokenizer)
     dtype = "<u2" if size <= 1 << 16 else "<u4"

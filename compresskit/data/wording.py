@@ -32,6 +32,10 @@ def foresee(
     """
     from compresskit.data.render import Renderer
 
+    if spec.sources:
+        parts = [foresee(s, f"{where}.sources[{i}]", tokenizer) for i, s in enumerate(spec.parts())]
+        told = tuple(note for _, notes in parts for note in notes)
+        return [fault for faults, _ in parts for fault in faults], (*told, f"{where}: {_shares(spec)}")
     try:
         corpus = open_corpus(spec)
         if corpus.source.kind != "files" or not corpus.is_dialogue:
@@ -48,3 +52,13 @@ def foresee(
     )
     what = "all tokens" if spec.supervise == "all" else "the responses"
     return [], (f"{where}: dialogues, worded with {how}; training learns {what}",)
+
+
+def _shares(spec: DataSpec) -> str:
+    """What an epoch of several sources is; how often each is seen, where the sizes of files tell."""
+    sizes = [sum(path.stat().st_size for path in part.files) for part in open_corpus(spec).parts]
+    said = []
+    for one, share, size in zip(spec.sources, spec.shares, sizes, strict=True):
+        often = f", about {share * sum(sizes) / size:.2g} times over" if all(sizes) else ""
+        said.append(f"{one.source} {share:.1%} of them{often}")
+    return f"an epoch has as many rows as all sources together: {'; '.join(said)}"

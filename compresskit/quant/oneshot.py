@@ -28,7 +28,7 @@ from compresskit.quant.promise import OnGrid
 from compresskit.stage import LayerRecord, StageResult
 
 if TYPE_CHECKING:
-    from compresskit.data.pack import PackedRows
+    from compresskit.data.pack import TokenRows
     from compresskit.modeling.source import ModelSource
     from compresskit.quant.stage import Quantize
     from compresskit.stage import StageContext
@@ -132,7 +132,7 @@ class _Log:
 
 def _rows(
     stage: Quantize, model: ModelSource, context: StageContext
-) -> tuple[PackedRows | None, Path | None, tuple[str, ...]]:
+) -> tuple[TokenRows | None, Path | None, tuple[str, ...]]:
     """Calibration rows, a file for hidden states where they are many, and warnings."""
     if stage.reads_data:
         return calibration_rows(stage, model, context.data, cache=context.cache, scratch=context.scratch)

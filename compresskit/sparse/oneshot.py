@@ -25,7 +25,7 @@ from compresskit.sparse.survey import patterns_of, survey
 from compresskit.stage import LayerRecord, StageResult
 
 if TYPE_CHECKING:
-    from compresskit.data.pack import PackedRows
+    from compresskit.data.pack import TokenRows
     from compresskit.modeling.source import ModelSource
     from compresskit.sparse.stage import Prune
     from compresskit.stage import StageContext
@@ -146,7 +146,7 @@ def _patterns(
     model: ModelSource,
     layers: Sequence[str],
     method: Any,
-    rows: PackedRows | None,
+    rows: TokenRows | None,
     context: StageContext,
     spill: Path | None,
 ) -> dict[str, Pattern]:

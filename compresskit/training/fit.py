@@ -209,7 +209,14 @@ class Run:
             device=self.device,
             evaluates=self.validation is not None,
         )
-        rows = Ordered(self.rows, steps=self.steps, batch_size=fields.batch_size, seed=self.seed)
+        rows = Ordered(
+            self.rows,
+            steps=self.steps,
+            batch_size=fields.batch_size,
+            seed=self.seed,
+            micro_batch_size=setting.micro_batch_size,
+            ranks=setting.processes,
+        )
         return StageTrainer(
             self.model,
             arguments,

@@ -1,9 +1,14 @@
-"""Which rows each optimiser step sees: a function of the seed alone, the same on one process and on many."""
+"""Which rows each optimiser step sees: a function of the seed alone, the same on one process and on many.
+
+Rows of different lengths are divided among micro-batches and ranks so that little is padded and all ranks
+have about as many tokens; which rows a step sees, and so its loss, stays the same. Packed rows are of equal
+length: how many of their tokens are supervised changes no computation, so they keep their order.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sized
-from typing import Protocol
+from collections.abc import Mapping, Sequence, Sized
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -11,9 +16,25 @@ from torch.utils.data import Dataset
 
 
 class Rows(Sized, Protocol):
-    """A map-style data set of {"input_ids", "labels", "position_ids"}, each int64 (T,)."""
+    """A map-style data set of {"input_ids", "labels", "position_ids"}, each int64 (T,).
+
+    Where rows are of different lengths it has ``lengths``, the tokens of each.
+    """
 
     def __getitem__(self, index: int) -> Mapping[str, Tensor]: ...
+
+
+@runtime_checkable
+class Mixed(Protocol):
+    """Rows of several sources, which are shuffled source by source so that their shares stay as they are."""
+
+    def shuffled(self, epoch: int, seed: int) -> Tensor:
+        """The number of the row that each item of a pass is."""
+        ...
+
+    def row(self, number: int) -> Mapping[str, Tensor]:
+        """The row of that number."""
+        ...
 
 
 class Ordered(Dataset[Mapping[str, Tensor]]):
@@ -21,12 +42,26 @@ class Ordered(Dataset[Mapping[str, Tensor]]):
 
     Consecutive items belong to one step, so ranks and accumulation may divide a step as they like, and a
     restart at step s begins at item s * batch_size.
+
+    Args:
+        rows: of equal length, or with ``lengths``.
+        steps: of the optimiser.
+        batch_size: rows of a step.
+        seed: of the order.
+        micro_batch_size: rows that one rank passes at once; they lie together.
+        ranks: micro-batches go to them in turn.
     """
 
-    def __init__(self, rows: Rows, *, steps: int, batch_size: int, seed: int) -> None:
-        self._rows, self._seed = rows, seed
+    def __init__(
+        self, rows: Rows, *, steps: int, batch_size: int, seed: int, micro_batch_size: int = 1, ranks: int = 1
+    ) -> None:
+        self._rows, self._seed, self._batch_size = rows, seed, batch_size
+        self._mixed = rows if isinstance(rows, Mixed) else None
+        self._micro_batch_size, self._ranks = micro_batch_size, ranks
         self._items = steps * batch_size
         self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
+        self._step, self._places = -1, [0]
+        self._lengths: Sequence[int] | None = getattr(rows, "lengths", None)
 
     def __len__(self) -> int:
         return self._items
@@ -34,12 +69,62 @@ class Ordered(Dataset[Mapping[str, Tensor]]):
     def __getitem__(self, index: int) -> Mapping[str, Tensor]:
         if not 0 <= index < self._items:
             raise IndexError(index)
+        if self._lengths is None:
+            number = self._number(index)
+        else:
+            number = self._balanced(*divmod(index, self._batch_size))
+        return self._rows[number] if self._mixed is None else self._mixed.row(number)
+
+    def _number(self, index: int) -> int:
+        """Which row an item is before steps are divided."""
         epoch, place = divmod(index, len(self._rows))
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-            self._permutation = torch.randperm(len(self._rows), generator=generator)
+            if self._mixed is not None:
+                self._permutation = self._mixed.shuffled(epoch, self._seed)
+            else:
+                generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+                self._permutation = torch.randperm(len(self._rows), generator=generator)
             self._epoch = epoch
-        return self._rows[int(self._permutation[place])]
+        return int(self._permutation[place])
+
+    def _balanced(self, step: int, place: int) -> int:
+        """Which row stands at ``place`` of a step."""
+        if step != self._step:
+            first, lengths = step * self._batch_size, cast(Sequence[int], self._lengths)
+            numbers = [self._number(first + i) for i in range(self._batch_size)]
+            order = balanced([int(lengths[n]) for n in numbers], self._micro_batch_size, self._ranks)
+            self._places, self._step = [numbers[i] for i in order], step
+        return self._places[place]
+
+
+def balanced(lengths: Sequence[int], micro_batch_size: int, ranks: int) -> list[int]:
+    """An order of the rows of one step in which micro-batches pad little and ranks have alike much to do.
+
+    The longest rows share a micro-batch, then the next longest; each round of micro-batches, one a rank, is
+    of neighbours, and in it the rank with the fewest padded tokens so far gets the longest.
+
+    Args:
+        lengths: tokens of each row, whole rounds of them.
+        micro_batch_size: rows that one rank passes at once.
+        ranks: micro-batch j goes to rank j modulo ``ranks``.
+
+    Returns:
+        Indices into ``lengths``, each once.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    parts = [order[i : i + micro_batch_size] for i in range(0, len(order), micro_batch_size)]
+    padded = [0] * ranks
+    made: list[int] = []
+    for first in range(0, len(parts), ranks):
+        round_ = parts[first : first + ranks]
+        # Parts are longest first: the least loaded rank takes the first of them.
+        by_load = sorted(range(ranks), key=lambda rank: (padded[rank], rank))
+        taken = dict(zip(by_load, round_, strict=True))
+        for rank in range(ranks):
+            part = taken[rank]
+            padded[rank] += len(part) * lengths[part[0]]
+            made += part
+    return made
 
 
 def stack(rows: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import FakeHub
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -75,7 +75,9 @@ def test_sentences_and_pairs_are_found_by_the_names_of_columns(tmp_path: Path) -
         assert read(write(tmp_path / f"{number}.tsv", body)) == expected
 
 
-def test_other_kinds_of_tables(tmp_path: Path, fake_hub: FakeHub) -> None:
+def test_other_kinds_of_tables(
+    tmp_path: Path, fake_hub: Callable[[dict[str, datasets.Dataset]], None]
+) -> None:
     expected = [Example("a", "b", 1), Example("c", "d", 0)]
     rows = [
         {"sentence1": "a", "sentence2": "b", "label": 1},
