@@ -55,7 +55,8 @@ class MixedRows(Dataset[dict[str, Tensor]]):
         self._taken_S = np.bincount(self._source_E, minlength=len(parts))
         self._nth_E = _nth(self._source_E, len(parts))
         self._sizes_S, self._firsts_S = sizes_S, np.cumsum(sizes_S) - sizes_S
-        self.warnings = tuple(dict.fromkeys(note for part in parts for note in part.warnings))
+        told = [(name, note) for name, part in zip(names, parts, strict=True) for note in part.warnings]
+        self.warnings = tuple(note if note.startswith(name) else f"{name}: {note}" for name, note in told)
         if rows is None:
             passes = self._taken_S / sizes_S
             said = ", ".join(

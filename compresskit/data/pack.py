@@ -70,6 +70,7 @@ class PackedRows(Dataset[dict[str, Tensor]]):
         if entry.learnt is None:
             firsts = np.arange(max(1, self.num_tokens // context_length), dtype=np.int64) * context_length
             windows = np.stack([firsts, firsts, firsts + context_length], axis=1)
+            self.warnings += _idle(entry, firsts, min(context_length, self.num_tokens))
         else:
             windows, note = _dialogue_rows(entry, context_length)
             self.warnings += note
@@ -110,6 +111,15 @@ class PackedRows(Dataset[dict[str, Tensor]]):
         for a, b in self._learnt[first:last].clip(low, high) - begin:
             keep[a:b] = True
         return keep
+
+
+def _idle(entry: Entry, firsts: npt.NDArray[np.int64], length: int) -> tuple[str, ...]:
+    """How many rows of text, beginning at ``firsts``, have no token to learn, if any."""
+    begun = np.searchsorted(entry.starts, firsts + length) - np.searchsorted(entry.starts, firsts, "right")
+    idle = int((begun == length - 1).sum())
+    if not idle:
+        return ()
+    return (f"{idle} of {len(firsts)} rows have no token to learn: each token begins a document.",)
 
 
 TokenRows = PackedRows | MixedRows
@@ -188,12 +198,18 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256("\0".join([*facts, repr(_closing(tokenizer))]).encode()).hexdigest()
 
 
-def _pieces(texts: Iterable[Content], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Piece]]:
-    """The token ids of texts, a batch at a time."""
+def _pieces(
+    texts: Iterable[Content], tokenizer: PreTrainedTokenizerBase, source: str, notes: list[str]
+) -> Iterator[list[Piece]]:
+    """The token ids of texts, a batch at a time; ``notes`` at the end."""
     closing = _closing(tokenizer)
+    empty = 0
     for batch in in_batches(texts):
         lists: list[list[int]] = tokenizer([str(text) for text in batch], verbose=False)["input_ids"]
-        yield [Piece(ids + closing) for ids in lists]
+        empty += sum(not ids for ids in lists)
+        yield [Piece(ids + closing) for ids in lists if ids]
+    if empty:
+        notes.append(f"{source}: {empty} documents have no token and were left out.")
 
 
 def _dialogue_pieces(
@@ -299,7 +315,7 @@ def _packed(
         facts.append(renderer.identity)
         batches = _dialogue_pieces(contents, renderer, spec, notes)
     else:
-        batches = _pieces(contents, tokenizer)
+        batches = _pieces(contents, tokenizer, spec.source, notes)
     key = key_of(*facts)
     pieces = flat(batches, spec.source, split)
     entry = build_entry(cache, key, pieces, dtype=dtype, notes=notes)

@@ -59,6 +59,6 @@ def _shares(spec: DataSpec) -> str:
     sizes = [sum(path.stat().st_size for path in part.files) for part in open_corpus(spec).parts]
     said = []
     for one, share, size in zip(spec.sources, spec.shares, sizes, strict=True):
-        often = f", about {share * sum(sizes) / size:.2g} times over" if all(sizes) else ""
+        often = f", by the bytes of files {share * sum(sizes) / size:.2g} times over" if all(sizes) else ""
         said.append(f"{one.source} {share:.1%} of them{often}")
     return f"an epoch has as many rows as all sources together: {'; '.join(said)}"

@@ -202,4 +202,5 @@ def _rows(job: TrainJob) -> tuple[Rows, Rows | None, tuple[str, ...]]:
         )
     except DataError as error:
         return rows, None, (*notes, f"No validation loss was measured: {error}")
-    return rows, held_out, notes
+    more = (f"Validation: {note}" for note in held_out.warnings if note not in notes)
+    return rows, held_out, (*notes, *more)

@@ -238,7 +238,9 @@ def test_text_and_dialogues_may_be_mixed(tmp_path: Path, tokenizer: PreTrainedTo
     assert len(notes) == 2
     assert "data.sources[1]: dialogues, worded with plain" in notes[0]
     sizes = [Path(share.source).stat().st_size for share in spec.sources]
-    assert f"{chats} 50.0% of them, about {sum(sizes) / sizes[1] / 2:.2g} times over" in notes[1]
+    assert (
+        f"{chats} 50.0% of them, by the bytes of files {sum(sizes) / sizes[1] / 2:.2g} times over" in notes[1]
+    )
 
 
 def test_bad_mixtures_are_told_together(spec: DataSpec, tmp_path: Path) -> None:

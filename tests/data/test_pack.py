@@ -184,6 +184,30 @@ def test_a_row_of_one_token_is_refused(tokenizer: PreTrainedTokenizerFast, sourc
         packed(source, tokenizer, context_length=1, cache=Path(source.source).parent)
 
 
+@given(documents_of_ids, st.integers(2, 20))
+def test_rows_without_a_token_to_learn_are_counted(documents: list[list[int]], length: int) -> None:
+    rows = PackedRows(entry(documents), length)
+    idle = sum(bool((rows[i]["labels"] == UNSUPERVISED).all()) for i in range(len(rows)))
+    said = f"{idle} of {len(rows)} rows have no token to learn: each token begins a document."
+    assert rows.warnings == ((said,) if idle else ())
+
+
+def test_documents_without_a_token_are_counted_and_left_out(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, normalizers
+
+    core = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="b"))
+    core.normalizer = normalizers.Replace("x", "")
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "a"}\n{"text": "x"}\n{"text": "b"}\n')
+    plain = PreTrainedTokenizerFast(tokenizer_object=core)
+    rows = packed(DataSpec(source=str(file)), plain, split="all", context_length=2, cache=tmp_path / "c")
+    assert (rows.num_documents, rows[0]["input_ids"].tolist()) == (2, [0, 1])
+    assert rows.warnings == (
+        f"{file}: 1 documents have no token and were left out.",
+        "1 of 1 rows have no token to learn: each token begins a document.",
+    )
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.text(min_size=1), min_size=1, max_size=8))
 def test_every_text_survives_the_tokenizer(texts: list[str]) -> None:

@@ -233,16 +233,23 @@ def test_real_chinese_dialogues(shared_data: Path, tmp_path: Path) -> None:
 
 def test_training_and_calibration_take_dialogues_and_tell_what_was_cut(tmp_path: Path, source: str) -> None:
     model = tiny_llama(tmp_path / "model")
+    text = tmp_path / "stories.jsonl"
+    text.write_text("".join(json.dumps({"text": f"story {i} " * 9}) + "\n" for i in range(40)))
     recipe = ck.Recipe(
         model=str(model),
         data=DataSpec(source=source),
         stages=(
             ck.Prune("wanda", pattern="2:4", samples=2, context_length=32),
             ck.Finetune(steps=2, batch_size=2, context_length=32),
+            ck.Finetune(
+                steps=2, batch_size=2, context_length=32, data=DataSpec(source=f"{source}=1,{text}=3")
+            ),
         ),
     )
     artifact = ck.run(recipe, tmp_path / "out", measures=("quality",))
     warnings = artifact.manifest["warnings"]
     assert any("longer than the context of 32 tokens and were cut" in warning for warning in warnings)
+    assert any(warning.startswith("Validation: ") and "were cut" in warning for warning in warnings)
+    assert any(f"{source} 25.0% of them, " in warning for warning in warnings)
     (record,) = ck.bench(model, data=DataSpec(source=source), measures=("quality",))
     assert record.values["scored"] == "responses"
