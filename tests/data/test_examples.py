@@ -99,6 +99,8 @@ def test_columns_and_classes_that_the_user_names(tmp_path: Path) -> None:
     assert read(named) == [Example("b", "a", 1), Example("d", "c", 0)]
     assert read(replace(spec, column="y")) == [Example("b", None, 5), Example("d", None, 6)]
     assert read(replace(spec, column="y", label="")) == [Example("b"), Example("d")]
+    other = write(tmp_path / "b.csv", "label,class\nsome words,1\n")
+    assert read(replace(other, column="label")) == [Example("some words", None, 1)]
     assert DataSpec(pair="x").examples
     assert not DataSpec(column="x").examples
 
