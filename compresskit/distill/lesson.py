@@ -27,6 +27,7 @@ from compresskit.training.outlook import STATE_BYTES, pass_tokens, scale_faults
 from compresskit.training.stage import CROSS_ENTROPY
 
 if TYPE_CHECKING:
+    from compresskit.data.spec import DataSpec
     from compresskit.stage import Outlook, StageContext
     from compresskit.training.lesson import Taught
 
@@ -60,7 +61,7 @@ class TeachersLesson:
     @staticmethod
     def held_bytes(stage: Taught, model: Outlook) -> int:
         """Of what every process holds of the teacher, and of what a feature loss keeps."""
-        teaching = _teaching(stage, model, _teacher(stage, model), model.trust_remote_code)
+        teaching = _foreseen(stage, model)
         return _placement(stage).held_bytes(stage, model, teaching) + feature_bytes(stage, model)
 
     @staticmethod
@@ -79,7 +80,7 @@ class TeachersLesson:
         if faults:
             raise PlanError(*faults)
         objective = CROSS_ENTROPY if stage.loss == TEXT_ALONE else _loss(stage)
-        teaching = _teaching(stage, model, source, trust)
+        teaching = _teaching(stage, model, source, context.data, trust)
         if stage.features is not None:
             pairs, own = _pairs(stage.features, model, source), dict(stage.features.options)
             own.pop(LAYERS, None)
@@ -95,8 +96,7 @@ def placement_faults(stage: Taught, model: Outlook, where: str) -> list[Fault]:
     placed: Choice = stage.teacher_placement
     if faults := choice_faults(placed, PLACEMENTS, where=where):
         return faults
-    teaching = _teaching(stage, model, _teacher(stage, model), model.trust_remote_code)
-    return _placement(stage).faults(stage, model, teaching, where)
+    return _placement(stage).faults(stage, model, _foreseen(stage, model), where)
 
 
 def loss_faults(stage: Taught, where: str) -> list[Fault]:
@@ -154,7 +154,14 @@ def _placement(stage: Taught) -> Placement:
     return made
 
 
-def _teaching(stage: Taught, model: Outlook | ModelSource, source: ModelSource, trust: bool) -> Teaching:
+def _foreseen(stage: Taught, model: Outlook) -> Teaching:
+    """What the stage will ask of its teacher."""
+    return _teaching(stage, model, _teacher(stage, model), model.data, model.trust_remote_code)
+
+
+def _teaching(
+    stage: Taught, model: Outlook | ModelSource, source: ModelSource, data: DataSpec, trust: bool
+) -> Teaching:
     pairs = _pairs(stage.features, model, source) if stage.features is not None else ()
     return Teaching(
         teacher=source,
@@ -163,6 +170,7 @@ def _teaching(stage: Taught, model: Outlook | ModelSource, source: ModelSource, 
         losses=() if stage.loss == TEXT_ALONE else choices_of(stage.loss),
         temperature=stage.temperature,
         trust_remote_code=trust,
+        isolated=not (stage.data or data).cross_documents,
     )
 
 

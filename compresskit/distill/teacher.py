@@ -1,4 +1,4 @@
-"""Where a teacher's signal comes from. So far: a replica of the whole teacher in every process."""
+"""A replica of the whole teacher in every process that trains."""
 
 from __future__ import annotations
 
@@ -13,29 +13,36 @@ from torch import Tensor, nn
 
 from compresskit.modeling import load_model
 from compresskit.modeling.forwards import keeping
+from compresskit.modeling.skeleton import resolve_dtype
 from compresskit.training.features import compared_blocks
 from compresskit.training.objective import Head, Hidden, Signal, head_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Replica:
-    """The whole teacher in its own dtype, never trained, never wrapped, moved to where the batches are.
+    """The whole teacher, never trained, never wrapped, moved to where the batches are.
 
     Attributes:
         directory: of the teacher's checkpoint.
         vocabulary: how many ids it shares with the student; its projection is cut to them.
         trust_remote_code: whether code in the directory may run.
         blocks: whose output a feature loss compares, counted from 0.
+        dtype: of its weights; ``auto`` is what they are stored in.
     """
 
     directory: str
     vocabulary: int
     trust_remote_code: bool = False
     blocks: Sequence[int] = ()
+    dtype: str = "auto"
 
     @cached_property
     def _model(self) -> nn.Module:
-        model: Any = load_model(Path(self.directory), trust_remote_code=self.trust_remote_code)
+        model: Any = load_model(
+            Path(self.directory),
+            dtype=resolve_dtype(self.dtype) or "auto",
+            trust_remote_code=self.trust_remote_code,
+        )
         frozen: nn.Module = model.eval().requires_grad_(False)
         return frozen
 

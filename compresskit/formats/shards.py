@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import IO, Any, cast
@@ -71,6 +71,12 @@ class Stored:
             file.seek(self.offset)
             _fill(file.readinto, flat.numpy().data, self.path, self.key)
         return flat.view(self.dtype).reshape(self.shape)
+
+    def rows(self, start: int, count: int) -> Stored:
+        """Where these rows lie, counted along the first dimension."""
+        row = self.num_bytes // max(self.shape[0], 1)
+        shape = (count, *self.shape[1:])
+        return replace(self, shape=shape, offset=self.offset + start * row, num_bytes=count * row)
 
     def same(self, other: Stored) -> bool:
         """Whether ``other`` holds the very same bytes, type and shape; neither is read whole."""

@@ -263,9 +263,9 @@ def test_trust_reaches_the_teacher_and_both_tokenizers(
     asked: list[tuple[str, bool]] = []
 
     def noting(real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, trust_remote_code: bool = False) -> Any:
+        def call(*args: Any, trust_remote_code: bool = False, **others: Any) -> Any:
             asked.append((real.__name__, trust_remote_code))
-            return real(*args, trust_remote_code=trust_remote_code)
+            return real(*args, trust_remote_code=trust_remote_code, **others)
 
         return call
 

@@ -13,5 +13,6 @@ PLACEMENTS: Registry[Placement] = Registry(
     "teacher placement",
     {
         "replicate": "compresskit.distill.placements.replicate:Replicate",
+        "shard": "compresskit.distill.placements.shard:Shard",
     },
 )

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from compresskit.training.job import Part
     from compresskit.training.lesson import Taught
 
+STORED = "auto"
+"""The type that the teacher's weights are stored in."""
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Teaching:
@@ -26,6 +30,7 @@ class Teaching:
         losses: names of ``compresskit.distill.LOSSES`` and their fields; none where only blocks are compared.
         temperature: divides both models' logits.
         trust_remote_code: whether code beside the teacher may run.
+        isolated: whether documents packed into one row must not see each other.
     """
 
     teacher: ModelSource
@@ -34,6 +39,7 @@ class Teaching:
     losses: tuple[Choice, ...] = ()
     temperature: float = 1.0
     trust_remote_code: bool = False
+    isolated: bool = True
 
 
 class Placement(Protocol):
@@ -50,6 +56,27 @@ class Placement(Protocol):
     def part(self, teaching: Teaching) -> Part:
         """The ``TeacherProvider`` of a training job."""
         ...
+
+
+def dtype_faults(dtype: str, where: str) -> list[Fault]:
+    """What is wrong with the name of a type to hold a teacher's weights in."""
+    known = (STORED, *ITEM_BYTES)
+    if dtype in known:
+        return []
+    return [Fault(f"{where}.dtype", f"one of {', '.join(known)}", repr(dtype), "Choose one of these.")]
+
+
+def packed_faults(teacher: ModelSource, where: str) -> list[Fault]:
+    """Why a teacher whose weights are packed cannot be read one tensor at a time."""
+    if not teacher.is_compressed:
+        return []
+    return [Fault(where, "a teacher whose weights are not packed", "a packed one", "Use replicate.")]
+
+
+def weight_bytes(teacher: ModelSource, dtype: str = STORED) -> int:
+    """Of all weights of a teacher held in ``dtype``."""
+    item = ITEM_BYTES.get(dtype)
+    return teacher.bytes if item is None else teacher.anatomy.num_parameters * item
 
 
 def with_blocks(teaching: Teaching) -> dict[str, Any]:
