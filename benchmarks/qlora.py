@@ -34,10 +34,10 @@ def child(job: dict[str, Any]) -> None:
     """One run; prints what it came to as JSON on its last line."""
     import compresskit as ck
     from compresskit import api
-    from compresskit.quant.adapters import frozen
+    from compresskit.training.lowrank import bits
     from compresskit.training.lowrank.attach import peft_at_work
 
-    frozen.bitsandbytes()
+    bits.bitsandbytes()
     with peft_at_work():
         import peft  # noqa: F401
     before = psutil.Process().memory_info().rss
@@ -68,8 +68,8 @@ def outcome(model: Path, data: str, out: Path, *stages: tuple[str, dict[str, Any
 def unrounded(model: Path, merged: Path, out: Path) -> None:
     """The same adapter merged into the weights of ``model`` as they were before rounding."""
     from compresskit.modeling import open_model
-    from compresskit.quant.adapters.frozen import rounded
     from compresskit.targets import select
+    from compresskit.training.lowrank.bits import rounded
     from compresskit.training.write import write_checkpoint
 
     source, made = open_model(model), open_model(merged)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from compresskit.data.pack import packed
 from compresskit.data.spec import DataSpec
 from compresskit.errors import DataError, PlanError
-from compresskit.modeling import ModelSource, load_tokenizer
+from compresskit.modeling import ModelSource, load_tokenizer, resolve_device
 from compresskit.registry import locate
 from compresskit.training.adaptation import Adaptation, Plain
 from compresskit.training.fields import TrainingFields
@@ -21,7 +21,7 @@ from compresskit.training.fit import fit, quiet_transformers
 from compresskit.training.hold import require_held
 from compresskit.training.isolation import isolation_fault, model_sees_across, sees_across
 from compresskit.training.launch import launch
-from compresskit.training.objective import TeacherProvider
+from compresskit.training.objective import Approximate, TeacherProvider
 from compresskit.training.order import Rows
 from compresskit.training.outcome import TrainOutcome, outcome_from_json
 from compresskit.training.rules import launched_processes, this_rank
@@ -138,6 +138,8 @@ def carry_out(job: TrainJob) -> TrainOutcome:
         model = adaptation.load(source)
         if teacher is not None:
             teacher.load()
+            if isinstance(teacher, Approximate) and this_rank() == 0:
+                notes += teacher.told(rows, resolve_device(job.device))
 
     if not job.data.get("cross_documents"):
         _require_isolation(model, teacher)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from compresskit.errors import Fault, ModelError
 from compresskit.kernels.ops import linear_cross_entropy
+
+if TYPE_CHECKING:
+    from compresskit.training.order import Rows
 
 IGNORED = -100
 LOSS = "loss"
@@ -123,6 +126,15 @@ class TeacherProvider(Protocol):
 
     def signal(self, inputs: Mapping[str, Tensor]) -> Signal:
         """What the teacher says about a batch of ``input_ids`` and ``position_ids``, each (B, T)."""
+        ...
+
+
+@runtime_checkable
+class Approximate(Protocol):
+    """A ``TeacherProvider`` whose signal is not quite that of its teacher."""
+
+    def told(self, rows: Rows, device: torch.device) -> tuple[str, ...]:
+        """How far it is, on some of the training rows: full sentences for the stage's result."""
         ...
 
 

@@ -21,7 +21,9 @@ from every_engine import ENGINES, FIELDS, Counting
 from compresskit.distill.divergences import Divergences
 from compresskit.distill.divided import Divided
 from compresskit.distill.features import WithFeatures
-from compresskit.modeling import load_model
+from compresskit.distill.few_bits import FewBits
+from compresskit.distill.placements.few_bits import rounded_layers
+from compresskit.modeling import ModelSource, load_model
 from compresskit.training.fit import TrainOutcome, fit
 from compresskit.training.objective import TeacherProvider
 
@@ -31,13 +33,20 @@ RUNS: Mapping[str, Mapping[str, Any]] = {
     "tied": {"blocks": (1, 3)},
     "untied": {"blocks": ()},
     "bf16": {"blocks": (), "dtype": "bfloat16"},
+    "4bit": {"blocks": (1, 3), "base": "nf4"},
 }
-"""Of the teacher: whether its head is its embedding, which of its blocks are compared, and its type."""
-TEACHERS = {"tied": "tied", "untied": "untied", "bf16": "untied"}
+"""Of the teacher: which of its blocks are compared, and what it is held in."""
+TEACHERS = {"tied": "tied", "untied": "untied", "bf16": "untied", "4bit": "tied"}
+WHOLE = ("4bit",)
+"""Runs whose teacher is whole in each rank."""
 
 
-def options_of(place: Path, run: str) -> dict[str, Any]:
-    return {"directory": str(place / TEACHERS[run]), "vocabulary": VOCABULARY, **RUNS[run]}
+def teacher_of(place: Path, run: str, kind: type[Any]) -> Any:
+    """A provider of this class, or of that of a teacher in few bits."""
+    options: dict[str, Any] = {"directory": str(place / TEACHERS[run]), "vocabulary": VOCABULARY, **RUNS[run]}
+    if "base" in options:
+        return FewBits(**options, layers=rounded_layers(ModelSource(place / TEACHERS[run]).anatomy))
+    return kind(**options)
 
 
 def train(place: Path, run: str, scratch: Path, teacher: TeacherProvider, **changes: Any) -> TrainOutcome:
@@ -65,13 +74,13 @@ def main(place: Path) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     for engine, changes in ENGINES.items():
         for run in RUNS:
-            teacher = Divided(**options_of(place, run))
+            teacher = teacher_of(place, run, Divided)
             outcome = train(place, run, place / f"{run}-{engine}-s", teacher, **changes)
-            parameters: list[Any] = list(teacher.model(torch.device("cpu")).parameters())
-            said = asdict(outcome) | {
-                "teacher_bytes": sum(p.to_local().untyped_storage().nbytes() for p in parameters),
-                "learns": any(p.requires_grad for p in parameters),
-            }
+            said = asdict(outcome)
+            if run not in WHOLE:
+                parameters: list[Any] = list(teacher.model(torch.device("cpu")).parameters())
+                said["teacher_bytes"] = sum(p.to_local().untyped_storage().nbytes() for p in parameters)
+                said["learns"] = any(p.requires_grad for p in parameters)
             name = f"{run}-{engine}-{torch.distributed.get_rank()}.json"
             (place / name).write_text(json.dumps(said))
     torch.distributed.destroy_process_group()

@@ -14,5 +14,7 @@ PLACEMENTS: Registry[Placement] = Registry(
     {
         "replicate": "compresskit.distill.placements.replicate:Replicate",
         "shard": "compresskit.distill.placements.shard:Shard",
+        "8bit": "compresskit.distill.placements.few_bits:EightBit",
+        "4bit": "compresskit.distill.placements.few_bits:FourBit",
     },
 )

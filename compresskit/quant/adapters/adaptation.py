@@ -22,12 +22,13 @@ from compresskit.modeling import ModelSource
 from compresskit.modeling.skeleton import skeleton
 from compresskit.progress import Progress
 from compresskit.quant.adapters.attach import attach, marked, write_adapter
-from compresskit.quant.adapters.frozen import GridLinear, freeze, frozen_weight, rounded
+from compresskit.quant.adapters.frozen import GridLinear
 from compresskit.quant.adapters.held import hold
 from compresskit.quant.adapters.loftq import Start, loftq
 from compresskit.quant.adapters.prefix import add_prefix
 from compresskit.quant.qlora import LOW_RANK
 from compresskit.training.lowrank.attach import ADAPTER
+from compresskit.training.lowrank.bits import freeze, frozen_weight, rounded
 from compresskit.training.lowrank.frozen import frozen_model
 from compresskit.training.lowrank.merge import merged
 from compresskit.training.rules import this_rank

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compresskit.formats.grid import Grid
-from compresskit.quant.adapters.frozen import frozen_weight
 from compresskit.training.lowrank.attach import ADAPTER
+from compresskit.training.lowrank.bits import frozen_weight
 from compresskit.training.lowrank.masked import MaskedUpdate, mask_update, recomputed
 from compresskit.training.lowrank.merge import merged
 

@@ -18,11 +18,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from compresskit.formats.grid import GRIDS_FILE, write_grids
 from compresskit.modeling import ModelSource, load_model
 from compresskit.quant.adapters.attach import with_adapter
-from compresskit.quant.adapters.frozen import rounded
 from compresskit.quant.affine import grid_for
 from compresskit.quant.promise import OnGrid
 from compresskit.quant.scheme import parse
 from compresskit.sparse.promise import Zeros
+from compresskit.training.lowrank.bits import rounded
 from compresskit.training.write import write_checkpoint
 
 # peft asks transformers by an old name; compresskit.quant.adapters.attach says the same.

@@ -9,9 +9,10 @@ from conftest import projections
 
 from compresskit.formats.grid import Grid
 from compresskit.modeling import ModelSource, load_model
-from compresskit.quant.adapters.frozen import GridLinear, freeze, frozen_weight, rounded
+from compresskit.quant.adapters.frozen import GridLinear
 from compresskit.quant.affine import grid_for
 from compresskit.quant.scheme import parse
+from compresskit.training.lowrank.bits import freeze, frozen_weight, rounded
 from compresskit.training.lowrank.frozen import frozen_model
 
 

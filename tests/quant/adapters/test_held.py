@@ -10,10 +10,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compresskit.quant.adapters.frozen import GridLinear, freeze, frozen_weight
+from compresskit.quant.adapters.frozen import GridLinear
 from compresskit.quant.adapters.held import hold
 from compresskit.quant.affine import grid_for
 from compresskit.quant.scheme import parse
+from compresskit.training.lowrank.bits import freeze, frozen_weight
 from compresskit.training.lowrank.merge import merged, update
 
 O, I, R, SCALING = 24, 40, 4, 2.0  # noqa: E741

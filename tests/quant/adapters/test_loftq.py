@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compresskit.quant.adapters.frozen import rounded
 from compresskit.quant.adapters.loftq import loftq
+from compresskit.training.lowrank.bits import rounded
 from compresskit.training.lowrank.merge import update
 
 
