@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from compresskit.errors import EngineError, Fault
+from compresskit.errors import EngineError, Fault, RunError
 from compresskit.progress import Progress
 from compresskit.training import checkpoint
 from compresskit.training.access import ParamAccess
@@ -193,12 +193,23 @@ class StageTrainer(Trainer):
         """What the redirected forward takes: the batch, and what the teacher says about it."""
         fed: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "position_ids", "labels")}
         if self._teacher is not None:
-            with torch.no_grad():
-                signal = self._teacher.signal(fed)
+            try:
+                with torch.no_grad():
+                    signal = self._teacher.signal(fed)
+            except RunError as error:  # a teacher elsewhere may be lost in the middle of a run
+                raise type(error)(*error.faults, self._kept()) from error
             model = cast(nn.Module, self.model)
             progress = self.state.global_step / self.state.max_steps if model.training else 1.0
             fed["signal"] = replace(signal, progress=progress)
         return fed
+
+    def _kept(self) -> str:
+        """Where the same command continues, in a sentence."""
+        last = checkpoint.latest(Path(str(self.args.output_dir)), self._identity)
+        if last is None:
+            return "No checkpoint was complete yet: the same command begins this stage again."
+        step, steps = checkpoint.step_of(last), self.state.max_steps
+        return f"The same command continues at the checkpoint of step {step} of {steps}."
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Clip; a gradient that is not finite stops the run, unless the fp16 scaler will skip the step."""

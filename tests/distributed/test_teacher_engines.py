@@ -8,6 +8,7 @@ from typing import Any
 
 import every_engine_teachers
 import pytest
+from completions_server import NAME, serving
 from every_engine import ENGINES, NAMES
 from every_engine_teachers import RUNS, STEPS, TEACHERS, VOCABULARY, WHOLE, teacher_of, train
 from ranks import two_ranks
@@ -89,28 +90,42 @@ def test_each_rank_keeps_half_of_the_teacher(run: str, engine: str, launched: Pa
         assert not outcome["learns"]
 
 
-def test_a_stage_divides_its_teacher_among_processes_of_its_own(place: Path, tmp_path: Path) -> None:
-    """Through a job as text, workers, and weights that are read when the workers can talk."""
+@pytest.mark.parametrize("placement", ["shard", "server"])
+def test_a_stage_with_processes_of_its_own(placement: str, tmp_path: Path) -> None:
+    """Through a job as text: weights are read when the workers can talk, and each asks a server."""
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"The {i}th story is about the number {i * i}." for i in range(60)))
     teacher = tiny_llama(tmp_path / "teacher", seed=3, initializer_range=0.2)
     student = ModelSource(tiny_llama(tmp_path / "student", initializer_range=0.2))
     few = {"steps": 4, "batch_size": 4, "context_length": 24, "learning_rate": 1e-2, "checkpoint_every": 0}
     found = []
-    for placement, processes in (("replicate", 1), ("shard", 2)):
-        out = tmp_path / placement
-        (out / "out").mkdir(parents=True)
-        context = StageContext(
-            out=out / "out",
-            scratch=out / "scratch",
-            original=student.directory,
-            data=DataSpec(source=str(text)),
-            cache=tmp_path / "cache",
-            device="cpu",
-        )
-        (out / "scratch").mkdir()
-        stage = Distill(teacher=str(teacher), teacher_placement=placement, processes=processes, **few)
-        found.append(stage.run(student, context).metrics)
-    assert [metrics["processes"] for metrics in found] == [1, 2]
-    for name in ("first_loss", "final_loss"):
-        assert found[1][name] == pytest.approx(found[0][name], rel=1e-5)
+    with serving(teacher) as (url, served):
+        there = {"method": "server", "url": url, "model": NAME, "top_k": 8}
+        for name, placed, processes in (
+            ("one", "replicate", 1),
+            ("two", there if placement == "server" else placement, 2),
+        ):
+            out = tmp_path / name
+            for folder in ("out", "scratch"):
+                (out / folder).mkdir(parents=True)
+            context = StageContext(
+                out=out / "out",
+                scratch=out / "scratch",
+                original=student.directory,
+                data=DataSpec(source=str(text)),
+                cache=tmp_path / "cache",
+                device="cpu",
+            )
+            stage = Distill(
+                teacher=str(teacher),
+                teacher_placement=placed,
+                loss={"method": "forward_kl", "top_k": 8} if placement == "server" else "forward_kl",
+                processes=processes,
+                **few,
+            )
+            found.append(stage.run(student, context).metrics)
+        assert [metrics["processes"] for metrics in found] == [1, 2]
+        for name in ("first_loss", "final_loss"):
+            assert found[1][name] == pytest.approx(found[0][name], rel=2e-5)
+        rows = few["steps"] * few["batch_size"]
+        assert len(served.prompts) == (rows if placement == "server" else 0), "each row is asked for once"

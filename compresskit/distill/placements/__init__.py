@@ -16,5 +16,6 @@ PLACEMENTS: Registry[Placement] = Registry(
         "shard": "compresskit.distill.placements.shard:Shard",
         "8bit": "compresskit.distill.placements.few_bits:EightBit",
         "4bit": "compresskit.distill.placements.few_bits:FourBit",
+        "server": "compresskit.distill.placements.server:Server",
     },
 )

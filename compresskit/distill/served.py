@@ -1,0 +1,102 @@
+"""A teacher that runs elsewhere, behind a server that tells its likeliest next tokens.
+
+Shapes: B = rows, T = tokens of a row, K = listed ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from functools import cached_property
+from math import exp, log, log1p
+
+import torch
+from torch import Tensor
+
+from compresskit.distill.completions import Completions
+from compresskit.kernels.reference.linear_divergence import LEAST_LOG
+from compresskit.training.objective import IGNORED, Listing, Signal
+
+REQUESTS = 16
+"""Of one process at a time; the server makes batches of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """Asks for each document of each row of this process, and for nothing that is not learnt.
+
+    A server knows no rows of several documents, so each is a prompt of its own.
+
+    Attributes:
+        url, model, top_k, vocabulary, timeout_s, retries, backoff_s, api_key_env: see ``Completions``.
+    """
+
+    url: str
+    model: str
+    top_k: int
+    vocabulary: int
+    timeout_s: float = 120.0
+    retries: int = 6
+    backoff_s: float = 1.0
+    api_key_env: str | None = None
+
+    hidden = None
+
+    def load(self) -> None:
+        """There is nothing to read."""
+
+    @cached_property
+    def _server(self) -> Completions:
+        return Completions(**{f.name: getattr(self, f.name) for f in fields(Completions)})
+
+    def signal(self, inputs: Mapping[str, Tensor]) -> Signal:
+        """The K likeliest ids after each token that a label follows, and the rest.
+
+        Args:
+            inputs: ``input_ids``, ``position_ids``, which start again at 0 with each document, and
+                ``labels``, each int64 (B, T).
+
+        Raises:
+            RunError: the server has stopped answering.
+        """
+        ids_BT = inputs["input_ids"]
+        rows = ids_BT.tolist()
+        spans = [
+            (row, start, end)
+            for row, (positions, labels) in enumerate(
+                zip(inputs["position_ids"].tolist(), inputs["labels"].tolist(), strict=True)
+            )
+            for start, end in learnt_spans(positions, labels)
+        ]
+        # What nobody asks for stays uniform over the first ids; no label follows it.
+        ids_BTK = torch.arange(self.top_k).repeat(*ids_BT.shape, 1)
+        logs_BTO = torch.full((*ids_BT.shape, self.top_k + 1), -log(self.top_k + 1))
+        pool = ThreadPoolExecutor(REQUESTS)
+        try:
+            answers = pool.map(self._server.likeliest, [rows[row][a:b] for row, a, b in spans])
+            for (row, start, end), (ids, logs) in zip(spans, answers, strict=True):
+                ids_BTK[row, start : end - 1] = torch.tensor(ids)
+                told = [[*place, rest_of(place)] for place in logs]
+                logs_BTO[row, start : end - 1] = torch.tensor(told)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        device = ids_BT.device
+        return Signal(Listing(ids_BTK.to(device), logs_BTO.to(device), self.vocabulary))
+
+
+def learnt_spans(positions_T: Sequence[int], labels_T: Sequence[int]) -> list[tuple[int, int]]:
+    """Where each document begins that has a label to predict, and the end of its last label."""
+    starts = [t for t, position in enumerate(positions_T) if t == 0 or position == 0]
+    spans = []
+    for start, end in zip(starts, [*starts[1:], len(positions_T)], strict=True):
+        learnt = [t for t in range(start + 1, end) if labels_T[t] != IGNORED]
+        if learnt:
+            spans.append((start, learnt[-1] + 1))
+    return spans
+
+
+def rest_of(logs: Sequence[float]) -> float:
+    """The log-probability of all other ids."""
+    known = sum(map(exp, logs))
+    return max(log1p(-known), LEAST_LOG) if known < 1 else LEAST_LOG
