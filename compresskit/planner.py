@@ -27,6 +27,7 @@ from compresskit.formats.checkpoint import ADAPTER
 from compresskit.modeling import ModelSource, load_tokenizer, open_model, resolve_device
 from compresskit.modeling.packed import packed_fault
 from compresskit.modeling.skeleton import resolve_dtype
+from compresskit.progress import size
 from compresskit.quant.scheme import parse
 from compresskit.recipe import Recipe, resolved
 from compresskit.sparse.chain import moving_faults, promised_layers, zeroed_layers
@@ -385,15 +386,6 @@ def summary(stage: Stage) -> str:
     choices = [getattr(stage, n, None) for n in ("allocation", "recover", "features", "trainable")]
     words += [choice for choice in choices if choice and str(choice) not in ("uniform", "all")]
     return " ".join(str(w) for w in words if w)
-
-
-def size(count: float) -> str:
-    """Bytes for people: ``3.42 MB`` (powers of ten)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def _digest(data: Json) -> str:

@@ -5,7 +5,7 @@ For any stage with the fields ``teacher``, ``loss``, ``temperature``, ``cross_en
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from compresskit.distill import FEATURE_LOSSES, LOSSES
@@ -21,8 +21,9 @@ from compresskit.distill.vocabulary import (
 from compresskit.errors import Fault, InputError, PlanError
 from compresskit.modeling import ModelSource, open_model
 from compresskit.options import Choice, choice_faults, choices_of, option_faults
+from compresskit.progress import size
 from compresskit.training.job import Part
-from compresskit.training.lesson import TEXT_ALONE, unused_faults
+from compresskit.training.lesson import REPLICATE, TEXT_ALONE, unused_faults
 from compresskit.training.outlook import STATE_BYTES, pass_tokens, scale_faults
 from compresskit.training.stage import CROSS_ENTROPY
 
@@ -65,6 +66,11 @@ class TeachersLesson:
         return _placement(stage).held_bytes(stage, model, teaching) + feature_bytes(stage, model)
 
     @staticmethod
+    def notes(stage: Taught, model: Outlook) -> tuple[str, ...]:
+        """What each placement would hold of the teacher in every process."""
+        return (held_note(stage.teacher_placement, stage, model, _foreseen(stage, model)),)
+
+    @staticmethod
     def parts(stage: Taught, model: ModelSource, context: StageContext) -> tuple[Part, Part]:
         """What to minimise, and where the teacher's signal comes from.
 
@@ -97,6 +103,26 @@ def placement_faults(stage: Taught, model: Outlook, where: str) -> list[Fault]:
     if faults := choice_faults(placed, PLACEMENTS, where=where):
         return faults
     return _placement(stage).faults(stage, model, _foreseen(stage, model), where)
+
+
+def held_note(chosen: Choice, stage: Taught, model: Outlook, teaching: Teaching) -> str:
+    """What each placement would hold of the teacher, in a line; none that would save nothing."""
+    made = {name: _placement(stage) if name == chosen.method else _plain(name) for name in PLACEMENTS}
+    held = {name: placement.held_bytes(stage, model, teaching) for name, placement in made.items()}
+    told = []
+    for name, count in held.items():
+        if name in (REPLICATE, chosen.method) or count < held[REPLICATE]:
+            mark = " (chosen)" if name == chosen.method else ""
+            told.append(f"{name} {size(count) if count else 'nothing'}{mark}")
+    return f"Teacher, in each process: {', '.join(told)}."
+
+
+def _plain(name: str) -> Placement:
+    """A placement for its bytes alone, which hang on no option that has to be given."""
+    cls: Any = PLACEMENTS[name]
+    needed = [f for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+    made: Placement = cls(**{field.name: "" for field in needed})
+    return made
 
 
 def loss_faults(stage: Taught, where: str) -> list[Fault]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compresskit.errors import Fault
@@ -65,7 +65,8 @@ class Distill(TrainableFields):
         from compresskit.distill.lesson import TeachersLesson
         from compresskit.training.retrain import forecast_retraining
 
-        return forecast_retraining(self, model, teacher_bytes=TeachersLesson.held_bytes(self, model))
+        found = forecast_retraining(self, model, teacher_bytes=TeachersLesson.held_bytes(self, model))
+        return replace(found, notes=(*found.notes, *TeachersLesson.notes(self, model)))
 
     def run(self, model: ModelSource, context: StageContext) -> StageResult:
         """Train ``model`` into ``context.out``.

@@ -74,6 +74,11 @@ class Lesson(Protocol):
         ...
 
     @staticmethod
+    def notes(stage: Taught, model: Outlook) -> tuple[str, ...]:
+        """What a user should know of it before the stage starts."""
+        ...
+
+    @staticmethod
     def parts(stage: Taught, model: ModelSource, context: StageContext) -> tuple[Part, Part]:
         """What to minimise, and where the signal comes from."""
         ...
@@ -164,6 +169,11 @@ def unused_faults(stage: Taught, where: str, *names: str) -> list[Fault]:
 def lesson_bytes(stage: Taught, model: Outlook) -> int:
     """What every process holds in memory for a teacher; 0 where text alone is learnt from."""
     return LESSONS["teacher"].held_bytes(stage, model) if has_teacher(stage) else 0
+
+
+def lesson_notes(stage: Taught, model: Outlook) -> tuple[str, ...]:
+    """What to tell of a teacher in the plan; nothing where text alone is learnt from."""
+    return LESSONS["teacher"].notes(stage, model) if has_teacher(stage) else ()
 
 
 def lesson_parts(stage: Taught, model: ModelSource, context: StageContext) -> tuple[Part, Part | None]:

@@ -120,7 +120,7 @@ def forecast_training(
     Args:
         fields: of the stage.
         model: what the stage will be given.
-        teacher_bytes: of the teacher's weights, which every process holds whole.
+        teacher_bytes: what every process holds of a teacher.
         trained: parameters that are; None: all of the model.
         frozen: parameters that are not, in fp32, which an engine shards where it shards the trained ones.
         other_bytes: what an adaptation holds besides, such as frozen weights, in each process.

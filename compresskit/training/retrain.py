@@ -67,7 +67,7 @@ def forecast_retraining(stage: TrainableFields, model: Outlook, *, teacher_bytes
     Args:
         stage: has no faults for ``model``.
         model: what the stage will be given.
-        teacher_bytes: of the teacher's weights, which every process holds whole.
+        teacher_bytes: what every process holds of a teacher.
     """
     share = share_of(stage, model.anatomy)
     found = forecast_training(

@@ -16,6 +16,9 @@ from compresskit.distill.stage import Distill
 from compresskit.distill.teacher import Replica
 from compresskit.formats.shards import read_header
 from compresskit.modeling import ModelSource, open_model
+from compresskit.progress import size
+from compresskit.quant.qat import Qat
+from compresskit.sparse.train import SparseTrain
 from compresskit.stage import Outlook
 
 VOCABULARY = 258
@@ -87,3 +90,34 @@ def test_the_rows_of_a_stored_tensor_are_read_alone(tmp_path: Path) -> None:
     place = read_header(tmp_path / "model.safetensors")["b"]
     assert torch.equal(place.rows(1, 3).read(), tensors["b"][1:4])
     assert place.rows(5, 0).read().shape == (0, 3, 2)
+
+
+def told_of(source: ModelSource, **changes: Any) -> str:
+    (note,) = [n for n in Distill(batch_size=8, **changes).forecast(outlook(source)).notes if "Teacher" in n]
+    return note
+
+
+def test_a_plan_tells_what_each_placement_holds(source: ModelSource) -> None:
+    """In one process there is no shard to have."""
+    whole, eight, four = (size(held(source, name)) for name in ("replicate", "8bit", "4bit"))
+    told = f"Teacher, in each process: replicate {whole} (chosen), 8bit {eight}, 4bit {four}, server nothing"
+    assert told_of(source).startswith(told)
+    two = told_of(source, processes=2, teacher_placement="shard")
+    assert f"replicate {whole}, shard {size(held(source, 'shard', 2))} (chosen), 8bit {eight}, " in two
+    half = told_of(source, teacher_placement={"method": "replicate", "dtype": "bfloat16"})
+    assert f"replicate {size(source.bytes / 2)} (chosen)" in half
+
+
+def test_every_stage_with_a_teacher_tells_it(source: ModelSource) -> None:
+    taught: dict[str, Any] = {"loss": "forward_kl", "teacher": str(source.directory)}
+    for stage in (Qat(scheme="w8a8", **taught), SparseTrain(method="gradual", pattern="50%", **taught)):
+        assert sum("Teacher" in note for note in stage.forecast(outlook(source)).notes) == 1
+    assert not any("Teacher" in note for note in Qat(scheme="w8a8").forecast(outlook(source)).notes)
+
+
+def test_the_shard_forecast_counts_what_is_held(source: ModelSource) -> None:
+    there = Distill(batch_size=8, processes=2).forecast(outlook(source)).memory_bytes
+    here = (
+        Distill(batch_size=8, processes=2, teacher_placement="shard").forecast(outlook(source)).memory_bytes
+    )
+    assert there - here == source.bytes - held(source, "shard", 2)
