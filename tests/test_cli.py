@@ -191,3 +191,15 @@ def test_wrongly(case: str, cli: Run, material: Path, tmp_path: Path) -> None:
         assert part in done.output, done.output
     assert "Traceback" not in done.output
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["full", "mine"], "something was written"
+
+
+def test_distill_needs_a_teacher_unless_one_is_behind_a_server(tmp_path: Path) -> None:
+    student = str(tiny_llama(tmp_path / "model"))
+    asked = ["distill", "--student", student, "-o", str(tmp_path / "out"), "--dry-run"]
+    for more in ([], ["--teacher-placement", "4bit"], ["--student", "cut:layers=1"]):
+        result = CliRunner().invoke(main, [*asked, *more])
+        assert result.exit_code == 2
+        assert "Missing option '--teacher'" in result.output
+    server = "{method: server, url: 'http://127.0.0.1:9/v1', model: m}"
+    result = CliRunner().invoke(main, [*asked, "--teacher-placement", server])
+    assert "expected a server that tells its models" in result.output

@@ -8,13 +8,15 @@ import click
 
 from compresskit.cli.common import execute, one_stage_recipe, run_options, stage_options
 from compresskit.distill.stage import Distill
+from compresskit.options import choice_of
+from compresskit.training.lesson import REPLICATE, SERVER
 from compresskit.yaml12 import parse_yaml
 
 CUT = "cut:"
 
 
 @click.command()
-@click.option("--teacher", required=True, help="Path or hub id.")
+@click.option("--teacher", help="Path or hub id. Needed unless it is behind a server.")
 @click.option(
     "--student",
     required=True,
@@ -23,12 +25,16 @@ CUT = "cut:"
 @click.option("--data", help="Text or dialogues to train on. [stdlib:]")
 @stage_options(Distill, skip=("teacher",))
 @run_options
-def distill(teacher: str, student: str, data: str | None, **given: Any) -> None:
+def distill(teacher: str | None, student: str, data: str | None, **given: Any) -> None:
     """Train STUDENT to match TEACHER."""
+    placement = parse_yaml(given["teacher_placement"] or REPLICATE, "--teacher-placement")[0]
+    served = isinstance(placement, str | dict) and choice_of(placement).method == SERVER
+    if teacher is None and (not served or student.startswith(CUT)):
+        raise click.UsageError("Missing option '--teacher'.")
     given["teacher"] = teacher
     first: tuple[dict[str, Any], ...] = ()
     model, tokenizer = student, teacher if student.endswith(".json") else None
-    if student.startswith(CUT):
+    if teacher is not None and student.startswith(CUT):
         model, first = teacher, ({"prune": {"method": "cut", **cut_options(student)}},)
     recipe = one_stage_recipe("distill", Distill, model, given, first=first, data=data, tokenizer=tokenizer)
     execute(recipe, given)

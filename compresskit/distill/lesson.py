@@ -23,7 +23,7 @@ from compresskit.modeling import ModelSource, open_model
 from compresskit.options import Choice, choice_faults, choices_of, option_faults
 from compresskit.progress import size
 from compresskit.training.job import Part
-from compresskit.training.lesson import REPLICATE, TEXT_ALONE, unused_faults
+from compresskit.training.lesson import REPLICATE, SERVER, TEXT_ALONE, unused_faults
 from compresskit.training.outlook import STATE_BYTES, pass_tokens, scale_faults
 from compresskit.training.stage import CROSS_ENTROPY
 
@@ -107,6 +107,8 @@ def placement_faults(stage: Taught, model: Outlook, where: str) -> list[Fault]:
 
 def held_note(chosen: Choice, stage: Taught, model: Outlook, teaching: Teaching) -> str:
     """What each placement would hold of the teacher, in a line; none that would save nothing."""
+    if chosen.method == SERVER and stage.teacher is None:
+        return "Teacher, in each process: nothing, it is behind a server."
     made = {name: _placement(stage) if name == chosen.method else _plain(name) for name in PLACEMENTS}
     held = {name: placement.held_bytes(stage, model, teaching) for name, placement in made.items()}
     told = []

@@ -85,7 +85,7 @@ class Lesson(Protocol):
 
 
 LESSONS: Registry[Lesson] = Registry("lesson", {"teacher": "compresskit.distill.lesson:TeachersLesson"})
-REPLICATE = "replicate"
+REPLICATE, SERVER = "replicate", "server"
 TEXT_ALONE = "cross_entropy"
 """The loss of a stage that learns from text without a teacher."""
 

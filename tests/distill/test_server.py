@@ -92,6 +92,8 @@ def test_a_served_teacher_teaches_what_its_top_tokens_say(
         "there": Distill(teacher_placement=placement(url), loss=loss, **FEW),
     }
     assert stages["there"].faults(outlook(source), "s") == []
+    notes = stages["there"].forecast(outlook(source)).notes
+    assert "Teacher, in each process: nothing, it is behind a server." in notes
     found = {}
     for name, stage in stages.items():
         result, _ = run(stage, source, text, tmp_path / name)
