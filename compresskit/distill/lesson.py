@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from compresskit.distill import FEATURE_LOSSES, LOSSES
 from compresskit.distill.mapping import UNIFORM, FeatureFields, Pairs, mapping_faults, paired
 from compresskit.distill.placements import PLACEMENTS
-from compresskit.distill.placements.base import Placement, Teaching
+from compresskit.distill.placements.base import Placement, Preparatory, Teaching
 from compresskit.distill.vocabulary import (
     shared_vocabulary,
     teacher_faults,
@@ -67,8 +67,10 @@ class TeachersLesson:
 
     @staticmethod
     def notes(stage: Taught, model: Outlook) -> tuple[str, ...]:
-        """What each placement would hold of the teacher in every process."""
-        return (held_note(stage.teacher_placement, stage, model, _foreseen(stage, model)),)
+        """What each placement would hold of the teacher in every process, and what is done before training."""
+        teaching, placement = _foreseen(stage, model), _placement(stage)
+        before = placement.notes(stage, model, teaching) if isinstance(placement, Preparatory) else ()
+        return (held_note(stage.teacher_placement, stage, model, teaching), *before)
 
     @staticmethod
     def parts(stage: Taught, model: ModelSource, context: StageContext) -> tuple[Part, Part]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from compresskit.training.fit import fit, quiet_transformers
 from compresskit.training.hold import require_held
 from compresskit.training.isolation import isolation_fault, model_sees_across, sees_across
 from compresskit.training.launch import launch
-from compresskit.training.objective import Approximate, TeacherProvider
-from compresskit.training.order import Rows
+from compresskit.training.objective import Approximate, Prepared, Prepares, TeacherProvider
+from compresskit.training.order import Mixed, Numbered, Rows
 from compresskit.training.outcome import TrainOutcome, outcome_from_json
 from compresskit.training.rules import launched_processes, this_rank
 
@@ -123,7 +123,8 @@ def train(job: TrainJob) -> TrainOutcome:
         return carry_out(job)
     scratch = Path(job.scratch)
     scratch.mkdir(parents=True, exist_ok=True)
-    _rows(job)  # fills the token cache once, before every worker would
+    rows, validation, _ = _rows(job)  # fills the token cache once, before every worker would
+    _prepared(job, job.teacher.make() if job.teacher else None, rows, validation)
     launch(job.to_json(), fields.processes, scratch)
     return outcome_from_json((scratch / OUTCOME).read_text(encoding="utf-8"))
 
@@ -133,6 +134,7 @@ def carry_out(job: TrainJob) -> TrainOutcome:
     source = ModelSource(job.model, trust_remote_code=job.trust_remote_code)
     rows, validation, notes = _rows(job)
     teacher = job.teacher.make() if job.teacher else None
+    prepared = _prepared(job, teacher, rows, validation)
     adaptation: Adaptation = job.adaptation.make() if job.adaptation else Plain()
     with quiet_transformers():
         model = adaptation.load(source)
@@ -167,11 +169,25 @@ def carry_out(job: TrainJob) -> TrainOutcome:
         save=save,
         title=job.title,
         evaluates_first=job.evaluates_first,
-        warnings=notes,
+        warnings=notes + prepared.notes,
     )
+    outcome = replace(outcome, teacher=prepared.figures)
     if this_rank() == 0:
         (Path(job.scratch) / OUTCOME).write_text(outcome.to_json(), encoding="utf-8")
     return outcome
+
+
+def _prepared(
+    job: TrainJob, teacher: TeacherProvider | None, rows: Rows, validation: Rows | None
+) -> Prepared:
+    """Have ``teacher`` get ready, if it must know the rows before."""
+    if not isinstance(teacher, Prepares):
+        return Prepared()
+    # In given shares an epoch leaves out some rows, which a later one has.
+    every: Rows = Numbered(rows) if isinstance(rows, Mixed) else rows
+    known = [every] if validation is None else [every, validation]
+    with quiet_transformers():
+        return teacher.prepare(known, Path(job.cache), job.device)
 
 
 def _require_isolation(model: nn.Module, teacher: TeacherProvider | None) -> None:

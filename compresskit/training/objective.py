@@ -6,9 +6,10 @@ supervised tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ class Listing:
     """A teacher's distributions of which only some ids are known.
 
     Attributes:
-        ids_BTK: int64; of each token K different ids.
+        ids_BTK: int64; of each token K ids, those of any probability different.
         log_p_BTO: (B, T, K) their log-probabilities, or (B, T, K + 1) with that of all other ids last.
         vocabulary: ids the teacher may give a probability to: the first of the student's.
         temperature: of the log-probabilities.
@@ -135,6 +136,34 @@ class Approximate(Protocol):
 
     def told(self, rows: Rows, device: torch.device) -> tuple[str, ...]:
         """How far it is, on some of the training rows: full sentences for the stage's result."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a provider has done before training.
+
+    Attributes:
+        figures: for the stage's metrics; the same whenever the run is repeated.
+        notes: full sentences.
+    """
+
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """A ``TeacherProvider`` that must know all rows before the first step."""
+
+    def prepare(self, rows: Sequence[Rows], cache: Path, device: str) -> Prepared:
+        """Get ready for these rows; called in each process, before the model in training is loaded.
+
+        Args:
+            rows: to train on, and to evaluate on.
+            cache: folder for what may be used again.
+            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:0``.
+        """
         ...
 
 

@@ -25,8 +25,11 @@ class Rows(Sized, Protocol):
 
 
 @runtime_checkable
-class Mixed(Protocol):
-    """Rows of several sources, which are shuffled source by source so that their shares stay as they are."""
+class Mixed(Sized, Protocol):
+    """Rows of several sources, which are shuffled source by source so that their shares stay as they are.
+
+    An epoch has as many rows as all sources together.
+    """
 
     def shuffled(self, epoch: int, seed: int) -> Tensor:
         """The number of the row that each item of a pass is."""
@@ -35,6 +38,19 @@ class Mixed(Protocol):
     def row(self, number: int) -> Mapping[str, Tensor]:
         """The row of that number."""
         ...
+
+
+class Numbered:
+    """All rows of several sources by their numbers, each once, whatever the shares of the sources are."""
+
+    def __init__(self, rows: Mixed) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Mapping[str, Tensor]:
+        return self._rows.row(index)
 
 
 class Ordered(Dataset[Mapping[str, Tensor]]):

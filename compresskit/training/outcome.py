@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,7 @@ class TrainOutcome:
         warnings: full sentences.
         validation_loss_before: of an evaluation before the first step; None where none was asked for.
         given_step: whose weights were given: the last one, or with ``keep_best`` the best evaluated.
+        teacher: what its provider told of its preparations.
     """
 
     steps: int
@@ -44,6 +46,7 @@ class TrainOutcome:
     final_parts: Mapping[str, float] = field(default_factory=dict)
     validation_loss_before: float | None = None
     given_step: int = 0
+    teacher: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """As text that :func:`outcome_from_json` reads back to an equal outcome."""

@@ -129,6 +129,8 @@ def _result(
     plain = asdict(outcome)
     if outcome.validation_loss_before is None:
         del plain["validation_loss_before"]
+    if not outcome.teacher:
+        del plain["teacher"]
     record = {name: plain.pop(name) for name in ("resumed_from", "seconds", "parameter_bytes")}
     (context.scratch / "record.json").write_text(json.dumps(record), encoding="utf-8")
     warnings = plain.pop("warnings") + dtype_warnings(context.dtype, stage.precision)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from compresskit.errors import Fault
 from compresskit.options import Choice
@@ -87,3 +87,16 @@ def with_blocks(teaching: Teaching) -> dict[str, Any]:
         "trust_remote_code": teaching.trust_remote_code,
         "blocks": teaching.blocks,
     }
+
+
+@runtime_checkable
+class Preparatory(Protocol):
+    """A placement whose provider works before training starts."""
+
+    def preparing_bytes(self, stage: Taught, model: Outlook, teaching: Teaching) -> int:
+        """What one process holds in memory meanwhile."""
+        ...
+
+    def notes(self, stage: Taught, model: Outlook, teaching: Teaching) -> tuple[str, ...]:
+        """Sentences for a plan."""
+        ...
