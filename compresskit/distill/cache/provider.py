@@ -29,6 +29,10 @@ from compresskit.training.objective import IGNORED, Head, Prepared, Signal
 from compresskit.training.order import Rows
 
 VERSION = 1
+SPIKES = (
+    "Losses against draws are higher than against the whole teacher, by as much as draws are less spread; "
+    "their gradients are the same on average."
+)
 FOLDER = "teacher"
 FILES = "files"
 """Inside ``FOLDER``: what is remembered of teachers' files."""
@@ -167,8 +171,9 @@ class Cached:
         }[self.keep]
         far = f"{found['kl']:.2g} nats" if found["kl"] is not None else ""
         far = far or f"{found['total_variation']:.3f} in total variation, 0 on average over draws,"
-        return figures, (
+        notes = (
             f"The teacher's cache keeps {said}: {far} a token from the teacher itself, on "
             f"{found['tokens']:,} tokens; {size / 1e6:,.1f} MB on disk, "
             f"{size / report['tokens']:,.1f} bytes a token.",
         )
+        return figures, notes + ((SPIKES,) if self.keep == SAMPLED else ())

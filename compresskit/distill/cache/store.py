@@ -110,8 +110,9 @@ def agree(folder: Path, facts: Mapping[str, Any]) -> None:
             theirs = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise damaged(path, str(error)) from error
-        differ = [name for name in {**facts, **theirs} if facts.get(name) != theirs.get(name)]
-        if differ:
+        if facts != theirs:
+            both = [name for name in facts if name in theirs and facts[name] != theirs[name]]
+            differ = both or sorted(facts.keys() ^ theirs.keys())
             expected = ", ".join(f"{name} {facts.get(name)}" for name in differ)
             got = ", ".join(f"{name} {theirs.get(name)}" for name in differ)
             cure = "Name another folder, or leave dir out, or train as the cache was made."
