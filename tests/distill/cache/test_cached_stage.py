@@ -75,7 +75,7 @@ def test_the_loss_curve_is_the_live_teachers(
     placement: dict[str, Any],
     tolerance: float,
 ) -> None:
-    """Over a second pass of the data, other rows of which are evaluated on; the second run asks no teacher."""
+    """Into a second pass of the data, and on rows held out; once it is made no teacher is loaded."""
     stage = Distill(teacher=str(teacher), **FEW | {"steps": None, "epochs": 1.7, "temperature": 2.0})
     alone = run(stage, student, text, tmp_path / "live", tmp_path / "cache")
     kept = replace(stage, teacher_placement={"method": "cache", **placement})
