@@ -20,13 +20,12 @@ from compresskit.distill.cache.keep import Keep, joined
 from compresskit.distill.cache.parts import find_part, require_sound, unwritable, write_part, write_whole
 from compresskit.distill.cache.rows import Roll
 from compresskit.distill.cache.store import REPORT, Store, write_index
+from compresskit.distill.placements.cache import PASS_TOKENS
 from compresskit.progress import Progress
 from compresskit.training.objective import Hidden, TeacherProvider, predictions
 from compresskit.training.order import stack
 
 PART_BYTES = 1 << 26
-PASS_TOKENS = 4096
-"""Of one forward pass of the teacher."""
 
 
 def build(folder: Path, roll: Roll, keep: Keep, teacher: TeacherProvider, device: torch.device) -> None:

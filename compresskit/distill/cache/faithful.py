@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compresskit.distill.cache.keep import Keep, layer_out, projected
+from compresskit.distill.cache.keep import Keep, layer_out, projected, told
 from compresskit.distill.cache.rows import Roll, row_hashes
 from compresskit.distill.cache.store import Store
 from compresskit.kernels.reference.linear_divergence import LEAST_LOG, Listed, Outcomes, Target
-from compresskit.kernels.reference.projection import chunks
 from compresskit.training.objective import Hidden, Listing, TeacherProvider, predictions
 from compresskit.training.order import stack
 
@@ -45,8 +44,9 @@ def faithfulness(
         says = keep.says(store.read(row_hashes(batch)), layer_out(labels_BT), live.head)
         truth, given = (_target(said, labels_BT) for said in (live, says))
         count = int(roll.tokens_R[place])
-        for part in chunks(count, truth.vocabulary, device.type, 0):
-            sums += _compared(truth.outcomes(part, temperature), given.outcomes(part, temperature))
+        both = (told(target, count, temperature, device.type) for target in (truth, given))
+        for true, kept in zip(*both, strict=True):
+            sums += _compared(true, kept)
         tokens += count
         if tokens >= SAMPLE_TOKENS:
             break

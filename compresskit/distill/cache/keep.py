@@ -5,14 +5,15 @@ Shapes: N = supervised tokens, E = teacher's hidden width, B = rows, T = tokens 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from compresskit.kernels.reference.linear_divergence import Projected
-from compresskit.kernels.reference.projection import Projection
+from compresskit.kernels.chunking import block_tokens
+from compresskit.kernels.reference.linear_divergence import Outcomes, Projected, Target
+from compresskit.kernels.reference.projection import Projection, chunks
 from compresskit.training.objective import IGNORED, Head, Hidden, Listing
 
 Columns = dict[str, Tensor]
@@ -57,6 +58,15 @@ def ids_type(vocabulary: int) -> torch.dtype:
 def projected(hidden_NE: Tensor, head: Head) -> Projected:
     """The distributions over all ids that the head makes of hidden states."""
     return Projected(hidden_NE, Projection(head.weight_VD.to(hidden_NE.dtype), head.bias_V, head.softcap))
+
+
+def told(target: Target, count: int, temperature: float, device: str) -> Iterator[Outcomes]:
+    """What ``target`` says of ``count`` tokens, some of them at a time."""
+    step = block_tokens(target.vocabulary, device)
+    for part in chunks(count, target.vocabulary, device, 0):
+        said, size = target.chunk(part, temperature), part.stop - part.start
+        for begin in range(0, size, step):
+            yield said(slice(begin, min(begin + step, size)))
 
 
 def layer_out(labels_BT: Tensor) -> Lay:

@@ -20,8 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from compresskit.distill.cache.keep import Columns, Lay, ids_type, joined, projected
-from compresskit.kernels.reference.projection import chunks
+from compresskit.distill.cache.keep import Columns, Lay, ids_type, joined, projected, told
 from compresskit.training.objective import Head, Listing
 
 MOST_DRAWS = (1 << 16) - 1
@@ -58,8 +57,8 @@ class Sampled:
         for states_NE, seed in zip(torch.split(hidden_NE, list(tokens)), seeds, strict=True):
             generator = torch.Generator(device).manual_seed(seed)
             target = projected(states_NE, head)
-            for part in chunks(len(states_NE), self.vocabulary, device.type, 0):
-                p_CV = target.outcomes(part, self.temperature).log_p_CO.exp()
+            for said in told(target, len(states_NE), self.temperature, device.type):
+                p_CV = said.log_p_CO.exp()
                 drawn_CS = torch.multinomial(p_CV, self.draws, replacement=True, generator=generator)
                 made.append(self._counted(drawn_CS.cpu()))
         return joined(made)

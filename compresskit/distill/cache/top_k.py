@@ -12,8 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from compresskit.distill.cache.keep import Columns, Lay, ids_type, joined, projected
-from compresskit.kernels.reference.projection import chunks
+from compresskit.distill.cache.keep import Columns, Lay, ids_type, joined, projected, told
 from compresskit.training.objective import Head, Listing
 
 
@@ -41,8 +40,8 @@ class TopK:
     def columns(self, hidden_NE: Tensor, head: Head, tokens: Sequence[int], seeds: Sequence[int]) -> Columns:
         """See ``Keep``: ``ids`` (N, K) and ``log_p``, (N, K) where these are all ids, else (N, K + 1)."""
         target, made = projected(hidden_NE, head), []
-        for part in chunks(len(hidden_NE), self.vocabulary, hidden_NE.device.type, 0):
-            said = target.outcomes(part, self.temperature).top(self.k)
+        for whole in told(target, len(hidden_NE), self.temperature, hidden_NE.device.type):
+            said = whole.top(self.k)
             assert said.ids_CK is not None
             kept = said.ids_CK.shape[1]
             known = kept if kept == self.vocabulary else kept + 1

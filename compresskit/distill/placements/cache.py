@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from compresskit.distill import LOSSES
 from compresskit.distill.placements.base import Teaching, with_blocks
 from compresskit.errors import Fault
+from compresskit.kernels.chunking import loss_bytes
 from compresskit.options import Within
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ CACHED = "compresskit.distill.cache.provider:Cached"
 TOP_K, SAMPLED, HIDDEN = KEEPS = ("top_k", "sampled", "hidden")
 BF16, MODEL = PRECISIONS = ("bf16", "model")
 IDS, MOST_IDS = 64, (1 << 16) - 1
+PASS_TOKENS = 4096
+"""Of one forward pass of the teacher."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,9 +97,9 @@ class Cache:
 
     def preparing_bytes(self, stage: Taught, model: Outlook, teaching: Teaching) -> int:
         """See ``Preparatory``: the teacher's weights, and logits of a few tokens."""
-        from compresskit.kernels.reference.projection import CHUNK_ELEMENTS
-
-        return teaching.teacher.bytes + 4 * 4 * CHUNK_ELEMENTS["cpu"]
+        return teaching.teacher.bytes + loss_bytes(
+            PASS_TOKENS, teaching.vocabulary, 0, model.device, models=1
+        )
 
     def notes(self, stage: Taught, model: Outlook, teaching: Teaching) -> tuple[str, ...]:
         """See ``Preparatory``: the size on disk."""
