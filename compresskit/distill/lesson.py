@@ -67,7 +67,7 @@ class TeachersLesson:
 
     @staticmethod
     def notes(stage: Taught, model: Outlook) -> tuple[str, ...]:
-        """What each placement would hold of the teacher in every process, and what is done before training."""
+        """What each placement would hold of the teacher in each process, and what is done before training."""
         teaching, placement = _foreseen(stage, model), _placement(stage)
         before = placement.notes(stage, model, teaching) if isinstance(placement, Preparatory) else ()
         return (held_note(stage.teacher_placement, stage, model, teaching), *before)

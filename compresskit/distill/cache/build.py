@@ -106,6 +106,7 @@ def _make(
             made.append(keep.columns(hidden_NE, says.head, tokens, seeds))
         bar.advance(len(some))
     columns = joined(made)
+    made.clear()
     tokens_R = torch.from_numpy(roll.tokens_R[places].copy())
     lines_R = tokens_R.clone()
     if keep.entry_columns:

@@ -9,6 +9,7 @@ from compresskit.data.spec import DataSpec
 from compresskit.distill.placements.cache import SAMPLED
 from compresskit.errors import InputError
 from compresskit.modeling import load_tokenizer
+from compresskit.progress import size
 
 READ_CHARACTERS = 32_000_000
 TOKENISED_CHARACTERS = 200_000
@@ -25,6 +26,10 @@ def expected_tokens(spec: DataSpec, tokenizer: Path, trust_remote_code: bool) ->
     Returns:
         The number, and whether all of the source was read; None of what is not on this machine.
     """
+    if spec.sources:
+        found = [expected_tokens(part, tokenizer, trust_remote_code) for part in spec.parts()]
+        known = [one for one in found if one is not None]
+        return (sum(n for n, _ in known), all(w for _, w in known)) if len(known) == len(found) else None
     try:
         corpus = open_corpus(spec)
         if corpus.source.kind == "hub":
@@ -44,18 +49,19 @@ def expected_tokens(spec: DataSpec, tokenizer: Path, trust_remote_code: bool) ->
     return round(tokens * characters / max(some, 1)), characters <= READ_CHARACTERS
 
 
-def in_words(keep: str, token_bytes: int, expected: tuple[int, bool] | None) -> str:
+def in_words(keep: str, token_bytes: int, expected: tuple[int, bool] | None, teacher_bytes: int) -> str:
     """A sentence for a plan.
 
     Args:
         keep: what is kept of a token.
         token_bytes: of one, at most.
         expected: of :func:`expected_tokens`.
+        teacher_bytes: of all weights.
     """
     each = f"{'at most ' if keep == SAMPLED else ''}{token_bytes:,} bytes"
     said = f"The teacher's cache ({keep}) takes {each} on disk for each supervised token"
-    if expected is None:
-        return f"{said}."
-    tokens, whole = expected
-    total = f"about {tokens * token_bytes / 1e6:,.1f} MB{'' if whole else ' or more'}"
-    return f"{said}, {total} if each of some {tokens:,} tokens is; it is made before training starts."
+    if expected is not None:
+        tokens, whole = expected
+        total = f"about {tokens * token_bytes / 1e6:,.1f} MB{'' if whole else ' or more'}"
+        said += f", {total} if each of some {tokens:,} tokens is"
+    return f"{said}. Before training one process makes it, with the whole teacher: {size(teacher_bytes)}."

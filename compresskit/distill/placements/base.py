@@ -93,10 +93,6 @@ def with_blocks(teaching: Teaching) -> dict[str, Any]:
 class Preparatory(Protocol):
     """A placement whose provider works before training starts."""
 
-    def preparing_bytes(self, stage: Taught, model: Outlook, teaching: Teaching) -> int:
-        """What one process holds in memory meanwhile."""
-        ...
-
     def notes(self, stage: Taught, model: Outlook, teaching: Teaching) -> tuple[str, ...]:
         """Sentences for a plan."""
         ...

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 from compresskit.distill import LOSSES
 from compresskit.distill.placements.base import Teaching, with_blocks
 from compresskit.errors import Fault
-from compresskit.kernels.chunking import loss_bytes
 from compresskit.options import Within
 
 if TYPE_CHECKING:
@@ -95,14 +94,8 @@ class Cache:
         rows, width = teacher.shape(head)
         return rows * width * teacher.compute_dtype.itemsize
 
-    def preparing_bytes(self, stage: Taught, model: Outlook, teaching: Teaching) -> int:
-        """See ``Preparatory``: the teacher's weights, and logits of a few tokens."""
-        return teaching.teacher.bytes + loss_bytes(
-            PASS_TOKENS, teaching.vocabulary, 0, model.device, models=1
-        )
-
     def notes(self, stage: Taught, model: Outlook, teaching: Teaching) -> tuple[str, ...]:
-        """See ``Preparatory``: the size on disk."""
+        """See ``Preparatory``: the size on disk, and what making it takes."""
         from compresskit.distill.cache.choose import keep_of
         from compresskit.distill.cache.foresee import expected_tokens, in_words
 
@@ -115,7 +108,7 @@ class Cache:
             precision=self.precision,
         )
         tokens = expected_tokens(stage.data or model.data, model.tokenizer, model.trust_remote_code)
-        return (in_words(self.keep, kept.most_bytes(), tokens),)
+        return (in_words(self.keep, kept.most_bytes(), tokens, teaching.teacher.bytes),)
 
     def part(self, teaching: Teaching) -> Part:
         """See ``Placement.part``."""
