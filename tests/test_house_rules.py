@@ -16,6 +16,7 @@ import pytest
 import compresskit
 from compresskit.cli import COMMANDS
 from compresskit.distill import FEATURE_LOSSES, LOSSES
+from compresskit.distill.align import ALIGNMENTS
 from compresskit.errors import UnknownMethodError
 from compresskit.quant import QUANTIZERS
 from compresskit.recipe import STAGES
@@ -152,6 +153,7 @@ def methods() -> list[tuple[str, type[Any], str]]:
         (TRAINED_PRUNERS, "update"),
         (QUANTIZERS, "quantize"),
         (FEATURE_LOSSES, "__call__"),
+        (ALIGNMENTS, "__call__"),
         (TRAINABLES, "load"),
     ]
     found = [(f"{r.kind} {name}", r[name], verb) for r, verb in tables for name in r]

@@ -20,6 +20,7 @@ LOSSES: Registry[DistillLoss] = Registry(
         "total_variation": "compresskit.distill.total_variation:TotalVariation",
         "adaptive_kl": "compresskit.distill.adaptive_kl:AdaptiveKL",
         "taid": "compresskit.distill.taid:TAID",
+        "uld": "compresskit.distill.uld:ULD",
     },
 )
 

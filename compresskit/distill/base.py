@@ -26,6 +26,8 @@ class LossFields:
 
     linear_in_p: ClassVar[bool] = False
     """Whether the gradient is linear in the teacher's probabilities, so that samples of them will do."""
+    compares_ranks: ClassVar[bool] = False
+    """Whether ids do not matter, so that the two distributions may be over different vocabularies."""
 
     weight: Annotated[float, Within(0, above=True)] = 1.0
     top_k: Annotated[int | None, Within(1)] = None
@@ -35,6 +37,7 @@ class DistillLoss(Protocol):
     """A frozen dataclass with the fields of ``LossFields``, and a pure function of two distributions."""
 
     linear_in_p: ClassVar[bool]
+    compares_ranks: ClassVar[bool]
 
     @property
     def weight(self) -> float:

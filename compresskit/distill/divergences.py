@@ -19,11 +19,11 @@ from torch import Tensor
 from compresskit.distill import LOSSES
 from compresskit.distill.base import DistillLoss, Scheduled
 from compresskit.kernels.ops import linear_cross_entropy, linear_divergence
-from compresskit.kernels.reference.linear_divergence import Listed, Projected, Target, Term
+from compresskit.kernels.reference.linear_divergence import Foreign, Listed, Projected, Target, Term
 from compresskit.kernels.reference.projection import Projection
 from compresskit.training.objective import IGNORED, LOSS, Head, Hidden, Signal, predictions
 
-AGREEMENT, CROSS_ENTROPY = "agreement", "cross_entropy"
+AGREEMENT, ALIGNED, CROSS_ENTROPY = "agreement", "aligned", "cross_entropy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,8 @@ class Divergences:
 
         Returns:
             ``loss`` and, detached, each loss by its name (temperature squared included, its weight not),
-            ``cross_entropy`` (where mixed) and ``agreement``: tokens whose likeliest id is the teacher's.
+            ``cross_entropy`` (where mixed), ``agreement``: tokens whose likeliest id is the teacher's (not of
+            a foreign one), and ``aligned``: tokens that the teacher said something of (if not of all).
 
         Raises:
             ValueError: there is no signal.
@@ -72,7 +73,7 @@ class Divergences:
         sums = linear_divergence(
             hidden_ND,
             head.weight_VD,
-            target_of(signal, told_BT),
+            target_of(signal, told_BT, head.weight_VD.shape[0]),
             self._terms((1 - weight) * scale, signal.progress),
             bias_W=head.bias_V,
             softcap=head.softcap,
@@ -88,8 +89,13 @@ class Divergences:
             )
             loss, cross_entropy = loss + weight * rest, cross_entropy + rest.detach()
         parts = dict(zip(self._names, (scale * sums.terms).unbind(), strict=True))
-        mixed = {CROSS_ENTROPY: cross_entropy} if weight else {}
-        return {LOSS: loss, **parts, **mixed, AGREEMENT: sums.agreed}
+        if weight:
+            parts[CROSS_ENTROPY] = cross_entropy
+        if not (isinstance(signal.says, Hidden) and signal.says.foreign):
+            parts[AGREEMENT] = sums.agreed
+        if signal.told_BT is not None:
+            parts[ALIGNED] = sums.agreed.new_tensor(len(labels_N))
+        return {LOSS: loss, **parts}
 
     @cached_property
     def _made(self) -> tuple[DistillLoss, ...]:
@@ -109,14 +115,21 @@ class Divergences:
         return [Term(loss, scale * loss.weight, loss.top_k or 0) for loss in now]
 
 
-def target_of(signal: Signal, labels_BT: Tensor) -> Target:
-    """The teacher's distributions of the tokens before a label, as the fused op takes them."""
+def target_of(signal: Signal, labels_BT: Tensor, students: int) -> Target:
+    """The teacher's distributions of the tokens before a label, as the fused op takes them.
+
+    Args:
+        signal: of the teacher.
+        labels_BT: not shifted.
+        students: ids of the student.
+    """
     says = signal.says
     if isinstance(says, Hidden):
         hidden_NE, _ = predictions(says.states_BTE, labels_BT)
         head = says.head
         weight_VE = head.weight_VD.to(hidden_NE.dtype)
-        return Projected(hidden_NE, Projection(weight_VE, head.bias_V, head.softcap))
+        projected = Projected(hidden_NE, Projection(weight_VE, head.bias_V, head.softcap))
+        return Foreign(projected, students) if says.foreign else projected
     ids_NK, _ = predictions(says.ids_BTK, labels_BT)
     log_p_NO, _ = predictions(says.log_p_BTO, labels_BT)
     return Listed(ids_NK, log_p_NO, says.vocabulary, says.temperature)

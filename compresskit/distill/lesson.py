@@ -9,6 +9,7 @@ from dataclasses import MISSING, asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from compresskit.distill import FEATURE_LOSSES, LOSSES
+from compresskit.distill.align.checks import aligned, alignment_faults, spelt_ids
 from compresskit.distill.mapping import UNIFORM, FeatureFields, Pairs, mapping_faults, paired
 from compresskit.distill.placements import PLACEMENTS
 from compresskit.distill.placements.base import Placement, Preparatory, Teaching
@@ -23,7 +24,7 @@ from compresskit.modeling import ModelSource, open_model
 from compresskit.options import Choice, choice_faults, choices_of, option_faults
 from compresskit.progress import size
 from compresskit.training.job import Part
-from compresskit.training.lesson import REPLICATE, SERVER, TEXT_ALONE, unused_faults
+from compresskit.training.lesson import NO_ALIGNMENT, REPLICATE, SERVER, TEXT_ALONE, unused_faults
 from compresskit.training.outlook import STATE_BYTES, pass_tokens, scale_faults
 from compresskit.training.stage import CROSS_ENTROPY
 
@@ -56,7 +57,10 @@ class TeachersLesson:
             cure = "Give the share of the next-token loss, such as 0.5."
             faults.append(Fault(f"{where}.cross_entropy_weight", "a number from 0 to 1", got, cure))
         faults += feature_faults(stage, model, f"{where}.features")
-        faults += teacher_faults(stage.teacher, stage.data or model.data, model, where)
+        faults += alignment_faults(stage, where)
+        faults += teacher_faults(
+            stage.teacher, stage.data or model.data, model, where, is_aligned=is_aligned(stage)
+        )
         return faults or placement_faults(stage, model, f"{where}.teacher_placement")
 
     @staticmethod
@@ -82,7 +86,9 @@ class TeachersLesson:
         trust = context.trust_remote_code
         source = open_model(stage.teacher or str(context.original), trust_remote_code=trust)
         rows = vocabulary_of(model.config)
-        faults = vocabulary_faults(model.directory, rows, source, "teacher", trust_remote_code=trust)
+        faults = vocabulary_faults(
+            model.directory, rows, source, "teacher", trust_remote_code=trust, is_aligned=is_aligned(stage)
+        )
         faults += scale_faults(source.config, "teacher")
         faults += _pair_faults(stage.features, model, source, "features") if stage.features else []
         if faults:
@@ -96,7 +102,14 @@ class TeachersLesson:
             widths = width_of(model.config), width_of(source.config)
             featured |= {"pairs": pairs, "widths": None if widths[0] == widths[1] else widths}
             objective = Part(FEATURED, featured)
-        return objective, _placement(stage).part(teaching)
+        teacher = _placement(stage).part(teaching)
+        return objective, aligned(stage, teacher, model, source, trust) if is_aligned(stage) else teacher
+
+
+def is_aligned(stage: Taught) -> bool:
+    """Whether the teacher has a tokenizer of its own."""
+    named: Choice = stage.alignment
+    return named.method != NO_ALIGNMENT
 
 
 def placement_faults(stage: Taught, model: Outlook, where: str) -> list[Fault]:
@@ -193,9 +206,10 @@ def _teaching(
     stage: Taught, model: Outlook | ModelSource, source: ModelSource, data: DataSpec, trust: bool
 ) -> Teaching:
     pairs = _pairs(stage.features, model, source) if stage.features is not None else ()
+    shared = shared_vocabulary(vocabulary_of(model.config), source)
     return Teaching(
         teacher=source,
-        vocabulary=shared_vocabulary(vocabulary_of(model.config), source),
+        vocabulary=spelt_ids(source, trust) if is_aligned(stage) else shared,
         blocks=tuple(block for _, block in pairs),
         losses=() if stage.loss == TEXT_ALONE else choices_of(stage.loss),
         temperature=stage.temperature,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compresskit.errors import Fault
-from compresskit.training.lesson import REPLICATE, freeze_lesson
+from compresskit.training.lesson import NO_ALIGNMENT, REPLICATE, freeze_lesson
 from compresskit.training.trainable import TrainableFields
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ class Distill(TrainableFields):
         cross_entropy_weight: share of the ordinary next-token loss in the mix, in [0, 1].
         features: what else is learnt from the teacher, block by block: a name of
             ``compresskit.distill.FEATURE_LOSSES``, or a mapping of ``method``, ``weight`` and ``layers``.
+        alignment: how a teacher with another tokenizer is compared: ``none``, ``spans`` or ``uld``, or a
+            mapping of ``method`` and its own fields.
     """
 
     kind: ClassVar[str] = "distill"
@@ -40,6 +42,7 @@ class Distill(TrainableFields):
     temperature: float = 1.0
     cross_entropy_weight: float = 0.0
     features: str | Mapping[str, Any] | None = None
+    alignment: str | Mapping[str, Any] = NO_ALIGNMENT
 
     def __post_init__(self) -> None:
         TrainableFields.__post_init__(self)  # super() knows no class with slots

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compresskit.distill.align.checks import tokenizer_faults
 from compresskit.errors import Fault, InputError
 from compresskit.modeling import ModelSource, load_tokenizer, open_model
 from compresskit.training.isolation import probed_faults
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 SHOWN = 3
 
 
-def teacher_faults(teacher: str | None, data: DataSpec, model: Outlook, where: str) -> list[Fault]:
+def teacher_faults(
+    teacher: str | None, data: DataSpec, model: Outlook, where: str, *, is_aligned: bool = False
+) -> list[Fault]:
     """What is wrong with ``teacher`` for a student such as ``model``; reads headers and tokenizers only.
 
     Args:
@@ -30,6 +33,7 @@ def teacher_faults(teacher: str | None, data: DataSpec, model: Outlook, where: s
         data: what the stage trains on.
         model: the student to be.
         where: of the stage.
+        is_aligned: whether teacher and student may have different tokenizers.
     """
     trust = model.trust_remote_code
     try:
@@ -46,13 +50,20 @@ def teacher_faults(teacher: str | None, data: DataSpec, model: Outlook, where: s
         faults += probed_faults(
             f"{where}.teacher", source.config, source.anatomy, source.directory, trust_remote_code=trust
         )
+    rows, where = vocabulary_of(model.config), f"{where}.teacher"
     return faults + vocabulary_faults(
-        model.tokenizer, vocabulary_of(model.config), source, f"{where}.teacher", trust_remote_code=trust
+        model.tokenizer, rows, source, where, trust_remote_code=trust, is_aligned=is_aligned
     )
 
 
 def vocabulary_faults(
-    tokenizer: Path, rows: int, teacher: ModelSource, where: str, *, trust_remote_code: bool = False
+    tokenizer: Path,
+    rows: int,
+    teacher: ModelSource,
+    where: str,
+    *,
+    trust_remote_code: bool = False,
+    is_aligned: bool = False,
 ) -> list[Fault]:
     """Why the token ids of ``teacher`` do not mean what the student's mean.
 
@@ -62,7 +73,10 @@ def vocabulary_faults(
         teacher: opened, its weights unread.
         where: prefix of each fault.
         trust_remote_code: whether code beside a tokenizer may run.
+        is_aligned: whether they need not, as long as both spell the same text.
     """
+    if is_aligned:
+        return tokenizer_faults(tokenizer, teacher, where, trust_remote_code=trust_remote_code)
     try:
         ours, theirs = (
             load_tokenizer(d, trust_remote_code=trust_remote_code).get_vocab()
@@ -70,7 +84,10 @@ def vocabulary_faults(
         )
     except InputError as error:
         return [_at(where, fault) for fault in error.faults]
-    cure = "Choose a teacher with the student's tokenizer, or build the student anew with the teacher's."
+    cure = (
+        "Choose a teacher with the student's tokenizer; or build the student anew with the teacher's; "
+        "or compare them as they are: alignment: spans, or loss: uld with alignment: uld."
+    )
     if ours != theirs:
         differ = [token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token)]
         shown = ", ".join(f"{t!r} is {ours.get(t)} and {theirs.get(t)}" for t in sorted(differ)[:SHOWN])

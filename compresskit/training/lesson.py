@@ -55,6 +55,11 @@ class Taught(Protocol):
         ...
 
     @property
+    def alignment(self) -> Any:
+        """A ``Choice`` of ``compresskit.distill.align.ALIGNMENTS``, or of the method ``none``."""
+        ...
+
+    @property
     def data(self) -> DataSpec | None:
         """Text of the stage's own; None takes the recipe's."""
         ...
@@ -85,7 +90,7 @@ class Lesson(Protocol):
 
 
 LESSONS: Registry[Lesson] = Registry("lesson", {"teacher": "compresskit.distill.lesson:TeachersLesson"})
-REPLICATE, SERVER = "replicate", "server"
+REPLICATE, SERVER, NO_ALIGNMENT = "replicate", "server", "none"
 TEXT_ALONE = "cross_entropy"
 """The loss of a stage that learns from text without a teacher."""
 
@@ -104,6 +109,8 @@ class TaughtFields(TrainingFields):
         cross_entropy_weight: share of the next-token loss beside a distillation loss, in [0, 1].
         features: what else is learnt from a teacher, block by block: a name of
             ``compresskit.distill.FEATURE_LOSSES``, or a mapping of ``method``, ``weight``, ``layers``.
+        alignment: how a teacher with another tokenizer is compared: ``none``, ``spans`` or ``uld``, or a
+            mapping of ``method`` and its own fields.
         data: text to train on; None takes the recipe's.
     """
 
@@ -113,6 +120,7 @@ class TaughtFields(TrainingFields):
     temperature: float = 1.0
     cross_entropy_weight: float = 0.0
     features: str | Mapping[str, Any] | None = None
+    alignment: str | Mapping[str, Any] = NO_ALIGNMENT
     data: DataSpec | None = None
 
     def __post_init__(self) -> None:
@@ -128,6 +136,7 @@ def freeze_lesson(stage: Taught) -> None:
         plain = len(named) == 1 and not named[0].options
         object.__setattr__(stage, "loss", named[0].method if plain else named)
     object.__setattr__(stage, "teacher_placement", choice_of(stage.teacher_placement))
+    object.__setattr__(stage, "alignment", choice_of(stage.alignment))
     if stage.features is not None:
         object.__setattr__(stage, "features", choice_of(stage.features))
 
@@ -142,7 +151,8 @@ def lesson_faults(stage: Taught, model: Outlook, where: str) -> list[Fault]:
             )
             faults.append(Fault(f"{where}.teacher", "a teacher for features", "none", cure))
         return faults
-    return unused_faults(stage, where, "teacher", "teacher_placement", "temperature", "cross_entropy_weight")
+    names = ("teacher", "teacher_placement", "temperature", "cross_entropy_weight", "alignment")
+    return unused_faults(stage, where, *names)
 
 
 def has_teacher(stage: Taught) -> bool:
@@ -157,6 +167,7 @@ def unused_faults(stage: Taught, where: str, *names: str) -> list[Fault]:
         "teacher_placement": Choice(REPLICATE),
         "temperature": 1.0,
         "cross_entropy_weight": 0.0,
+        "alignment": Choice(NO_ALIGNMENT),
     }
     cure = "Set loss: forward_kl to learn from a teacher, or leave this field out."
     return [

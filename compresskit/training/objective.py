@@ -51,10 +51,12 @@ class Hidden:
     Attributes:
         states_BTE: in the teacher's own type.
         head: its output projection, onto ids that the student has too.
+        foreign: whether they are ids of another tokenizer, any number of them.
     """
 
     states_BTE: Tensor
     head: Head
+    foreign: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ class Signal:
     Attributes:
         says: the distributions.
         blocks_BTE: what those of its blocks make that a feature loss compares.
-        told_BT: bool, where it says anything; None for everywhere.
+        told_BT: bool, of which tokens it says what they might have been, at the token before; None for all.
         progress: share of the training steps that are done; 1 in an evaluation. The trainer sets it.
     """
 

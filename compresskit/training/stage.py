@@ -19,6 +19,8 @@ from compresskit.training.rules import this_rank
 
 VALIDATION_ROWS = 256
 CROSS_ENTROPY = Part("compresskit.training.objective:CrossEntropy")
+LEAST_ALIGNED = 0.5
+"""Share of the tokens; with less, a user is told how little an alignment hears of a teacher."""
 COMPUTES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -143,6 +145,11 @@ def _result(
         warnings += (
             f"The training loss did not fall ({outcome.first_loss:.4f} at the first step, "
             f"{outcome.final_loss:.4f} at the end): train longer, or change learning_rate.",
+        )
+    if (share := plain["final_parts"].get("aligned", 1.0)) < LEAST_ALIGNED:
+        warnings += (
+            f"The teacher was heard on {share:.0%} of the tokens: elsewhere its tokens and the student's "
+            "do not end together. Learn from the text too: set cross_entropy_weight.",
         )
     layers = tuple(_record(made, name) for name in made.anatomy.linears)
     return StageResult(promises=promises, layers=layers, metrics=plain, warnings=tuple(warnings))

@@ -105,6 +105,7 @@ def slow_loss(name: str, p: Tensor, q: Tensor) -> Tensor:
         "jsd": lambda: (kl(p, m) + kl(q, m)) / 2,
         "total_variation": lambda: (p - q).abs().sum() / 2,
         "taid": lambda: kl(p, q),
+        "uld": lambda: (p.sort().values - q.sort().values).abs().sum(),
     }[name]()
 
 

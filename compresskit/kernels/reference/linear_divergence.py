@@ -46,10 +46,12 @@ class Outcomes(NamedTuple):
     Attributes:
         log_p_CO: log-probabilities, at the temperature that was asked for.
         ids_CK: which ids the first K outcomes are; None for all of them, in order.
+        foreign: whether all of them are those of another vocabulary, in no relation to the student's.
     """
 
     log_p_CO: Tensor
     ids_CK: Tensor | None = None
+    foreign: bool = False
 
     @property
     def has_rest(self) -> bool:
@@ -97,6 +99,24 @@ class Projected:
         """See :class:`Target`."""
         logits_CV = self.projection.logits(self.hidden_NE[part])
         return lambda block: Outcomes(_softened(logits_CV[block], temperature).log_softmax(-1))
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """Distributions over all ids of another vocabulary, for divergences that look at no ids.
+
+    Attributes:
+        projected: over the teacher's own ids.
+        vocabulary: the student's, all of which are compared.
+    """
+
+    projected: Projected
+    vocabulary: int
+
+    def chunk(self, part: slice, temperature: float) -> Callable[[slice], Outcomes]:
+        """See :class:`Target`."""
+        said = self.projected.chunk(part, temperature)
+        return lambda block: said(block)._replace(foreign=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +173,8 @@ class Result(NamedTuple):
         total: weighted sum of all terms and of the cross entropy, nats; the only one with gradients.
         terms: each divergence before its weight, (number of terms,).
         cross_entropy: before its weight; 0 where its weight is.
-        agreed: tokens whose likeliest id is the same in both; of listed ids the teacher's likeliest counts.
+        agreed: tokens whose likeliest id is the same in both; of listed ids the teacher's likeliest counts, and
+            of foreign ones none.
         hidden_ND, head_WD, bias_W: gradients of the total; empty where none were asked for.
     """
 
@@ -242,11 +263,12 @@ def _through_terms(log_q_CV: Tensor, said: Outcomes, terms: Sequence[Term]) -> t
         (number of terms + 1,), and a new tensor (C, V).
     """
     values = log_q_CV.new_zeros(len(terms) + 1)
-    values[-1] = (_likeliest(said) == log_q_CV.argmax(-1)).sum()
+    if not said.foreign:
+        values[-1] = (_likeliest(said) == log_q_CV.argmax(-1)).sum()
     q_CV = log_q_CV.exp()
     grad_CV = None
     for top in dict.fromkeys(term.top for term in terms):
-        known = said.top(top) if top and said.ids_CK is None else said
+        known = said.top(top) if top and said.ids_CK is None and not said.foreign else said
         log_q_CO = _seen(log_q_CV, known)
         slope_CO = None
         for index, term in enumerate(terms):

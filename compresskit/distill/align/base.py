@@ -1,0 +1,58 @@
+"""The contract of alignments.
+
+Shapes: B = rows, T = the student's tokens of a row, U = the teacher's, M = matches, S = ids that spell the
+same in both vocabularies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from compresskit.training.objective import Hidden, Signal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matched:
+    """Where tokens of a batch end together with tokens of the teacher's spelling of the same documents.
+
+    Attributes:
+        ids_BT: the student's tokens.
+        theirs_BU: the teacher's, a row of the student's in a row of its own.
+        row_M: int64, of each match.
+        ours_M: int64, the student's token that ends there.
+        theirs_M: int64, the teacher's.
+        next_M: int64, the teacher's token that ends where the student's next one does; -1 where none does.
+        twins_S2: ids that spell the same, the student's and the teacher's.
+        students: ids of the student's vocabulary.
+        teachers: of the teacher's.
+    """
+
+    ids_BT: Tensor
+    theirs_BU: Tensor
+    row_M: Tensor
+    ours_M: Tensor
+    theirs_M: Tensor
+    next_M: Tensor
+    twins_S2: Tensor
+    students: int
+    teachers: int
+
+
+class Alignment(Protocol):
+    """A frozen dataclass whose fields are its options."""
+
+    def __call__(self, matched: Matched, teacher: Hidden, temperature: float) -> Signal:
+        """What the teacher says of the student's tokens.
+
+        Args:
+            matched: where both end together.
+            teacher: its hidden states (B, U, E) and its projection onto its own ids.
+            temperature: divides its logits.
+
+        Returns:
+            A signal of shape (B, T); ``told_BT`` is where there is anything to compare.
+        """
+        ...

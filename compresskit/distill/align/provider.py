@@ -1,0 +1,193 @@
+"""A teacher with another tokenizer: it reads the same documents in its own tokens.
+
+Shapes: B = rows, T = the student's tokens of a row, U = the teacher's, M = matches, E = the teacher's width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from compresskit.distill.align import ALIGNMENTS
+from compresskit.distill.align.base import Alignment, Matched
+from compresskit.distill.align.boundaries import NOWHERE, common, render, walk
+from compresskit.distill.align.spelling import Spelling, spelling_of, twins
+from compresskit.errors import Fault, ModelError
+from compresskit.modeling import load_tokenizer
+from compresskit.training.job import Part
+from compresskit.training.objective import Hidden, Signal, TeacherProvider
+
+
+class _Document(NamedTuple):
+    """A document in the teacher's tokens, and where they end with the student's.
+
+    Attributes:
+        ids: the teacher's.
+        pairs: the student's and the teacher's tokens that end together, each counted from its own first.
+    """
+
+    ids: list[int]
+    pairs: list[tuple[int, int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aligned:
+    """A ``TeacherProvider`` around one that has whole distributions.
+
+    Attributes:
+        teacher: the ``Part`` that makes it, as a mapping.
+        student_tokenizer: directory.
+        teacher_tokenizer: directory.
+        longest: tokens of a document that the teacher reads; what is beyond is not told.
+        alignment: a name of ``ALIGNMENTS``.
+        options: its fields.
+        students: ids of the student's vocabulary.
+        temperature: of the losses.
+        trust_remote_code: whether code beside a tokenizer may run.
+    """
+
+    teacher: Mapping[str, Any]
+    student_tokenizer: str
+    teacher_tokenizer: str
+    longest: int
+    alignment: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    students: int
+    temperature: float = 1.0
+    trust_remote_code: bool = False
+
+    @cached_property
+    def _provider(self) -> TeacherProvider:
+        made: TeacherProvider = Part(**self.teacher).make()
+        return made
+
+    @cached_property
+    def _alignment(self) -> Alignment:
+        made: Alignment = ALIGNMENTS[self.alignment](**self.options)
+        return made
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self.teacher_tokenizer, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def _spellings(self) -> tuple[Spelling, Spelling]:
+        """Of the student and of the teacher."""
+        ours = load_tokenizer(self.student_tokenizer, trust_remote_code=self.trust_remote_code)
+        found = spelling_of(ours, roles_of=self._tokenizer), spelling_of(self._tokenizer)
+        if found[0] is None or found[1] is None:
+            cure = "Use byte-level or sentencepiece tokenizers."
+            raise ModelError(Fault("alignment", "tokens that are pieces of the text", "others", cure))
+        return found[0], found[1]
+
+    @cached_property
+    def _twins_S2(self) -> Tensor:
+        return torch.tensor(twins(*self._spellings), dtype=torch.int64).reshape(-1, 2)
+
+    @cached_property
+    def _openings(self) -> int:
+        """How many tokens the teacher's tokenizer puts before a text."""
+        whole = self._tokenizer("a", verbose=False)["input_ids"]
+        bare = self._tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+        return next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)
+
+    @property
+    def hidden(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """See ``TeacherProvider.hidden``."""
+        return self._provider.hidden
+
+    def load(self) -> None:
+        """See ``TeacherProvider.load``; the tokenizers too."""
+        self._provider.load()
+        _ = self._spellings, self._twins_S2, self._openings
+
+    def signal(self, inputs: Mapping[str, Tensor]) -> Signal:
+        """What the teacher says where its tokens end with the student's.
+
+        Args:
+            inputs: ``input_ids`` and ``position_ids``, each int64 (B, T), in the student's tokens; a document
+                begins where the position is 0.
+
+        Raises:
+            ValueError: the teacher has no whole distributions.
+        """
+        ids_BT, device = inputs["input_ids"], inputs["input_ids"].device
+        rows = [
+            self._documents(ids, starts)
+            for ids, starts in zip(ids_BT.tolist(), _starts(inputs["position_ids"]), strict=True)
+        ]
+        theirs_BU, positions_BU = _packed([[d.ids for _, d in row] for row in rows])
+        said = self._provider.signal(
+            {"input_ids": theirs_BU.to(device), "position_ids": positions_BU.to(device)}
+        ).says
+        if not isinstance(said, Hidden):
+            raise ValueError("an alignment needs a teacher that gives whole distributions")
+        matches = torch.tensor(_matches(rows), dtype=torch.int64, device=device).reshape(-1, 4)
+        row_M, ours_M, theirs_M, next_M = matches.unbind(-1)
+        matched = Matched(
+            ids_BT=ids_BT,
+            theirs_BU=theirs_BU.to(device),
+            row_M=row_M,
+            ours_M=ours_M,
+            theirs_M=theirs_M,
+            next_M=next_M,
+            twins_S2=self._twins_S2.to(device),
+            students=self.students,
+            teachers=said.head.weight_VD.shape[0],
+        )
+        return self._alignment(matched, said, self.temperature)
+
+    def _documents(self, ids: list[int], starts: list[int]) -> list[tuple[int, _Document]]:
+        """The documents of a row, and where each begins in the student's tokens."""
+        ends = [*starts[1:], len(ids)]
+        return [(a, self._document(ids[a:b])) for a, b in zip(starts, ends, strict=True)]
+
+    def _document(self, ids: list[int]) -> _Document:
+        """One document anew, in the teacher's tokens."""
+        ours, theirs = self._spellings
+        pieces = ours.of(ids)
+        if ids[0] == ours.bos:
+            pieces[0] = b""
+        put = ours.begins_with_space or theirs.begins_with_space
+        text, ends, _ = render(pieces, space_is_put=put)
+        # A row may begin or end inside a character, of which the teacher reads nothing.
+        told = self._tokenizer(text[1:].decode(errors="ignore"), verbose=False)["input_ids"][: self.longest]
+        spelt = [b"" if i < self._openings else piece for i, piece in enumerate(theirs.of(told))]
+        begins = 0 if theirs.begins_with_space else 1
+        return _Document(told, common(ends, walk(spelt, text, begins)))
+
+
+def _starts(positions_BT: Tensor) -> list[list[int]]:
+    """Where documents begin, of each row; the row itself is one."""
+    return [sorted({0, *(row == 0).nonzero()[:, 0].tolist()}) for row in positions_BT.cpu()]
+
+
+def _packed(rows: Sequence[Sequence[list[int]]]) -> tuple[Tensor, Tensor]:
+    """The teacher's rows (B, U) and positions, filled up to one length with a document of zeros."""
+    length = max(1, *(sum(map(len, row)) for row in rows))
+    ids, positions = [], []
+    for row in rows:
+        parts = [*row, [0] * (length - sum(map(len, row)))]
+        ids.append([token for part in parts for token in part])
+        positions.append([place for part in parts for place in range(len(part))])
+    return torch.tensor(ids), torch.tensor(positions)
+
+
+def _matches(rows: Sequence[Sequence[tuple[int, _Document]]]) -> list[tuple[int, int, int, int]]:
+    """Row, student's token, teacher's token and the teacher's where the student's next one ends."""
+    found = []
+    for row, documents in enumerate(rows):
+        before = 0
+        for start, document in documents:
+            theirs = dict(document.pairs)
+            found += [
+                (row, start + ours, before + at, before + theirs[ours + 1] if ours + 1 in theirs else NOWHERE)
+                for ours, at in document.pairs
+            ]
+            before += len(document.ids)
+    return found
