@@ -33,8 +33,9 @@ class Choice:
     def to_json(self) -> Any:
         """As a recipe writes it."""
         if not self.options:
-            return self.method
-        return {"method": self.method, **{name: _plain(value) for name, value in self.options}}
+            return self.method or {}
+        named = {"method": self.method} if self.method else {}
+        return {**named, **{name: _plain(value) for name, value in self.options}}
 
 
 @dataclass(frozen=True, slots=True)

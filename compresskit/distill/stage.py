@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from compresskit.errors import Fault
+from compresskit.options import Choice, choice_of
 from compresskit.training.lesson import NO_ALIGNMENT, REPLICATE, freeze_lesson
 from compresskit.training.trainable import TrainableFields
 
@@ -31,6 +32,9 @@ class Distill(TrainableFields):
             ``compresskit.distill.FEATURE_LOSSES``, or a mapping of ``method``, ``weight`` and ``layers``.
         alignment: how a teacher with another tokenizer is compared: ``none``, ``spans`` or ``uld``, or a
             mapping of ``method`` and its own fields.
+        on_policy: how much is learnt from text that the student generates and the teacher scores: a mapping
+            of ``fraction`` of the steps, ``max_new_tokens``, ``sampling_temperature``, ``top_p`` and
+            ``prompt_fraction``; None learns from the data alone.
     """
 
     kind: ClassVar[str] = "distill"
@@ -43,10 +47,13 @@ class Distill(TrainableFields):
     cross_entropy_weight: float = 0.0
     features: str | Mapping[str, Any] | None = None
     alignment: str | Mapping[str, Any] = NO_ALIGNMENT
+    on_policy: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         TrainableFields.__post_init__(self)  # super() knows no class with slots
         freeze_lesson(self)
+        if self.on_policy is not None:
+            object.__setattr__(self, "on_policy", choice_of(self.on_policy))
 
     def faults(self, model: Outlook, where: str) -> list[Fault]:
         """Everything wrong with this stage for such a ``model``; reads no weight.
@@ -59,9 +66,11 @@ class Distill(TrainableFields):
             All faults together: of the training fields, the loss, the teacher and its vocabulary.
         """
         from compresskit.distill.lesson import TeachersLesson
+        from compresskit.distill.on_policy import on_policy_faults
         from compresskit.training.retrain import retraining_faults
 
-        return retraining_faults(self, model, where) + TeachersLesson.faults(self, model, where)
+        faults = retraining_faults(self, model, where) + TeachersLesson.faults(self, model, where)
+        return faults + on_policy_faults(self, model, where)
 
     def forecast(self, model: Outlook) -> Forecast:
         """What this stage will do to such a ``model``; called only when it has no faults."""
@@ -83,4 +92,12 @@ class Distill(TrainableFields):
         from compresskit.training.retrain import run_retraining
 
         loss, teacher = TeachersLesson.parts(self, model, context)
-        return run_retraining(self, model, context, title="Distilling", objective=loss, teacher=teacher)
+        return run_retraining(
+            self,
+            model,
+            context,
+            title="Distilling",
+            objective=loss,
+            teacher=teacher,
+            on_policy=None if self.on_policy is None else dict(cast(Choice, self.on_policy).options),
+        )

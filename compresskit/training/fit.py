@@ -35,6 +35,7 @@ from compresskit.training.objective import CrossEntropy, Objective, TeacherProvi
 from compresskit.training.order import Ordered, Rows
 from compresskit.training.outcome import TrainOutcome
 from compresskit.training.redirect import redirected
+from compresskit.training.rollout import OnPolicy
 from compresskit.training.rules import Setting, launched_processes
 from compresskit.training.trackers import Trackers
 from compresskit.training.trainer import StageTrainer
@@ -75,6 +76,7 @@ class Run:
         title: of the progress line.
         warnings: of whoever made the rows; passed on in the outcome.
         evaluates_first: whether to evaluate before the first step too.
+        on_policy: how much is learnt from the model's own text, or None.
     """
 
     model: nn.Module
@@ -94,6 +96,7 @@ class Run:
     title: str
     warnings: tuple[str, ...]
     evaluates_first: bool
+    on_policy: OnPolicy | None
 
     @cached_property
     def setting(self) -> Setting:
@@ -124,6 +127,7 @@ class Run:
         facts |= {"processes": setting.processes, "strategy": setting.strategy, "device": setting.device}
         facts |= {"objective": repr(self.objective), "held": self.held}
         facts |= {"adaptation": self.adaptation, "zeroing": repr(self.zeroing)}
+        facts |= {"on_policy": repr(self.on_policy)}
         for name in ("eval_every", "checkpoint_every", "trackers"):
             facts.pop(name)
         text = json.dumps(facts, sort_keys=True, default=str)
@@ -231,6 +235,7 @@ class Run:
             identity=self.identity,
             evaluates_first=self.evaluates_first,
             best=self._best,
+            on_policy=self.on_policy,
         )
 
 
@@ -253,6 +258,7 @@ def fit(
     title: str = "Training",
     warnings: tuple[str, ...] = (),
     evaluates_first: bool = False,
+    on_policy: OnPolicy | None = None,
 ) -> TrainOutcome:
     """Train ``model`` in place; started again after a kill it continues at the last complete checkpoint.
 
@@ -288,6 +294,7 @@ def fit(
         title=title,
         warnings=warnings,
         evaluates_first=evaluates_first,
+        on_policy=on_policy,
     ).train()
 
 

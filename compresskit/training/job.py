@@ -24,6 +24,7 @@ from compresskit.training.launch import launch
 from compresskit.training.objective import Approximate, Prepared, Prepares, TeacherProvider
 from compresskit.training.order import Mixed, Numbered, Rows
 from compresskit.training.outcome import TrainOutcome, outcome_from_json
+from compresskit.training.rollout import OnPolicy
 from compresskit.training.rules import launched_processes, this_rank
 
 OUTCOME = "outcome.json"
@@ -64,6 +65,7 @@ class TrainJob:
         trust_remote_code: whether code in the model's directory may run.
         title: of the progress line.
         evaluates_first: whether the validation loss is also measured before the first step.
+        on_policy: fields of ``OnPolicy``, or None to learn from the data alone.
     """
 
     model: str
@@ -84,6 +86,7 @@ class TrainJob:
     trust_remote_code: bool = False
     title: str = "Training"
     evaluates_first: bool = False
+    on_policy: Mapping[str, Any] | None = None
 
     def to_json(self) -> str:
         """As text that :meth:`from_json` reads back to an equal job."""
@@ -169,6 +172,7 @@ def carry_out(job: TrainJob) -> TrainOutcome:
         save=save,
         title=job.title,
         evaluates_first=job.evaluates_first,
+        on_policy=OnPolicy(**job.on_policy) if job.on_policy is not None else None,
         warnings=notes + prepared.notes,
     )
     outcome = replace(outcome, teacher=prepared.figures)

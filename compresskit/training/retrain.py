@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import MISSING, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +97,7 @@ def run_retraining(
     title: str,
     objective: Part | None = None,
     teacher: Part | None = None,
+    on_policy: Mapping[str, Any] | None = None,
 ) -> StageResult:
     """Train as much of ``model`` as ``stage`` says, into ``context.out``.
 
@@ -106,6 +108,7 @@ def run_retraining(
         title: of the progress line.
         objective: what to minimise; None is the next-token loss.
         teacher: where an objective's signal comes from.
+        on_policy: fields of ``OnPolicy``, or None to learn from the data alone.
 
     Returns:
         As of ``run_training``; the metrics also say how many parameters were trained, what share of the
@@ -127,6 +130,7 @@ def run_retraining(
         teacher=teacher,
         adaptation=adaptation,
         evaluates_first=True,
+        on_policy=on_policy,
     )
     if this_rank():
         return result

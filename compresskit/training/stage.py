@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, fields
-from typing import Protocol
+from typing import Any, Protocol
 
 from compresskit.data.spec import DataSpec
 from compresskit.errors import Fault, PlanError
@@ -70,6 +71,7 @@ def run_training(
     zeroing: Part | None = None,
     promises: tuple[Promise, ...] = (),
     evaluates_first: bool = False,
+    on_policy: Mapping[str, Any] | None = None,
 ) -> StageResult:
     """Train ``model`` as ``stage`` says, into ``context.out``.
 
@@ -84,6 +86,7 @@ def run_training(
         zeroing: what makes zeros, or moves them, while it trains.
         promises: that this stage makes.
         evaluates_first: whether the validation loss is also measured before the first step.
+        on_policy: fields of ``OnPolicy``, or None to learn from the data alone.
 
     Returns:
         A record per linear layer as saved, the training metrics, warnings; empty except on rank 0.
@@ -116,6 +119,7 @@ def run_training(
         trust_remote_code=context.trust_remote_code,
         title=title,
         evaluates_first=evaluates_first,
+        on_policy=on_policy,
     )
     outcome = train(job)
     if this_rank():

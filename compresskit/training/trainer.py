@@ -28,6 +28,7 @@ from compresskit.training.finite import bad_gradient, culprit, first_named, not_
 from compresskit.training.hold import hold_zeros
 from compresskit.training.objective import IGNORED, LOSS, TeacherProvider, supervised_tokens
 from compresskit.training.order import Ordered, Rows, stack
+from compresskit.training.rollout import OnPolicy, Student, eos_ids, on_policy_batches
 from compresskit.training.rules import Setting
 from compresskit.training.watch import Watch
 from compresskit.training.zeroing import Zeroing, change_zeros
@@ -69,6 +70,7 @@ class StageTrainer(Trainer):
         identity: which run checkpoints belong to.
         evaluates_first: whether to evaluate before the first step too.
         best: where the weights of the best evaluation are kept, or None.
+        on_policy: how much is learnt from the model's own text, or None.
     """
 
     def __init__(
@@ -87,12 +89,13 @@ class StageTrainer(Trainer):
         identity: str,
         evaluates_first: bool = False,
         best: Best | None = None,
+        on_policy: OnPolicy | None = None,
     ) -> None:
         self._setting, self._teacher, self._validation = setting, teacher, validation
         self._held, self._zeroing = held, zeroing
         self._watch, self._identity = watch, identity
         self._parts: dict[str, Tensor] = {}
-        self._evaluates_first, self._best = evaluates_first, best
+        self._evaluates_first, self._best, self._on_policy = evaluates_first, best, on_policy
         self.access = access
         self.resources = ExitStack()
         super().__init__(
@@ -154,6 +157,18 @@ class StageTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(cast(Sized, train_dataset or self.train_dataset))
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The batches of one step and their supervised tokens; of one that is on-policy the model's own."""
+        batches, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        policy, step, seed = self._on_policy, self.state.global_step, int(self.args.seed)
+        if policy is None or not policy.is_due(step, seed):
+            return batches, tokens
+        model = cast(nn.Module, self.model)
+        student = Student(model, self.model_wrapped, eos_ids(model), self._setting.fields.precision)
+        rank = self.args.process_index
+        made = on_policy_batches(policy, batches, student, step=step, seed=seed, rank=rank)
+        return made, self._get_num_items_in_batch(made, device)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """Supervised tokens of one optimiser step, over accumulation and ranks."""
