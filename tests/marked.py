@@ -23,6 +23,7 @@ PIECES = [
     "ca",
     "\u2581ca",
     "ba",
+    *("\u2581b", "\u2581c", "\u2581d", "\u2581n"),  # no merge makes these
 ]
 MERGES = ["\u2581 a", "a n", "\u2581a n", "n d", "\u2581an d", "c a", "\u2581 ca", "b a"]
 

@@ -1,7 +1,7 @@
 """The contract of alignments.
 
 Shapes: B = rows, T = the student's tokens of a row, U = the teacher's, M = matches, S = ids that spell the
-same in both vocabularies.
+same in both vocabularies, R = ids of the teacher's that spell the same but for a space before it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,12 @@ class Matched:
         row_M: int64, of each match.
         ours_M: int64, the student's token that ends there.
         theirs_M: int64, the teacher's.
-        next_M: int64, the teacher's token that ends where the student's next one does; -1 where none does.
+        space_M: int64, 1 where the student has read a space that the teacher has not, -1 the other way round.
+        next_M: int64, the teacher's token that ends with the student's next one; -1 where there is none.
+        next_space_M: int64, of that as ``space_M``.
         twins_S2: ids that spell the same, the student's and the teacher's.
+        spaced_R2: ids of which the teacher's spells a space more, before the same.
+        opens_V: bool, of the teacher's ids: whether it begins with a space.
         students: ids of the student's vocabulary.
         teachers: of the teacher's.
     """
@@ -35,8 +39,12 @@ class Matched:
     row_M: Tensor
     ours_M: Tensor
     theirs_M: Tensor
+    space_M: Tensor
     next_M: Tensor
+    next_space_M: Tensor
     twins_S2: Tensor
+    spaced_R2: Tensor
+    opens_V: Tensor
     students: int
     teachers: int
 

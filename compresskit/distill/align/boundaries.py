@@ -1,4 +1,4 @@
-"""Where tokens of two tokenizers end at the same place of a text.
+"""Where tokens of two tokenizers end at the same place of a text, or but for a space between words.
 
 Offsets are bytes of a text that begins with one space: that which sentencepiece's tokenizers put before any
 text. A tokenizer that does not starts at offset 1.
@@ -28,6 +28,20 @@ class Rendered(NamedTuple):
     text: bytes
     ends: list[int]
     start: int
+
+
+class Match(NamedTuple):
+    """Two tokens that end together.
+
+    Attributes:
+        ours: the student's.
+        theirs: the teacher's.
+        space: 1 where the student has read a space that the teacher has not, -1 the other way round, else 0.
+    """
+
+    ours: int
+    theirs: int
+    space: int
 
 
 def render(pieces: Sequence[bytes | None], *, space_is_put: bool) -> Rendered:
@@ -80,18 +94,27 @@ def _found(pieces: Sequence[bytes | None], text: bytes, at: int) -> int:
     return text.find(probe, at, at + SEARCHED_BYTES + len(probe))
 
 
-def common(student: Sequence[int], teacher: Sequence[int]) -> list[tuple[int, int]]:
-    """Pairs of tokens, the student's and the teacher's, that end at the same offset, in order.
+def common(student: Sequence[int], teacher: Sequence[int], text: bytes) -> list[Match]:
+    """Tokens of both that end at the same offset, or but for one space, in the order of the student's.
 
-    Of several that end there only one knows just the text before it: the last of the openings, and elsewhere
-    the first.
+    Some tokenizers write the space between two words before a word, and others after it. Of several tokens
+    that end at an offset only one knows just the text before it: the last of the openings, and elsewhere the
+    first.
 
     Args:
         student: ends of its tokens.
         teacher: of its own.
+        text: what they spell.
     """
-    mine, theirs = _ending(student), _ending(teacher)
-    return [(token, theirs[end]) for end, token in mine.items() if end in theirs]
+    theirs, found = _ending(teacher), []
+    for end, token in _ending(student).items():
+        if end in theirs:
+            found.append(Match(token, theirs[end], 0))
+        elif text[max(end - 1, 0) : end] == b" " and end - 1 in theirs:
+            found.append(Match(token, theirs[end - 1], 1))
+        elif text[end : end + 1] == b" " and end + 1 in theirs:
+            found.append(Match(token, theirs[end + 1], -1))
+    return found
 
 
 def _ending(ends: Sequence[int]) -> dict[int, int]:

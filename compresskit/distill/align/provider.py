@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compresskit.distill.align import ALIGNMENTS
 from compresskit.distill.align.base import Alignment, Matched
-from compresskit.distill.align.boundaries import NOWHERE, common, render, walk
+from compresskit.distill.align.boundaries import NOWHERE, Match, common, render, walk
 from compresskit.distill.align.spelling import Spelling, spelling_of, twins
 from compresskit.errors import Fault, ModelError
 from compresskit.modeling import load_tokenizer
@@ -28,11 +28,11 @@ class _Document(NamedTuple):
 
     Attributes:
         ids: the teacher's.
-        pairs: the student's and the teacher's tokens that end together, each counted from its own first.
+        matches: tokens that end together, each counted from its own first.
     """
 
     ids: list[int]
-    pairs: list[tuple[int, int]]
+    matches: list[Match]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +86,14 @@ class Aligned:
         return found[0], found[1]
 
     @cached_property
-    def _twins_S2(self) -> Tensor:
-        return torch.tensor(twins(*self._spellings), dtype=torch.int64).reshape(-1, 2)
+    def _twins(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids that spell the same, (S, 2), the same but for a space, (R, 2), and which begin with one."""
+        found = [
+            torch.tensor(twins(*self._spellings, space=space), dtype=torch.int64).reshape(-1, 2)
+            for space in (False, True)
+        ]
+        opens = [(piece or b"").startswith(b" ") for piece in self._spellings[1].pieces]
+        return found[0], found[1], torch.tensor(opens)
 
     @cached_property
     def _openings(self) -> int:
@@ -104,7 +110,7 @@ class Aligned:
     def load(self) -> None:
         """See ``TeacherProvider.load``; the tokenizers too."""
         self._provider.load()
-        _ = self._spellings, self._twins_S2, self._openings
+        _ = self._spellings, self._twins, self._openings
 
     def signal(self, inputs: Mapping[str, Tensor]) -> Signal:
         """What the teacher says where its tokens end with the student's.
@@ -127,16 +133,21 @@ class Aligned:
         ).says
         if not isinstance(said, Hidden):
             raise ValueError("an alignment needs a teacher that gives whole distributions")
-        matches = torch.tensor(_matches(rows), dtype=torch.int64, device=device).reshape(-1, 4)
-        row_M, ours_M, theirs_M, next_M = matches.unbind(-1)
+        matches = torch.tensor(_matches(rows), dtype=torch.int64, device=device).reshape(-1, 6)
+        row_M, ours_M, theirs_M, space_M, next_M, next_space_M = matches.unbind(-1)
+        twins_S2, spaced_R2, opens_V = (table.to(device) for table in self._twins)
         matched = Matched(
             ids_BT=ids_BT,
             theirs_BU=theirs_BU.to(device),
             row_M=row_M,
             ours_M=ours_M,
             theirs_M=theirs_M,
+            space_M=space_M,
             next_M=next_M,
-            twins_S2=self._twins_S2.to(device),
+            next_space_M=next_space_M,
+            twins_S2=twins_S2,
+            spaced_R2=spaced_R2,
+            opens_V=opens_V,
             students=self.students,
             teachers=said.head.weight_VD.shape[0],
         )
@@ -159,7 +170,7 @@ class Aligned:
         told = self._tokenizer(text[1:].decode(errors="ignore"), verbose=False)["input_ids"][: self.longest]
         spelt = [b"" if i < self._openings else piece for i, piece in enumerate(theirs.of(told))]
         begins = 0 if theirs.begins_with_space else 1
-        return _Document(told, common(ends, walk(spelt, text, begins)))
+        return _Document(told, common(ends, walk(spelt, text, begins), text))
 
 
 def _starts(positions_BT: Tensor) -> list[list[int]]:
@@ -178,16 +189,16 @@ def _packed(rows: Sequence[Sequence[list[int]]]) -> tuple[Tensor, Tensor]:
     return torch.tensor(ids), torch.tensor(positions)
 
 
-def _matches(rows: Sequence[Sequence[tuple[int, _Document]]]) -> list[tuple[int, int, int, int]]:
-    """Row, student's token, teacher's token and the teacher's where the student's next one ends."""
-    found = []
+def _matches(rows: Sequence[Sequence[tuple[int, _Document]]]) -> list[tuple[int, ...]]:
+    """The columns of ``Matched``: row, tokens, space, and the match of the student's next token."""
+    found: list[tuple[int, ...]] = []
     for row, documents in enumerate(rows):
         before = 0
         for start, document in documents:
-            theirs = dict(document.pairs)
-            found += [
-                (row, start + ours, before + at, before + theirs[ours + 1] if ours + 1 in theirs else NOWHERE)
-                for ours, at in document.pairs
-            ]
+            after = {match.ours - 1: match for match in document.matches}
+            for ours, theirs, space in document.matches:
+                follower = after.get(ours)
+                there = (NOWHERE, 0) if follower is None else (before + follower.theirs, follower.space)
+                found.append((row, start + ours, before + theirs, space, *there))
             before += len(document.ids)
     return found

@@ -71,15 +71,23 @@ def spelling_of(tokenizer: Any, *, roles_of: Any = None) -> Spelling | None:
     return Spelling(tuple(pieces), first.startswith(b" "), tokenizer.bos_token_id)
 
 
-def twins(student: Spelling, teacher: Spelling) -> list[tuple[int, int]]:
+def twins(student: Spelling, teacher: Spelling, *, space: bool = False) -> list[tuple[int, int]]:
     """Ids that spell the same in both: student's and teacher's, each at most once.
 
     Sentencepiece has two ids for a letter: a byte that is never used, and after it the letter itself. The
     last ones are paired first.
+
+    Args:
+        student: its spelling.
+        teacher: of its own.
+        space: pair those instead of which the teacher's spells a space more, before the same.
     """
     theirs: dict[bytes | None, list[int]] = {}
     for index, piece in enumerate(teacher.pieces):
-        theirs.setdefault(piece, []).append(index)
+        if not space:
+            theirs.setdefault(piece, []).append(index)
+        elif piece and piece[:1] == b" " and piece[1:]:
+            theirs.setdefault(piece[1:], []).append(index)
     found = []
     for index in reversed(range(len(student.pieces))):
         same = theirs.get(student.pieces[index])

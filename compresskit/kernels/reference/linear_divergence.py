@@ -173,7 +173,7 @@ class Result(NamedTuple):
         total: weighted sum of all terms and of the cross entropy, nats; the only one with gradients.
         terms: each divergence before its weight, (number of terms,).
         cross_entropy: before its weight; 0 where its weight is.
-        agreed: tokens whose likeliest id is the same in both; of listed ids the teacher's likeliest counts, and
+        agreed: tokens whose likeliest id is the same in both; of listed ids the likeliest listed counts, and
             of foreign ones none.
         hidden_ND, head_WD, bias_W: gradients of the total; empty where none were asked for.
     """
