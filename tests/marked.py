@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 PIECES = [
@@ -42,6 +42,18 @@ def marked_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
     )
+
+
+def trailing_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level, with the space after a word: ``and_``, ``a_``."""
+    ids = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    merges = [("a", "\u0120"), ("n", "d"), ("nd", "\u0120"), ("a", "nd\u0120"), ("c", "a")]
+    ids |= {"".join(merge): len(ids) + i for i, merge in enumerate(merges)}
+    ids |= {"<s>": len(ids), "</s>": len(ids) + 1}
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
 def save_marked(directory: Path) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from marked import marked_tokenizer, save_marked
+from marked import marked_tokenizer, save_marked, trailing_tokenizer
 from tiny import byte_tokenizer, tiny_llama
 from torch import Tensor
 
@@ -25,16 +25,20 @@ from compresskit.training.objective import Head, Hidden, Listing, Signal
 TEXTS = ["and a cab", "a band, and a can", "caf\u00e9 and \u4e2d", ""]
 
 
+TOKENIZERS = {"bytes": byte_tokenizer, "marked": marked_tokenizer, "trailing": trailing_tokenizer}
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("align")
     tiny_llama(out / "bytes", dtype=torch.float64, initializer_range=0.3)
     save_marked(out / "marked")
+    trailing_tokenizer().save_pretrained(out / "trailing")  # of a student, which is not asked itself
     return out
 
 
 def aligned(place: Path, student: str, teacher: str, method: str = "spans", **changes: Any) -> Aligned:
-    made: Any = byte_tokenizer() if student == "bytes" else marked_tokenizer()
+    made: Any = TOKENIZERS[student]()
     ids = 258 if teacher == "bytes" else len(marked_tokenizer())
     settings: dict[str, Any] = {
         "teacher": asdict(
@@ -204,10 +208,12 @@ def slow(
     return found
 
 
-@pytest.mark.parametrize(("student", "teacher"), [("bytes", "marked"), ("marked", "bytes")])
+@pytest.mark.parametrize(
+    ("student", "teacher"), [("bytes", "marked"), ("marked", "bytes"), ("trailing", "marked")]
+)
 @pytest.mark.parametrize("top", [1, 4, 400])
 def test_spans_are_products_of_probabilities(student: str, teacher: str, top: int, place: Path) -> None:
-    tokenizers: dict[str, Any] = {"bytes": byte_tokenizer(), "marked": marked_tokenizer()}
+    tokenizers: dict[str, Any] = {name: make() for name, make in TOKENIZERS.items()}
     provider = aligned(place, student, teacher, options={"top": top})
     ours = tokenizers[student]
     for text in TEXTS[:3]:
