@@ -100,7 +100,7 @@ def told_of(source: ModelSource, **changes: Any) -> str:
 def test_a_plan_tells_what_each_placement_holds(source: ModelSource) -> None:
     """In one process there is no shard to have."""
     whole, eight, four = (size(held(source, name)) for name in ("replicate", "8bit", "4bit"))
-    told = f"Teacher, in each process: replicate {whole} (chosen), 8bit {eight}, 4bit {four}, server nothing"
+    told = f"Teacher, in each process: replicate {whole} (chosen), 8bit {eight}, 4bit {four}, cache nothing"
     assert told_of(source).startswith(told)
     two = told_of(source, processes=2, teacher_placement="shard")
     assert f"replicate {whole}, shard {size(held(source, 'shard', 2))} (chosen), 8bit {eight}, " in two

@@ -12,11 +12,11 @@ if TYPE_CHECKING:  # keeps torch out of `compresskit --help`
 PLACEMENTS: Registry[Placement] = Registry(
     "teacher placement",
     {
-        "cache": "compresskit.distill.placements.cache:Cache",
         "replicate": "compresskit.distill.placements.replicate:Replicate",
         "shard": "compresskit.distill.placements.shard:Shard",
         "8bit": "compresskit.distill.placements.few_bits:EightBit",
         "4bit": "compresskit.distill.placements.few_bits:FourBit",
+        "cache": "compresskit.distill.placements.cache:Cache",
         "server": "compresskit.distill.placements.server:Server",
     },
 )
