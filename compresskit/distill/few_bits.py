@@ -20,7 +20,7 @@ from compresskit.kernels.ops import linear_divergence
 from compresskit.kernels.reference.linear_divergence import Projected, Term
 from compresskit.kernels.reference.projection import Projection
 from compresskit.modeling import ModelSource
-from compresskit.modeling.streaming import StreamedModel
+from compresskit.modeling.streaming import StreamedModel, return_memory
 from compresskit.training.lowrank.bits import freeze
 from compresskit.training.lowrank.frozen import frozen_model
 from compresskit.training.objective import head_of, predictions
@@ -50,6 +50,7 @@ class FewBits(Replica):
         dtype = self._source.compute_dtype
 
         def replace(name: str, weight_OI: Tensor, bias_O: Tensor | None) -> nn.Module:
+            return_memory()  # what the layer before passed through on its way
             return freeze(weight_OI, bias_O, self.base, dtype=dtype)
 
         rounded = set(self.layers)
