@@ -98,8 +98,10 @@ class TrainJob:
         data = json.loads(text)
         for name in ("objective", "teacher", "adaptation", "zeroing"):
             data[name] = data[name] and Part(**data[name])
-        spec = asdict(DataSpec(**data["data"]))  # whose tuples JSON made lists
-        return cls(**data | {"data": spec, "held": tuple(data["held"])})
+        # JSON made lists of tuples.
+        spec, trackers = asdict(DataSpec(**data["data"])), tuple(data["fields"].get("trackers", ()))
+        fields = {**data["fields"], "trackers": trackers}
+        return cls(**data | {"data": spec, "held": tuple(data["held"]), "fields": fields})
 
     @property
     def training(self) -> TrainingFields:
