@@ -15,7 +15,7 @@ import pytest
 
 import compresskit
 from compresskit.cli import COMMANDS
-from compresskit.distill import FEATURE_LOSSES, LOSSES
+from compresskit.distill import FEATURE_LOSSES, LOSSES, SENTENCE_LOSSES
 from compresskit.distill.align import ALIGNMENTS
 from compresskit.errors import UnknownMethodError
 from compresskit.quant import QUANTIZERS
@@ -154,6 +154,7 @@ def methods() -> list[tuple[str, type[Any], str]]:
         (QUANTIZERS, "quantize"),
         (FEATURE_LOSSES, "__call__"),
         (ALIGNMENTS, "__call__"),
+        (SENTENCE_LOSSES, "__call__"),
         (TRAINABLES, "load"),
     ]
     found = [(f"{r.kind} {name}", r[name], verb) for r, verb in tables for name in r]

@@ -73,7 +73,13 @@ class Scheduled(Protocol):
 
 
 class FeatureLoss(Protocol):
-    """A frozen dataclass with the fields of ``FeatureFields``, and a pure function of two blocks' outputs."""
+    """A frozen dataclass with the fields of ``FeatureFields``, and a pure function of two blocks' outputs.
+
+    One whose ``takes`` is ``attention`` is a function of two ``Attended`` in their place, and of which token
+    (B, T, T) sees which; it needs no common width.
+    """
+
+    takes: ClassVar[str]
 
     @property
     def weight(self) -> float:

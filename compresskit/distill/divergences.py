@@ -21,7 +21,7 @@ from compresskit.distill.base import DistillLoss, Scheduled
 from compresskit.kernels.ops import linear_cross_entropy, linear_divergence
 from compresskit.kernels.reference.linear_divergence import Foreign, Listed, Projected, Target, Term
 from compresskit.kernels.reference.projection import Projection
-from compresskit.training.objective import IGNORED, LOSS, Head, Hidden, Signal, predictions
+from compresskit.training.objective import IGNORED, LOSS, Head, Hidden, Listing, Signal, predictions
 
 AGREEMENT, ALIGNED, CROSS_ENTROPY = "agreement", "aligned", "cross_entropy"
 
@@ -104,15 +104,19 @@ class Divergences:
     @cached_property
     def _names(self) -> tuple[str, ...]:
         """Of the parts; a loss that is there twice is numbered."""
-        names = [name for name, _ in self.losses]
-        return tuple(
-            name if names.count(name) == 1 else f"{name}_{names[: i + 1].count(name)}"
-            for i, name in enumerate(names)
-        )
+        return numbered([name for name, _ in self.losses])
 
     def _terms(self, scale: float, progress: float) -> list[Term]:
         now = [loss.at(progress) if isinstance(loss, Scheduled) else loss for loss in self._made]
         return [Term(loss, scale * loss.weight, loss.top_k or 0) for loss in now]
+
+
+def numbered(names: Sequence[str]) -> tuple[str, ...]:
+    """``names``, those that are there several times with a number each."""
+    return tuple(
+        name if names.count(name) == 1 else f"{name}_{names[: i + 1].count(name)}"
+        for i, name in enumerate(names)
+    )
 
 
 def target_of(signal: Signal, labels_BT: Tensor, students: int) -> Target:
@@ -130,6 +134,7 @@ def target_of(signal: Signal, labels_BT: Tensor, students: int) -> Target:
         weight_VE = head.weight_VD.to(hidden_NE.dtype)
         projected = Projected(hidden_NE, Projection(weight_VE, head.bias_V, head.softcap))
         return Foreign(projected, students) if says.foreign else projected
+    assert isinstance(says, Listing)  # what a teacher makes of sentences is not for this objective
     ids_NK, _ = predictions(says.ids_BTK, labels_BT)
     log_p_NO, _ = predictions(says.log_p_BTO, labels_BT)
     return Listed(ids_NK, log_p_NO, says.vocabulary, says.temperature)

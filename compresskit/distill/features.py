@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from compresskit.distill import FEATURE_LOSSES
-from compresskit.distill.base import FeatureLoss
+from compresskit.modeling.attention import Attended
 from compresskit.registry import locate
-from compresskit.training.objective import IGNORED, Head, Objective, Signal
+from compresskit.training.features import ATTENTION, Counted
+from compresskit.training.objective import Head, Signal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +56,21 @@ class WithFeatures:
     @property
     def weight(self) -> float:
         """See ``Featured.weight``."""
-        return self._loss.weight
+        weight: float = self._loss.weight
+        return weight
+
+    @property
+    def takes(self) -> str:
+        """See ``Featured.takes``."""
+        takes: str = self._loss.takes
+        return takes
 
     def __call__(
         self, hidden_BTD: Tensor, head: Head, labels_BT: Tensor, signal: Signal | None
     ) -> Mapping[str, Tensor]:
         """Of the other loss alone; see ``Objective.__call__``."""
-        return self._objective(hidden_BTD, head, labels_BT, signal)
+        sums: Mapping[str, Tensor] = self.inner(hidden_BTD, head, labels_BT, signal)
+        return sums
 
     def projections(self) -> Sequence[nn.Module]:
         """See ``Featured.projections``; the same numbers whenever they are made."""
@@ -72,25 +81,26 @@ class WithFeatures:
             torch.manual_seed(0)
             return [nn.Linear(student, teacher, bias=False) for _ in self.pairs]
 
-    def feature_loss(
-        self, student_BTE: Sequence[Tensor], teacher_BTE: Sequence[Tensor], labels_BT: Tensor
-    ) -> Tensor:
+    def feature_loss(self, student: Sequence[Any], teacher: Sequence[Any], counted: Counted) -> Tensor:
         """See ``Featured.feature_loss``."""
-        keep_BT = labels_BT[:, 1:] != IGNORED
-        total = torch.zeros((), device=labels_BT.device)
-        for mine_BTE, theirs_BTE in zip(student_BTE, teacher_BTE, strict=True):
-            loss_BT = self._loss(_wide(mine_BTE[:, :-1]), _wide(theirs_BTE[:, :-1]))
-            total = total + loss_BT.masked_fill(~keep_BT, 0).sum()
+        total = torch.zeros((), device=counted.share_BT.device)
+        for mine, theirs in zip(student, teacher, strict=True):
+            if self.takes == ATTENTION:
+                mine, theirs = (Attended(*map(_wide, side)) for side in (mine, theirs))
+                loss_BT = self._loss(mine, theirs, counted.sees_BTT)
+            else:
+                loss_BT = self._loss(_wide(mine), _wide(theirs))
+            total = total + counted.total(loss_BT)
         return total / len(self.pairs)
 
     @cached_property
-    def _loss(self) -> FeatureLoss:
+    def _loss(self) -> Any:
         return FEATURE_LOSSES[self.method](**self.options)
 
     @cached_property
-    def _objective(self) -> Objective:
-        objective: Objective = locate(self.objective["target"])(**self.objective["options"])
-        return objective
+    def inner(self) -> Any:
+        """See ``Featured.inner``."""
+        return locate(self.objective["target"])(**self.objective["options"])
 
 
 def _wide(states: Tensor) -> Tensor:

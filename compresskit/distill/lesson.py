@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from compresskit.distill import FEATURE_LOSSES, LOSSES
 from compresskit.distill.align.checks import aligned, alignment_faults, spelt_ids
-from compresskit.distill.mapping import UNIFORM, FeatureFields, Pairs, mapping_faults, paired
+from compresskit.distill.mapping import FeatureFields, Pairs, mapping_faults, paired
 from compresskit.distill.placements import PLACEMENTS
 from compresskit.distill.placements.base import Placement, Preparatory, Teaching
+from compresskit.distill.relation_outlook import relation_bytes, relation_faults
 from compresskit.distill.vocabulary import (
     shared_vocabulary,
     teacher_faults,
@@ -23,6 +24,7 @@ from compresskit.errors import Fault, InputError, PlanError
 from compresskit.modeling import ModelSource, open_model
 from compresskit.options import Choice, choice_faults, choices_of, option_faults
 from compresskit.progress import size
+from compresskit.training.features import ATTENTION, OUTPUT
 from compresskit.training.job import Part
 from compresskit.training.lesson import NO_ALIGNMENT, REPLICATE, SERVER, TEXT_ALONE, unused_faults
 from compresskit.training.outlook import STATE_BYTES, pass_tokens, scale_faults
@@ -94,22 +96,34 @@ class TeachersLesson:
         if faults:
             raise PlanError(*faults)
         objective = CROSS_ENTROPY if stage.loss == TEXT_ALONE else _loss(stage)
-        teaching = _teaching(stage, model, source, context.data, trust)
+        placed = _placement(stage).part(_teaching(stage, model, source, context.data, trust))
         if stage.features is not None:
-            pairs, own = _pairs(stage.features, model, source), dict(stage.features.options)
-            own.pop(LAYERS, None)
-            featured = {"objective": asdict(objective), "method": stage.features.method, "options": own}
-            widths = width_of(model.config), width_of(source.config)
-            featured |= {"pairs": pairs, "widths": None if widths[0] == widths[1] else widths}
-            objective = Part(FEATURED, featured)
-        teacher = _placement(stage).part(teaching)
-        return objective, aligned(stage, teacher, model, source, trust) if is_aligned(stage) else teacher
+            objective = featured(stage.features, objective, model, source)
+            if takes(stage.features) == ATTENTION:  # of a replica, as the plan made sure
+                placed = Part(placed.target, {**placed.options, "takes": ATTENTION})
+        return objective, aligned(stage, placed, model, source, trust) if is_aligned(stage) else placed
 
 
 def is_aligned(stage: Taught) -> bool:
     """Whether the teacher has a tokenizer of its own."""
     named: Choice = stage.alignment
     return named.method != NO_ALIGNMENT
+
+
+def featured(named: Choice, objective: Part, model: ModelSource, teacher: ModelSource) -> Part:
+    """``objective``, and the feature loss ``named`` between ``model`` and ``teacher`` besides."""
+    own = dict(named.options)
+    own.pop(LAYERS, None)
+    options: dict[str, Any] = {"objective": asdict(objective), "method": named.method, "options": own}
+    widths = width_of(model.config), width_of(teacher.config)
+    projected = takes(named) == OUTPUT and widths[0] != widths[1]
+    options |= {"pairs": pairs_of(named, model, teacher), "widths": widths if projected else None}
+    return Part(FEATURED, options)
+
+
+def takes(named: Choice) -> str:
+    """What the feature loss ``named`` compares of a block."""
+    return FEATURE_LOSSES[named.method].takes
 
 
 def placement_faults(stage: Taught, model: Outlook, where: str) -> list[Fault]:
@@ -169,7 +183,13 @@ def feature_faults(stage: Taught, model: Outlook, where: str) -> list[Fault]:
         teacher = _teacher(stage, model)
     except InputError:
         return faults  # that there is no such teacher is told by itself
-    return faults + _pair_faults(named, model, teacher, where)
+    faults += _pair_faults(named, model, teacher, where)
+    if faults or takes(named) == OUTPUT:
+        return faults
+    if stage.teacher_placement.method != REPLICATE:
+        got, cure = stage.teacher_placement.method, "Leave teacher_placement out."
+        faults.append(Fault(where, f"teacher_placement {REPLICATE} beside {named.method}", got, cure))
+    return faults + relation_faults(named, pairs_of(named, model, teacher), model, teacher, where)
 
 
 def feature_bytes(stage: Taught, model: Outlook) -> int:
@@ -178,7 +198,9 @@ def feature_bytes(stage: Taught, model: Outlook) -> int:
         return 0
     fields_of: Any = stage  # every stage that is taught trains
     teacher = _teacher(stage, model)
-    pairs = len(_pairs(stage.features, model, teacher))
+    pairs = len(pairs_of(stage.features, model, teacher))
+    if takes(stage.features) == ATTENTION:
+        return pairs * relation_bytes(stage.features, fields_of, model)
     student, taught = width_of(model.config), width_of(teacher.config)
     projected = 0 if student == taught else taught
     states = 4 * pairs * pass_tokens(fields_of, model.config) * (student + projected + taught)
@@ -205,7 +227,7 @@ def _foreseen(stage: Taught, model: Outlook) -> Teaching:
 def _teaching(
     stage: Taught, model: Outlook | ModelSource, source: ModelSource, data: DataSpec, trust: bool
 ) -> Teaching:
-    pairs = _pairs(stage.features, model, source) if stage.features is not None else ()
+    pairs = pairs_of(stage.features, model, source) if stage.features is not None else ()
     shared = shared_vocabulary(vocabulary_of(model.config), source)
     return Teaching(
         teacher=source,
@@ -232,14 +254,21 @@ def _pair_faults(
         for side, side_of in (("student", model), ("teacher", teacher))
         if not side_of.anatomy.blocks or not width_of(side_of.config)
     ]
-    layers = dict(named.options).get(LAYERS, UNIFORM)
+    layers = _layers(named)
     counts = len(model.anatomy.blocks), len(teacher.anatomy.blocks)
     return faults or mapping_faults(layers, *counts, f"{where}.{LAYERS}")
 
 
-def _pairs(named: Choice, model: Outlook | ModelSource, teacher: ModelSource) -> Pairs:
-    layers = dict(named.options).get(LAYERS, UNIFORM)
-    return paired(layers, len(model.anatomy.blocks), len(teacher.anatomy.blocks))
+def pairs_of(named: Choice, model: Outlook | ModelSource, teacher: ModelSource) -> Pairs:
+    """Blocks of ``model`` and of ``teacher`` that the feature loss ``named``, without a fault, compares."""
+    return paired(_layers(named), len(model.anatomy.blocks), len(teacher.anatomy.blocks))
+
+
+def _layers(named: Choice) -> Any:
+    """As the recipe wrote them, or what the method has by default."""
+    own: Any = FEATURE_LOSSES.get(named.method, FeatureFields)
+    default = next(f.default for f in fields(own) if f.name == LAYERS)
+    return dict(named.options).get(LAYERS, default)
 
 
 def _loss(stage: Taught) -> Part:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from compresskit.errors import Fault
 from compresskit.options import Within
@@ -29,6 +29,9 @@ class FeatureFields:
             ``last_k``, such as ``last_2``, compares the last k of each; or pairs, student's block to
             teacher's, counted from 0: ``{0: 1, 3: 7}``.
     """
+
+    takes: ClassVar[str] = "output"
+    """What of a block is compared: its output, or what its ``attention`` is given."""
 
     weight: Annotated[float, Within(0, above=True)] = 1.0
     layers: Layers = UNIFORM

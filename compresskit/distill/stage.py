@@ -6,28 +6,35 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+from compresskit.distill import SENTENCE_LOSSES
 from compresskit.errors import Fault
-from compresskit.options import Choice, choice_of
-from compresskit.training.lesson import NO_ALIGNMENT, REPLICATE, freeze_lesson
+from compresskit.options import Choice, choice_of, choices_of
+from compresskit.training.lesson import LESSONS, NO_ALIGNMENT, REPLICATE, freeze_lesson
 from compresskit.training.trainable import TrainableFields
 
 if TYPE_CHECKING:
     from compresskit.modeling.source import ModelSource
     from compresskit.stage import Forecast, Outlook, StageContext, StageResult
+    from compresskit.training.lesson import Lesson
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distill(TrainableFields):
     """Train the model, or little of it, to predict what a teacher predicts; pruned weights stay zero.
 
+    A language model learns a teacher's next-token distributions; a model that reads a text whole, such as an
+    encoder, the embeddings of sentences or the logits of their classes.
+
     Attributes:
         teacher: directory or hub id; None is the model as it was before the first stage.
         teacher_placement: where the teacher lives: a name of ``compresskit.distill.placements.PLACEMENTS``,
             or a mapping of ``method`` and its own fields.
         loss: a name of ``compresskit.distill.LOSSES``, or a mapping of ``method`` and the loss's own fields,
-            or a list of these, which are added up; beside ``features`` also ``cross_entropy``.
+            or a list of these, which are added up; beside ``features`` also ``cross_entropy``. Of models
+            without a next-token head names of ``compresskit.distill.SENTENCE_LOSSES``.
         temperature: divides both models' logits; the loss is multiplied by its square.
-        cross_entropy_weight: share of the ordinary next-token loss in the mix, in [0, 1].
+        cross_entropy_weight: share of the ordinary loss in the mix, in [0, 1]: on next tokens, or of a
+            classifier on the classes that rows have.
         features: what else is learnt from the teacher, block by block: a name of
             ``compresskit.distill.FEATURE_LOSSES``, or a mapping of ``method``, ``weight`` and ``layers``.
         alignment: how a teacher with another tokenizer is compared: ``none``, ``spans`` or ``uld``, or a
@@ -55,6 +62,15 @@ class Distill(TrainableFields):
         if self.on_policy is not None:
             object.__setattr__(self, "on_policy", choice_of(self.on_policy))
 
+    @property
+    def learns_sentences(self) -> bool:
+        """Whether any of the losses is one on whole sentences."""
+        return any(choice.method in SENTENCE_LOSSES for choice in choices_of(self.loss))
+
+    @property
+    def _lesson(self) -> type[Lesson]:
+        return LESSONS["sentences" if self.learns_sentences else "teacher"]
+
     def faults(self, model: Outlook, where: str) -> list[Fault]:
         """Everything wrong with this stage for such a ``model``; reads no weight.
 
@@ -65,20 +81,18 @@ class Distill(TrainableFields):
         Returns:
             All faults together: of the training fields, the loss, the teacher and its vocabulary.
         """
-        from compresskit.distill.lesson import TeachersLesson
         from compresskit.distill.on_policy import on_policy_faults
         from compresskit.training.retrain import retraining_faults
 
-        faults = retraining_faults(self, model, where) + TeachersLesson.faults(self, model, where)
-        return faults + on_policy_faults(self, model, where)
+        faults = retraining_faults(self, model, where) + self._lesson.faults(self, model, where)
+        return faults + ([] if self.learns_sentences else on_policy_faults(self, model, where))
 
     def forecast(self, model: Outlook) -> Forecast:
         """What this stage will do to such a ``model``; called only when it has no faults."""
-        from compresskit.distill.lesson import TeachersLesson
         from compresskit.training.retrain import forecast_retraining
 
-        found = forecast_retraining(self, model, teacher_bytes=TeachersLesson.held_bytes(self, model))
-        return replace(found, notes=(*found.notes, *TeachersLesson.notes(self, model)))
+        found = forecast_retraining(self, model, teacher_bytes=self._lesson.held_bytes(self, model))
+        return replace(found, notes=(*found.notes, *self._lesson.notes(self, model)))
 
     def run(self, model: ModelSource, context: StageContext) -> StageResult:
         """Train ``model`` into ``context.out``.
@@ -88,10 +102,9 @@ class Distill(TrainableFields):
             NumericError: a loss or weight is no longer finite; names the step and the layer.
             WorkerError: a training process died.
         """
-        from compresskit.distill.lesson import TeachersLesson
         from compresskit.training.retrain import run_retraining
 
-        loss, teacher = TeachersLesson.parts(self, model, context)
+        loss, teacher = self._lesson.parts(self, model, context)
         return run_retraining(
             self,
             model,

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from compresskit.modeling import load_model
-from compresskit.modeling.forwards import keeping
 from compresskit.modeling.skeleton import resolve_dtype
-from compresskit.training.features import compared_blocks
+from compresskit.training.features import OUTPUT, compared_blocks, looking_at
 from compresskit.training.objective import Head, Hidden, Signal, head_of
 
 
@@ -26,7 +25,8 @@ class Replica:
         directory: of the teacher's checkpoint.
         vocabulary: how many ids it shares with the student; its projection is cut to them.
         trust_remote_code: whether code in the directory may run.
-        blocks: whose output a feature loss compares, counted from 0.
+        blocks: which a feature loss compares, counted from 0.
+        takes: what of them: their ``output``, or what their ``attention`` is given.
         dtype: of its weights; ``auto`` is what they are stored in.
     """
 
@@ -34,6 +34,7 @@ class Replica:
     vocabulary: int
     trust_remote_code: bool = False
     blocks: Sequence[int] = ()
+    takes: str = OUTPUT
     dtype: str = "auto"
 
     @cached_property
@@ -69,6 +70,6 @@ class Replica:
     def signal(self, inputs: Mapping[str, Tensor]) -> Signal:
         """Hidden states (B, T, E) for ``input_ids`` and ``position_ids``, each int64 (B, T)."""
         ids = inputs["input_ids"]
-        with keeping(self._blocks) as kept:
+        with looking_at(self._blocks, self.takes) as kept:
             hidden = self.hidden(ids, inputs["position_ids"])
         return Signal(Hidden(hidden, self._head()), tuple(kept[block] for block in self._blocks))

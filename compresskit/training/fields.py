@@ -70,6 +70,11 @@ class TrainingFields:
         return False
 
     @property
+    def learns_sentences(self) -> bool:
+        """Whether rows are sentences, and the model one without a next-token head."""
+        return False
+
+    @property
     def moves_weights(self) -> bool:
         """Whether the weights of layers are trained under their own names."""
         return True

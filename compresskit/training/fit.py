@@ -32,11 +32,12 @@ from compresskit.training.fields import TrainingFields
 from compresskit.training.finite import require_finite_weights
 from compresskit.training.int8 import int8_products
 from compresskit.training.objective import CrossEntropy, Objective, TeacherProvider
-from compresskit.training.order import Ordered, Rows
+from compresskit.training.order import Collate, Ordered, Rows, collating, mean_tokens
 from compresskit.training.outcome import TrainOutcome
-from compresskit.training.redirect import redirected
+from compresskit.training.redirect import idle_in, redirected
 from compresskit.training.rollout import OnPolicy
 from compresskit.training.rules import Setting, launched_processes
+from compresskit.training.sentences import idle_warnings, on_sentences, without_gradient
 from compresskit.training.trackers import Trackers
 from compresskit.training.trainer import StageTrainer
 from compresskit.training.watch import LOSSES, LossLog, Watch, held_bytes
@@ -57,9 +58,10 @@ class Run:
     """One training run of a live model.
 
     Attributes:
-        model: a causal language model; its weights are fp32 while it trains and have their own dtype after.
+        model: a causal language model, or with a sentence objective any other; its weights are fp32 while
+            it trains and have their own dtype after.
         rows: map-style data set of {"input_ids", "labels", "position_ids"}, each int64 (T,); labels are not
-            shifted, -100 is not supervised.
+            shifted, -100 is not supervised. Or of sentences, as ``compresskit.data.examples`` gives them.
         fields: how to train; ``processes`` is not acted on here (see ``compresskit.training.launch``).
         scratch: directory for checkpoints and the loss log; survives a kill.
         objective: what to minimise.
@@ -141,8 +143,13 @@ class Run:
         start = checkpoint.latest(self.scratch / CHECKPOINTS, self.identity)
         done = checkpoint.step_of(start) if start else 0
         extended = projecting(self.model, self.objective)
-        with _restored_environment(), extended, _trainable(self.model, self.fields) as dtypes:
-            trainer = self._trainer(done)
+        with (
+            _restored_environment(),
+            extended,
+            _trainable(self.model, self.fields) as dtypes,
+            without_gradient(self.model, idle := self._idle()),
+        ):
+            trainer = self._trainer(done, idle)
             precision = self.fields.precision
             with redirected(self.model, self.objective, precision=precision):
                 validated = _run(trainer, start)
@@ -172,7 +179,7 @@ class Run:
             kernels=log.kernels(),
             resumed_from=done,
             seconds=log.seconds(),
-            warnings=self.warnings,
+            warnings=self.warnings + idle_warnings(idle),
             final_parts=log.parts(LAST),
             validation_loss_before=trainer.first_evaluation(),
             given_step=given_step,
@@ -196,13 +203,24 @@ class Run:
             title=self.title,
             steps=self.steps,
             done=done,
-            tokens_per_step=fields.batch_size * int(self.rows[0]["input_ids"].shape[-1]),
+            tokens_per_step=round(fields.batch_size * mean_tokens(self.rows)),
             trackers=trackers,
             memory_bytes=partial(held_bytes, self.setting.device),
         )
 
-    def _trainer(self, done: int) -> StageTrainer:
-        """The trainer, ``done`` steps of whose work are behind it."""
+    @cached_property
+    def _collate(self) -> Collate:
+        return collating(self.rows, sentences=on_sentences(self.objective) is not None)
+
+    def _idle(self) -> tuple[str, ...]:
+        """Parameters that the loss does not reach, found on two sentences; a language model has none."""
+        if on_sentences(self.objective) is None:
+            return ()
+        batch = self._collate([self.rows[i] for i in range(min(2, len(self.rows)))])
+        return idle_in(self.model, self.objective, batch, self.teacher, precision=self.fields.precision)
+
+    def _trainer(self, done: int, idle: tuple[str, ...]) -> StageTrainer:
+        """The trainer, ``done`` steps of whose work are behind it; what is ``idle`` needs no holding."""
         fields, setting = self.fields, self.setting
         arguments = training_arguments(
             setting,
@@ -221,6 +239,7 @@ class Run:
             micro_batch_size=setting.micro_batch_size,
             ranks=setting.processes,
         )
+        held = (*self.held, *(self.zeroing.layers if self.zeroing else ()))
         return StageTrainer(
             self.model,
             arguments,
@@ -228,7 +247,8 @@ class Run:
             validation=self.validation,
             teacher=self.teacher,
             setting=setting,
-            held=tuple(dict.fromkeys((*self.held, *(self.zeroing.layers if self.zeroing else ())))),
+            held=tuple(n for n in dict.fromkeys(held) if f"{n}.weight" not in idle),
+            collate=self._collate,
             zeroing=self.zeroing,
             access=access_for(setting.strategy, fields.zero_stage),
             watch=self._watch(done) if arguments.process_index == 0 else None,

@@ -10,10 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from compresskit.data.examples import ExampleRows, examples
 from compresskit.data.pack import packed
 from compresskit.data.spec import DataSpec
-from compresskit.errors import DataError, PlanError
+from compresskit.errors import DataError, Fault, PlanError
 from compresskit.modeling import ModelSource, load_tokenizer, resolve_device
+from compresskit.modeling.skeleton import load_config
 from compresskit.registry import locate
 from compresskit.training.adaptation import Adaptation, Plain
 from compresskit.training.fields import TrainingFields
@@ -26,6 +28,7 @@ from compresskit.training.order import Mixed, Numbered, Rows
 from compresskit.training.outcome import TrainOutcome, outcome_from_json
 from compresskit.training.rollout import OnPolicy
 from compresskit.training.rules import launched_processes, this_rank
+from compresskit.training.sentences import on_sentences
 
 OUTCOME = "outcome.json"
 
@@ -148,7 +151,8 @@ def carry_out(job: TrainJob) -> TrainOutcome:
             if isinstance(teacher, Approximate) and this_rank() == 0:
                 notes += teacher.told(rows, resolve_device(job.device))
 
-    if not job.data.get("cross_documents"):
+    objective = job.objective.make()
+    if not job.data.get("cross_documents") and on_sentences(objective) is None:
         _require_isolation(model, teacher)
 
     def save(tensors: Mapping[str, Tensor]) -> None:
@@ -162,7 +166,7 @@ def carry_out(job: TrainJob) -> TrainOutcome:
         rows,
         fields=job.training,
         scratch=Path(job.scratch),
-        objective=job.objective.make(),
+        objective=objective,
         teacher=teacher,
         validation=validation,
         held=job.held if adaptation.masks_gradients else (),
@@ -211,12 +215,19 @@ def _rows(job: TrainJob) -> tuple[Rows, Rows | None, tuple[str, ...]]:
     """Training rows, validation rows if the data has any, and what a reader should know about them."""
     spec, tokenizer = DataSpec(**job.data), load_tokenizer(job.model, trust_remote_code=job.trust_remote_code)
     size, cache = job.context_length, Path(job.cache)
-    rows = packed(spec, tokenizer, split="train", context_length=size, cache=cache)
+    read: Any = packed
+    sentences = on_sentences(job.objective.make())
+    if sentences is not None:
+        # The model may take fewer than it has positions: those of RoBERTa begin at 2.
+        read, size = examples, min(size, tokenizer.model_max_length)
+    rows = read(spec, tokenizer, split="train", context_length=size, cache=cache)
+    if sentences is not None and sentences.needs_labels:
+        _require_classes(job, rows)
     notes = tuple(rows.warnings)
     if not job.validation_rows or not spec.validation_fraction:
         return rows, None, notes
     try:
-        held_out = packed(
+        held_out = read(
             spec,
             tokenizer,
             split="validation",
@@ -228,3 +239,12 @@ def _rows(job: TrainJob) -> tuple[Rows, Rows | None, tuple[str, ...]]:
         return rows, None, (*notes, f"No validation loss was measured: {error}")
     more = (f"Validation: {note}" for note in held_out.warnings if note not in notes)
     return rows, held_out, (*notes, *more)
+
+
+def _require_classes(job: TrainJob, rows: ExampleRows) -> None:
+    """DataError unless rows have classes, and the model has each of them."""
+    config = load_config(Path(job.model), trust_remote_code=job.trust_remote_code)
+    if not 0 < rows.num_labels <= config.num_labels:
+        got = f"classes up to {rows.num_labels - 1}" if rows.num_labels else "rows without a class"
+        cure = "Set data.label to the column of the classes, or cross_entropy_weight to 0."
+        raise DataError(Fault(job.data["source"], f"classes from 0 to {config.num_labels - 1}", got, cure))

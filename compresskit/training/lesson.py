@@ -89,7 +89,13 @@ class Lesson(Protocol):
         ...
 
 
-LESSONS: Registry[Lesson] = Registry("lesson", {"teacher": "compresskit.distill.lesson:TeachersLesson"})
+LESSONS: Registry[Lesson] = Registry(
+    "lesson",
+    {
+        "teacher": "compresskit.distill.lesson:TeachersLesson",
+        "sentences": "compresskit.distill.sentence_lesson:SentencesLesson",
+    },
+)
 REPLICATE, SERVER, NO_ALIGNMENT = "replicate", "server", "none"
 TEXT_ALONE = "cross_entropy"
 """The loss of a stage that learns from text without a teacher."""

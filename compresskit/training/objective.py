@@ -1,7 +1,7 @@
 """What is minimised: a pure function of hidden states, output projections and labels.
 
 Shapes: B = rows, T = tokens of a row, D = student's hidden width, E = teacher's, V = vocabulary, N =
-supervised tokens.
+supervised tokens, S = sentences, C = classes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from compresskit.errors import Fault, ModelError
 from compresskit.kernels.ops import linear_cross_entropy
+from compresskit.modeling.attention import Attended
 
 if TYPE_CHECKING:
     from compresskit.training.order import Rows
@@ -77,18 +78,41 @@ class Listing:
 
 
 @dataclass(frozen=True, slots=True)
+class Embedded:
+    """What a teacher makes of sentences.
+
+    Attributes:
+        states_STE: of its last block, in its own type; those of padding mean nothing.
+    """
+
+    states_STE: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Classified:
+    """Which classes a teacher takes sentences for.
+
+    Attributes:
+        logits_SC: in its own type.
+    """
+
+    logits_SC: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Signal:
     """What a teacher says about a batch. No mapping: engines would cast what is in one.
 
     Attributes:
-        says: the distributions.
-        blocks_BTE: what those of its blocks make that a feature loss compares.
+        says: the distributions of next tokens, or what it makes of whole sentences.
+        blocks_BTE: what those of its blocks make that a feature loss compares, or what their attention is
+            given where it compares that.
         told_BT: bool, of which tokens it says what they might have been, at the token before; None for all.
         progress: share of the training steps that are done; 1 in an evaluation. The trainer sets it.
     """
 
-    says: Hidden | Listing
-    blocks_BTE: tuple[Tensor, ...] = ()
+    says: Hidden | Listing | Embedded | Classified
+    blocks_BTE: tuple[Tensor | Attended, ...] = ()
     told_BT: Tensor | None = None
     progress: float = 1.0
 

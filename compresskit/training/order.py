@@ -7,21 +7,34 @@ length: how many of their tokens are supervised changes no computation, so they 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
+from functools import partial
 from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from compresskit.data.examples import pad_stack
+from compresskit.training.objective import supervised_tokens
+from compresskit.training.sentences import is_of_sentences
+
 
 class Rows(Sized, Protocol):
-    """A map-style data set of {"input_ids", "labels", "position_ids"}, each int64 (T,).
+    """A map-style data set of {"input_ids", "labels", "position_ids"}, each int64 (T,); or of sentences, see
+    ``compresskit.data.examples``.
 
     Where rows are of different lengths it has ``lengths``, the tokens of each.
     """
 
     def __getitem__(self, index: int) -> Mapping[str, Tensor]: ...
+
+
+LOOKED_AT = 64
+FED = ("input_ids", "position_ids", "attention_mask", "token_type_ids", "labels")
+"""What of a batch a forward is given."""
+Collate = Callable[[list[Mapping[str, Tensor]]], dict[str, Tensor]]
+"""Rows to a batch."""
 
 
 @runtime_checkable
@@ -146,3 +159,19 @@ def balanced(lengths: Sequence[int], micro_batch_size: int, ranks: int) -> list[
 def stack(rows: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Rows of one length as a batch, (B, T) each."""
     return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
+
+
+def collating(rows: Rows, *, sentences: bool) -> Collate:
+    """How ``rows`` become a batch: padded, where they are sentences."""
+    return partial(pad_stack, pad_id=getattr(rows, "pad_id", 0)) if sentences else stack
+
+
+def mean_tokens(rows: Rows) -> float:
+    """Of a row, which the first few tell."""
+    some = [len(rows[i]["input_ids"]) for i in range(min(LOOKED_AT, len(rows)))]
+    return sum(some) / len(some)
+
+
+def supervised(batch: Mapping[str, Tensor]) -> int:
+    """What a loss is divided by: supervised tokens of a batch of packed rows, or its sentences."""
+    return len(batch["input_ids"]) if is_of_sentences(batch) else supervised_tokens(batch["labels"])

@@ -25,6 +25,10 @@ INT8_NOTES = {
     "for both; without such instructions they may be slower than either.",
     "cuda": "How much faster products in int8 are on a GPU was not measured.",
 }
+OF_SENTENCES = (
+    "Choose a causal language model; others can be distilled, with loss: embedding_cosine, embedding_mse or "
+    "pairwise, or class_logits for a classifier."
+)
 UNSUPPORTED_SCALES = ("logit_scale", "logits_scaling")
 
 
@@ -33,21 +37,16 @@ def student_faults(fields: TrainingFields, model: Outlook, where: str) -> list[F
     faults = training_faults(fields, where, device=model.device, devices=model.devices)
     if fields.moves_weights:
         faults += eight_bit_faults(fields, where)
-    if not model.anatomy.is_causal or model.anatomy.head is None:
-        faults.append(
-            Fault(
-                where,
-                "a causal language model with an output projection",
-                type(model.config).__name__,
-                "Train another model: only next-token models can be trained so far.",
-            )
-        )
+    if fields.learns_sentences:
+        pass  # which models can is told by the lesson
+    elif not model.anatomy.is_causal or model.anatomy.head is None:
+        expected = "a causal language model with an output projection"
+        faults.append(Fault(where, expected, type(model.config).__name__, OF_SENTENCES))
     else:
-        faults += isolation_faults(fields, model, where)
+        faults += isolation_faults(fields, model, where) + scale_faults(model.config, where)
     if fields.matmul == "int8" and all(n.transposed for n in model.anatomy.linears.values() if n.block):
         cure = "Use matmul float: torchao multiplies no layer that stores its weight transposed."
         faults.append(Fault(f"{where}.matmul", "a model with torch.nn.Linear in its blocks", "none", cure))
-    faults += scale_faults(model.config, where)
     limit = getattr(model.config, "max_position_embeddings", None)
     if fields.context_length and limit and fields.context_length > limit:
         faults.append(
@@ -129,7 +128,7 @@ def forecast_training(
     config, anatomy = model.config, model.anatomy
     width = getattr(config, "hidden_size", 0) or 0
     inner = getattr(config, "intermediate_size", None) or 4 * width
-    vocabulary = getattr(config, "vocab_size", 0) or 0
+    vocabulary = 0 if fields.learns_sentences else getattr(config, "vocab_size", 0) or 0
     tokens = pass_tokens(fields, config)
     shards = {"fsdp": setting.processes, "deepspeed": setting.processes}.get(setting.strategy, 1)
     parameters = anatomy.num_parameters if trained is None else trained

@@ -26,8 +26,8 @@ from compresskit.training.best import Best
 from compresskit.training.engine import require_engine
 from compresskit.training.finite import bad_gradient, culprit, first_named, not_finite, on_every_rank
 from compresskit.training.hold import hold_zeros
-from compresskit.training.objective import IGNORED, LOSS, TeacherProvider, supervised_tokens
-from compresskit.training.order import Ordered, Rows, stack
+from compresskit.training.objective import LOSS, TeacherProvider
+from compresskit.training.order import FED, Collate, Ordered, Rows, stack, supervised
 from compresskit.training.rollout import OnPolicy, Student, eos_ids, on_policy_batches
 from compresskit.training.rules import Setting
 from compresskit.training.watch import Watch
@@ -66,6 +66,7 @@ class StageTrainer(Trainer):
         held: layers whose zeros stay.
         zeroing: what changes zeros from step to step, or None.
         access: to the engine's parameters.
+        collate: rows to a batch.
         watch: of the main process.
         identity: which run checkpoints belong to.
         evaluates_first: whether to evaluate before the first step too.
@@ -85,6 +86,7 @@ class StageTrainer(Trainer):
         held: tuple[str, ...],
         zeroing: Zeroing | None,
         access: ParamAccess,
+        collate: Collate = stack,
         watch: Watch | None,
         identity: str,
         evaluates_first: bool = False,
@@ -94,12 +96,13 @@ class StageTrainer(Trainer):
         self._setting, self._teacher, self._validation = setting, teacher, validation
         self._held, self._zeroing = held, zeroing
         self._watch, self._identity = watch, identity
+        self._collate = collate
         self._parts: dict[str, Tensor] = {}
         self._evaluates_first, self._best, self._on_policy = evaluates_first, best, on_policy
         self.access = access
         self.resources = ExitStack()
         super().__init__(
-            model=model, args=args, train_dataset=rows, eval_dataset=validation, data_collator=stack
+            model=model, args=args, train_dataset=rows, eval_dataset=validation, data_collator=collate
         )
         self.remove_callback(PrinterCallback)
         self.add_callback(_Moments(self))
@@ -171,8 +174,8 @@ class StageTrainer(Trainer):
         return made, self._get_num_items_in_batch(made, device)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
-        """Supervised tokens of one optimiser step, over accumulation and ranks."""
-        count = torch.tensor(sum(supervised_tokens(b["labels"]) for b in batch_samples), device=device)
+        """Supervised tokens, or sentences, of one optimiser step, over accumulation and ranks."""
+        count = torch.tensor(sum(map(supervised, batch_samples)), device=device)
         return _summed(count)
 
     def compute_loss(
@@ -194,7 +197,7 @@ class StageTrainer(Trainer):
         if on_every_rank(not bool(loss.isfinite()), loss.device):
             layer = first_named(culprit(self.accelerator.unwrap_model(model), model, self._fed(inputs)))
             raise not_finite("loss", self.state.global_step + 1, layer)
-        tokens = max(int(num_items_in_batch or supervised_tokens(inputs["labels"])), 1)
+        tokens = max(int(num_items_in_batch or supervised(inputs)), 1)
         for part in sums.keys() - {LOSS}:
             self._parts[part] = self._parts.get(part, 0) + sums[part].detach() / tokens
         loss = loss * (self.accelerator.num_processes / tokens)
@@ -206,7 +209,7 @@ class StageTrainer(Trainer):
 
     def _fed(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         """What the redirected forward takes: the batch, and what the teacher says about it."""
-        fed: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "position_ids", "labels")}
+        fed: dict[str, Any] = {name: inputs[name] for name in FED if name in inputs}
         if self._teacher is not None:
             try:
                 with torch.no_grad():
@@ -265,12 +268,13 @@ class StageTrainer(Trainer):
         model = self.model_wrapped
         model.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        batches = self._validation_batches(self._validation)
+        batches, own = self._validation_batches(self._validation)
         with torch.no_grad(), self._evaluating(len(batches)) as bar:
-            for batch in batches:
+            for index, batch in enumerate(batches):
                 inputs = self._prepare_inputs(batch)
-                totals[0] += self._sums(model, inputs)[LOSS]
-                totals[1] += supervised_tokens(inputs["labels"])
+                loss = self._sums(model, inputs)[LOSS]
+                if index < own:
+                    totals += torch.stack((loss.double(), loss.new_tensor(supervised(inputs)).double()))
                 bar.advance()
         model.train()
         self.access.settle(cast(nn.Module, self.model))
@@ -288,15 +292,15 @@ class StageTrainer(Trainer):
             gathered = partial(self.access.gather, model, keep=keep, frozen=self._best.frozen)
             self._best.offer(self.state.global_step, loss, self.lowest_evaluation(), gathered)
 
-    def _validation_batches(self, rows: Rows) -> list[dict[str, Tensor]]:
-        """This rank's batches; every rank has as many, a missing one supervises no token."""
+    def _validation_batches(self, rows: Rows) -> tuple[list[dict[str, Tensor]], int]:
+        """This rank's batches, and how many are its own: every rank has as many, a missing one is filled."""
         world, rank, size = self.args.world_size, self.args.process_index, self._setting.micro_batch_size
         indices = [list(range(i, min(i + size, len(rows)))) for i in range(0, len(rows), size)]
-        batches = [stack([rows[i] for i in part]) for part in indices[rank::world]]
-        if len(batches) < -(-len(indices) // world):
-            empty = stack([rows[0]])
-            batches.append(empty | {"labels": torch.full_like(empty["labels"], IGNORED)})
-        return batches
+        batches = [self._collate([rows[i] for i in part]) for part in indices[rank::world]]
+        own = len(batches)
+        if own < -(-len(indices) // world):
+            batches.append(self._collate([rows[0]]))
+        return batches, own
 
     def _evaluating(self, batches: int) -> Progress:
         """Progress of an evaluation, shown by the main process and only where it takes a while."""

@@ -13,10 +13,11 @@ from torch import Tensor
 from compresskit.distill import FEATURE_LOSSES
 from compresskit.distill.features import WithFeatures
 from compresskit.distill.mapping import mapping_faults, paired
-from compresskit.training.features import Featured
+from compresskit.training.features import OUTPUT, Counted, Featured
 from compresskit.training.objective import CrossEntropy, Head
 
 B, T, D, E = 3, 7, 5, 8
+OF_OUTPUTS = [name for name in FEATURE_LOSSES if FEATURE_LOSSES[name].takes == OUTPUT]
 CROSS_ENTROPY = {"target": "compresskit.training.objective:CrossEntropy", "options": {}}
 
 
@@ -52,18 +53,23 @@ def some_labels() -> Tensor:
     return labels
 
 
+def counting(labels: Tensor) -> Counted:
+    """Rows of one document each."""
+    return Counted.of_text(labels, torch.arange(labels.shape[1]).expand(labels.shape))
+
+
 def with_features(method: str, blocks: int = 2, **changes: Any) -> WithFeatures:
     pairs = [(i, i) for i in range(blocks)]
     return WithFeatures(objective=CROSS_ENTROPY, method=method, **{"pairs": pairs} | changes)
 
 
-@pytest.mark.parametrize("name", FEATURE_LOSSES)
+@pytest.mark.parametrize("name", OF_OUTPUTS)
 def test_equals_a_loop_over_tokens(name: str) -> None:
     """Mean over blocks of sums over the tokens that predict a label; the rest does not count at all."""
     labels = some_labels()
     mine = [randn(B, T, E, seed=i).requires_grad_() for i in (1, 2)]
     theirs = [randn(B, T, E, seed=i) for i in (3, 4)]
-    got = with_features(name).feature_loss(mine, theirs, labels)
+    got = with_features(name).feature_loss(mine, theirs, counting(labels))
     true = 0.0
     for s, t in zip(mine, theirs, strict=True):
         for row in range(B):
@@ -77,15 +83,15 @@ def test_equals_a_loop_over_tokens(name: str) -> None:
         assert torch.equal(gradient.abs().sum(-1) > 0, counted)
 
 
-@pytest.mark.parametrize("name", FEATURE_LOSSES)
+@pytest.mark.parametrize("name", OF_OUTPUTS)
 def test_gradients_are_the_formulas(name: str) -> None:
     labels, theirs = some_labels(), (randn(B, T, E, seed=5),)
     loss = with_features(name, blocks=1)
     mine = randn(B, T, E, seed=6).requires_grad_()
-    assert torch.autograd.gradcheck(lambda s: loss.feature_loss((s,), theirs, labels), (mine,))
+    assert torch.autograd.gradcheck(lambda s: loss.feature_loss((s,), theirs, counting(labels)), (mine,))
 
 
-@pytest.mark.parametrize("name", FEATURE_LOSSES)
+@pytest.mark.parametrize("name", OF_OUTPUTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_contract_of_every_feature_loss(name: str, dtype: torch.dtype) -> None:
     """A number for each token, zero for equal states, nothing changed, the same twice, strides no matter."""
@@ -118,14 +124,15 @@ def test_narrow_states_are_compared_in_float32() -> None:
     """The square of 300 is infinite in fp16."""
     big = torch.full((1, 3, 4), 300.0, dtype=torch.float16)
     loss = with_features("hidden_mse", blocks=1)
-    got = loss.feature_loss((big,), (-big,), torch.zeros(1, 3, dtype=torch.int64))
+    got = loss.feature_loss((big,), (-big,), counting(torch.zeros(1, 3, dtype=torch.int64)))
     assert got.item() == 2 * 600.0**2
 
 
 def test_a_batch_without_supervised_tokens_is_zero() -> None:
     mine = randn(B, T, E).requires_grad_()
     labels = torch.full((B, T), -100)
-    loss = with_features("squarehead", blocks=1).feature_loss((mine,), (randn(B, T, E, seed=1),), labels)
+    theirs = randn(B, T, E, seed=1)
+    loss = with_features("squarehead", blocks=1).feature_loss((mine,), (theirs,), counting(labels))
     assert loss.item() == 0
     loss.backward()
     assert not mine.grad.any()
