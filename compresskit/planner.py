@@ -378,14 +378,19 @@ def _placed(fault: Fault, recipe: Recipe) -> Fault:
     return Fault(recipe.place(fault.where), fault.expected, fault.got, fault.cure)
 
 
+ORDINARY = ("uniform", "all", "replicate", "none")
+"""Choices that a summary need not tell."""
+
+
 def summary(stage: Stage) -> str:
     """A stage in a few words: ``wanda 2:4``."""
     words = [getattr(stage, n, None) for n in ("method", "pattern", "scheme", "loss")]
     if stage.reshapes:
         words = [getattr(stage, "method", None), *(f"{k}={v}" for k, v in getattr(stage, "options", ()))]
-    choices = [getattr(stage, n, None) for n in ("allocation", "recover", "features", "trainable")]
-    words += [choice for choice in choices if choice and str(choice) not in ("uniform", "all")]
-    return " ".join(str(w) for w in words if w)
+    named = ("allocation", "recover", "features", "trainable", "teacher_placement", "alignment")
+    choices = [getattr(stage, n, None) for n in named]
+    words += [choice for choice in choices if choice and str(choice) not in ORDINARY]
+    return " ".join(" + ".join(map(str, w)) if isinstance(w, tuple) else str(w) for w in words if w)
 
 
 def _digest(data: Json) -> str:

@@ -189,7 +189,7 @@ def test_a_model_that_predicts_no_next_token_is_refused(tmp_path: Path) -> None:
     BertModel(config).save_pretrained(tmp_path / "bert")
     byte_tokenizer().save_pretrained(tmp_path / "bert")
     bert = open_model(str(tmp_path / "bert"))
-    assert "only next-token models" in str(Finetune().faults(outlook(bert), "s")[0])
+    assert "expected a causal language model" in str(Finetune().faults(outlook(bert), "s")[0])
 
 
 def tiny_opt(directory: Path) -> Path:
