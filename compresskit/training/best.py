@@ -11,6 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from compresskit.errors import Fault, NumericError
+
 BEST = "best.safetensors"
 
 
@@ -41,10 +43,23 @@ class Best:
             return
         if tensors := gathered():
             part = self.path.with_suffix(".partial")
-            save_file(dict(tensors), part, metadata={"step": str(step)})
+            save_file(dict(tensors), part, metadata={"step": str(step), "loss": repr(loss)})
             os.replace(part, self.path)
 
-    def read(self) -> tuple[int, dict[str, Tensor]]:
-        """The step and the weights; on the main process, after an evaluation."""
+    def forget(self) -> None:
+        """Remove what another run left; on the main process, before the first evaluation."""
+        self.path.unlink(missing_ok=True)
+
+    def read(self) -> tuple[int, float, dict[str, Tensor]]:
+        """The step, its validation loss and the weights; on the main process, after an evaluation.
+
+        Raises:
+            NumericError: no evaluation had a finite loss.
+        """
+        if not self.path.is_file():
+            cure = "Lower learning_rate, or mend the rows that are evaluated on."
+            raise NumericError(Fault("keep_best", "a validation loss that is finite", "none", cure))
         with safe_open(self.path, framework="pt") as file:
-            return int(file.metadata()["step"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            told = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return int(told["step"]), float(told["loss"]), tensors

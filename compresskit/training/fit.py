@@ -158,9 +158,9 @@ class Run:
             if self._best is None:
                 tensors = trainer.access.gather(self.model, keep=keep, frozen=self.saves_frozen)
             else:
-                given_step, tensors = self._best.read() if keep else (given_step, {})
-                validated = trainer.lowest_evaluation()
-            require_finite_weights(tensors, self.steps)
+                lowest = trainer.lowest_evaluation()
+                given_step, validated, tensors = self._best.read() if keep else (given_step, lowest, {})
+            require_finite_weights(tensors, given_step)
             if self.save is not None:
                 self.save(cast_like(without_projections(tensors), dtypes))
             engine = running_engine(trainer.model_wrapped, self.model)
@@ -194,6 +194,8 @@ class Run:
         """What the main process tells of the run, ``done`` steps of which are behind it."""
         fields, log = self.fields, LossLog(self.scratch / LOSSES)
         log.cut_after(done)
+        if self._best is not None and not done:
+            self._best.forget()
         trackers = None
         if fields.trackers:
             name = f"{self.title.lower()}-{self.identity[:8]}"

@@ -149,4 +149,6 @@ def forecast_training(
         layers=len(anatomy.linears),
         memory_bytes=max(states, loading) + activations + logits + teacher_bytes + other_bytes,
         notes=notes,
+        # The best weights so far in fp32, and for a moment those that take their place.
+        scratch_bytes=2 * 4 * anatomy.num_parameters if fields.keep_best else 0,
     )

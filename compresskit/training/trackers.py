@@ -32,7 +32,9 @@ class Trackers:
         for name in names:
             cls = LOGGER_TYPE_TO_CLASS[name]
             # Services have a project of many runs; files have a folder for each.
-            tracker = cls(run, logging_dir=folder) if cls.requires_logging_directory else cls(PROJECT)
+            tracker = (
+                cls(run, logging_dir=folder) if cls.requires_logging_directory else cls(PROJECT, name=run)
+            )
             tracker.start()
             tracker.store_init_configuration(plain)
             self._trackers.append(tracker)

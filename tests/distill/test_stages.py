@@ -74,6 +74,12 @@ def run(
     return stage.run(source, context), out
 
 
+def test_the_best_weights_that_are_kept_are_counted_on_the_disk(source: ModelSource, text: DataSpec) -> None:
+    plain, kept = Finetune(**FEW), Finetune(**FEW, keep_best=True, eval_every=2)
+    forecasts = [stage.forecast(outlook(source, data=text)) for stage in (plain, kept)]
+    assert [f.scratch_bytes for f in forecasts] == [0, 8 * source.anatomy.num_parameters]
+
+
 def test_finetune_lowers_the_loss_and_writes_a_model(
     source: ModelSource, text: DataSpec, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
@@ -299,70 +299,3 @@ def test_faults_come_together(make_model: Make, rows: Rows, tmp_path: Path) -> N
         fit(make_model(), rows, fields=FIELDS, scratch=tmp_path, device="tpu")
     with pytest.raises(DataError, match="at least one row"):
         train(make_model(), [], tmp_path)  # type: ignore[arg-type]
-
-
-def test_the_best_evaluation_is_kept_also_over_a_restart(
-    make_model: Make, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A learning rate that climbs: the loss falls and then rises, so the best is neither end."""
-    changes: dict[str, Any] = {
-        "steps": 12,
-        "learning_rate": 0.5,
-        "lr_schedule": "constant",
-        "warmup_fraction": 0.99,
-        "eval_every": 2,
-        "keep_best": True,
-        "checkpoint_every": 4,
-        "validation": rows,
-    }
-    saved: dict[str, Tensor] = {}
-    outcome = train(make_model(), rows, tmp_path / "a", save=saved.update, **changes)
-    evaluations = {
-        r["step"]: r["validation_loss"]
-        for r in LossLog(tmp_path / "a" / "losses.jsonl").read()
-        if "validation_loss" in r
-    }
-    best = min(evaluations, key=evaluations.__getitem__)
-    assert 0 < best < 12, evaluations
-    assert (outcome.given_step, outcome.validation_loss) == (best, pytest.approx(evaluations[best]))
-    model = make_model()
-    model.load_state_dict(saved)
-    whole = train(model, rows, tmp_path / "b", steps=1, learning_rate=1e-12, validation=rows)
-    assert whole.validation_loss == pytest.approx(evaluations[best], rel=1e-5)
-
-    broken = tmp_path / "c"
-    with monkeypatch.context() as patch:
-        step_of_log = fit_module.Watch.step
-
-        def stops(self: Any, step: int, *args: Any, **kwargs: Any) -> None:
-            step_of_log(self, step, *args, **kwargs)
-            if step == 9:
-                raise KeyboardInterrupt
-
-        patch.setattr(fit_module.Watch, "step", stops)
-        with pytest.raises(KeyboardInterrupt):
-            train(make_model(), rows, broken, **changes)
-    again: dict[str, Tensor] = {}
-    resumed = train(make_model(), rows, broken, save=again.update, **changes)
-    assert (resumed.resumed_from, resumed.given_step) == (8, best)
-    assert all(torch.equal(again[name], saved[name]) for name in saved)
-
-
-def test_the_best_needs_rows_to_evaluate_on(make_model: Make, rows: Rows, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="keep_best: expected validation rows"):
-        train(make_model(), rows, tmp_path, keep_best=True, eval_every=2)
-
-
-def test_a_tracker_is_told_every_step(
-    make_model: Make, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    monkeypatch.setenv("COMPRESSKIT_RUNS", str(tmp_path / "runs"))
-    train(make_model(), rows, tmp_path / "a", trackers=("tensorboard",), validation=rows, eval_every=4)
-    (run,) = (tmp_path / "runs").iterdir()
-    events = accumulator.EventAccumulator(str(run))
-    events.Reload()
-    told = [event.value for event in events.Scalars("loss")]
-    assert told == pytest.approx(losses(tmp_path / "a"), rel=1e-6)
-    assert [event.step for event in events.Scalars("validation_loss")] == [4, 8]
-    assert {"tokens_per_s", "memory_bytes", "learning_rate"} <= set(events.Tags()["scalars"])
