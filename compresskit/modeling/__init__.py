@@ -10,6 +10,7 @@ from compresskit.modeling.skeleton import (
     load_tokenizer,
     resolve_device,
     skeleton,
+    text_ids,
 )
 from compresskit.modeling.source import ModelSource, open_model
 from compresskit.modeling.streaming import StreamedModel
@@ -26,4 +27,5 @@ __all__ = [
     "open_model",
     "resolve_device",
     "skeleton",
+    "text_ids",
 ]

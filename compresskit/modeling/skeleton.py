@@ -235,6 +235,11 @@ def load_tokenizer(model: ModelSource | Path | str, *, trust_remote_code: bool =
         ) from error
 
 
+def text_ids(tokenizer: Any) -> int:
+    """How many ids ``tokenizer`` may give: rows of a projection beyond them stand for no text."""
+    return int(max(tokenizer.get_vocab().values(), default=-1)) + 1
+
+
 def context_length(config: Any) -> int:
     """The longest sequence that the model of ``config`` takes, in tokens.
 

@@ -14,7 +14,7 @@ from compresskit.data.examples import ExampleRows, examples
 from compresskit.data.pack import packed
 from compresskit.data.spec import DataSpec
 from compresskit.errors import DataError, Fault, PlanError
-from compresskit.modeling import ModelSource, load_tokenizer, resolve_device
+from compresskit.modeling import ModelSource, load_tokenizer, resolve_device, text_ids
 from compresskit.modeling.skeleton import load_config
 from compresskit.registry import locate
 from compresskit.training.adaptation import Adaptation, Plain
@@ -26,7 +26,7 @@ from compresskit.training.launch import launch
 from compresskit.training.objective import Approximate, Prepared, Prepares, TeacherProvider
 from compresskit.training.order import Mixed, Numbered, Rows
 from compresskit.training.outcome import TrainOutcome, outcome_from_json
-from compresskit.training.rollout import OnPolicy
+from compresskit.training.rollout import OfText, OnPolicy
 from compresskit.training.rules import launched_processes, this_rank
 from compresskit.training.sentences import on_sentences
 
@@ -178,13 +178,20 @@ def carry_out(job: TrainJob) -> TrainOutcome:
         save=save,
         title=job.title,
         evaluates_first=job.evaluates_first,
-        on_policy=OnPolicy(**job.on_policy) if job.on_policy is not None else None,
+        on_policy=_policy(job, source),
         warnings=notes + prepared.notes,
     )
     outcome = replace(outcome, teacher=prepared.figures)
     if this_rank() == 0:
         (Path(job.scratch) / OUTCOME).write_text(outcome.to_json(), encoding="utf-8")
     return outcome
+
+
+def _policy(job: TrainJob, source: ModelSource) -> OnPolicy | None:
+    """What is learnt from the student's own text, of which no id is one that no text has."""
+    if job.on_policy is None:
+        return None
+    return OfText(**job.on_policy, text_ids=text_ids(load_tokenizer(source)))
 
 
 def _prepared(
@@ -222,7 +229,7 @@ def _rows(job: TrainJob) -> tuple[Rows, Rows | None, tuple[str, ...]]:
         read, size = examples, min(size, tokenizer.model_max_length)
     rows = read(spec, tokenizer, split="train", context_length=size, cache=cache)
     if sentences is not None and sentences.needs_labels:
-        _require_classes(job, rows)
+        _require_classes(job, rows, least=1)
     notes = tuple(rows.warnings)
     if not job.validation_rows or not spec.validation_fraction:
         return rows, None, notes
@@ -237,14 +244,16 @@ def _rows(job: TrainJob) -> tuple[Rows, Rows | None, tuple[str, ...]]:
         )
     except DataError as error:
         return rows, None, (*notes, f"No validation loss was measured: {error}")
+    if sentences is not None and sentences.needs_labels:
+        _require_classes(job, held_out, least=0)  # by chance only these may have some class
     more = (f"Validation: {note}" for note in held_out.warnings if note not in notes)
     return rows, held_out, (*notes, *more)
 
 
-def _require_classes(job: TrainJob, rows: ExampleRows) -> None:
-    """DataError unless rows have classes, and the model has each of them."""
+def _require_classes(job: TrainJob, rows: ExampleRows, *, least: int) -> None:
+    """DataError unless rows have ``least`` classes or more, and the model has each of them."""
     config = load_config(Path(job.model), trust_remote_code=job.trust_remote_code)
-    if not 0 < rows.num_labels <= config.num_labels:
+    if not least <= rows.num_labels <= config.num_labels:
         got = f"classes up to {rows.num_labels - 1}" if rows.num_labels else "rows without a class"
         cure = "Set data.label to the column of the classes, or cross_entropy_weight to 0."
         raise DataError(Fault(job.data["source"], f"classes from 0 to {config.num_labels - 1}", got, cure))

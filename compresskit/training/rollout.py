@@ -56,6 +56,17 @@ class OnPolicy:
         return floor((step + 1) * self.fraction + start) > floor(step * self.fraction + start)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfText(OnPolicy):
+    """With what a tokenizer knows: a projection may have more rows than that, and a teacher fewer of them.
+
+    Attributes:
+        text_ids: so many ids stand for text; no others are said.
+    """
+
+    text_ids: int
+
+
 @dataclass(frozen=True, slots=True)
 class Student:
     """Who generates, and in which surroundings.
@@ -110,10 +121,11 @@ def prompts_of(policy: OnPolicy, batch: Batch) -> list[Tensor]:
 
     It is of one document: the beginning of that in which the first token to learn stands, up to that token;
     or, where a row is learnt from its second token on, what of a document stands in the first part of the
-    row. The beginning of a prompt is left out where a response behind it would not fit into a row of T.
+    row. The beginning of a prompt is left out where a response behind it would not fit into a row of T, but
+    for its last token: the only row of little text may be shorter than a response.
     """
     found = []
-    room = batch["input_ids"].shape[1] - policy.max_new_tokens
+    room = max(1, batch["input_ids"].shape[1] - policy.max_new_tokens)
     for ids, positions, labels in zip(
         batch["input_ids"], batch["position_ids"], batch["labels"], strict=True
     ):
@@ -163,6 +175,8 @@ def generate(
 
 def sample(logits_BV: Tensor, policy: OnPolicy, generator: torch.Generator) -> Tensor:
     """One token a row, (B, 1)."""
+    if isinstance(policy, OfText):
+        logits_BV = logits_BV[:, : policy.text_ids]
     p_BV = (logits_BV.float() / policy.sampling_temperature).softmax(-1)
     if policy.top_p < 1:
         sorted_BV, order_BV = p_BV.sort(dim=-1, descending=True, stable=True)

@@ -151,9 +151,12 @@ def _result(
             f"{outcome.final_loss:.4f} at the end): train longer, or change learning_rate.",
         )
     if (share := plain["final_parts"].get("aligned", 1.0)) < LEAST_ALIGNED:
+        cure = "Learn from the text too: set cross_entropy_weight."
+        if getattr(stage, "on_policy", None) is not None:  # which the text's own loss does not go with
+            cure = "Choose a teacher whose tokenizer is more like the student's."
         warnings += (
             f"The teacher was heard on {share:.0%} of the tokens: elsewhere its tokens and the student's "
-            "do not end together. Learn from the text too: set cross_entropy_weight.",
+            f"do not end together. {cure}",
         )
     layers = tuple(_record(made, name) for name in made.anatomy.linears)
     return StageResult(promises=promises, layers=layers, metrics=plain, warnings=tuple(warnings))

@@ -229,6 +229,17 @@ def test_classes_that_the_model_lacks_are_told(place: Path, tmp_path: Path, colu
         ck.run(recipe, tmp_path / "out", measures=())
 
 
+def test_a_class_of_validation_rows_alone_that_the_model_lacks_is_told(place: Path, tmp_path: Path) -> None:
+    """The second of all rows is always held out."""
+    rows = ["sentence\tlabel", "w9 w20\t0", "w3 w4 w5\t2", *(f"w{i} w{i + 1}\t{i % 2}" for i in range(6, 40))]
+    (tmp_path / "rare.tsv").write_text("\n".join(rows))
+    data = DataSpec(source=str(tmp_path / "rare.tsv"), examples=True)
+    stage = Distill(loss="class_logits", cross_entropy_weight=0.5, **FEW)
+    recipe = ck.Recipe(model=str(place / "two"), data=data, stages=(stage,), device="cpu")
+    with pytest.raises(DataError, match="expected classes from 0 to 1, got classes up to 2"):
+        ck.run(recipe, tmp_path / "out", measures=())
+
+
 def test_a_language_model_learns_relations_beside_its_loss(place: Path, tmp_path: Path) -> None:
     tiny_llama(tmp_path / "deep", seed=1, num_hidden_layers=4, initializer_range=0.2)
     stage = Distill(teacher=str(tmp_path / "deep"), features=RELATION, **{**FEW, "steps": 30})

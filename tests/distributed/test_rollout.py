@@ -17,6 +17,7 @@ from compresskit.training.fields import TrainingFields
 from compresskit.training.fit import TrainOutcome, fit
 from compresskit.training.objective import Head, Hidden, Signal, head_of
 from compresskit.training.rollout import (
+    OfText,
     OnPolicy,
     Student,
     eos_ids,
@@ -78,6 +79,8 @@ def test_prompts_by_hand() -> None:
         (row(12, learnt=(5, 6, 9)), range(10, 15)),  # a dialogue: what comes before its first response
         (row(12, starts=(0, 3), learnt=(7, 8)), range(13, 17)),  # whose response stands in the second
         (row(12, learnt=(11,)), range(13, 21)),  # too long: its beginning is left out
+        (row(4), range(11, 12)),  # no longer than a response: its last token stays
+        (row(3), range(11, 12)),
     ]
     for batch, expected in cases:
         (prompt,) = prompts_of(policy, batch)
@@ -94,6 +97,8 @@ def test_sampling_follows_the_distribution_and_the_nucleus() -> None:
     assert shares() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.02)
     assert shares(top_p=0.7) == pytest.approx([0.625, 0.375, 0, 0], abs=0.02)
     assert shares(top_p=0.4) == [1, 0, 0, 0]
+    drawn = sample(logits, OfText(text_ids=2), gen())
+    assert torch.bincount(drawn[:, 0]).tolist() == pytest.approx([12500, 7500], rel=0.02)
     hot = torch.tensor([0.5, 0.3, 0.15, 0.05]).sqrt()
     assert shares(sampling_temperature=2.0) == pytest.approx((hot / hot.sum()).tolist(), abs=0.02)
 
