@@ -76,7 +76,8 @@ def vocabulary_faults(
         is_aligned: whether they need not, as long as both spell the same text.
     """
     if is_aligned:
-        return tokenizer_faults(tokenizer, teacher, where, trust_remote_code=trust_remote_code)
+        both = rows, vocabulary_of(teacher.config)
+        return tokenizer_faults(tokenizer, teacher, where, rows=both, trust_remote_code=trust_remote_code)
     try:
         ours, theirs = (
             load_tokenizer(d, trust_remote_code=trust_remote_code).get_vocab()

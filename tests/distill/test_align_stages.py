@@ -17,7 +17,7 @@ from compresskit.data.spec import DataSpec
 from compresskit.distill.align import ALIGNMENTS
 from compresskit.distill.finetune import Finetune
 from compresskit.distill.stage import Distill
-from compresskit.modeling import open_model
+from compresskit.modeling import load_tokenizer, open_model
 from compresskit.options import Choice
 from compresskit.quant.qat import Qat
 from compresskit.recipe import Recipe, recipe_from
@@ -94,6 +94,18 @@ def test_tokens_that_are_no_pieces_of_text_are_refused(
     BertTokenizerFast(vocab=str(vocab)).save_pretrained(teacher)
     (fault,) = told(Distill(teacher=teacher, alignment="spans"), student, text)
     assert "byte-level or sentencepiece tokenizer of the teacher" in fault
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_tokenizer_with_more_tokens_than_its_model_is_refused(
+    side: str, student: Any, teacher: str, text: DataSpec
+) -> None:
+    place = Path(teacher) if side == "teacher" else student.directory
+    tokenizer = load_tokenizer(place)
+    tokenizer.add_tokens([f"<extra {i}>" for i in range(9)])
+    tokenizer.save_pretrained(place)
+    (fault,) = told(Distill(teacher=teacher, alignment="spans"), student, text)
+    assert f"an output projection of the {side} for each of {len(tokenizer)} token ids" in fault
 
 
 @pytest.mark.parametrize("name", ALIGNMENTS)

@@ -10,7 +10,7 @@ from compresskit.distill import LOSSES
 from compresskit.distill.align import ALIGNMENTS
 from compresskit.distill.align.spelling import spelling_of
 from compresskit.errors import Fault, InputError
-from compresskit.modeling import ModelSource, context_length, load_tokenizer
+from compresskit.modeling import ModelSource, context_length, load_tokenizer, text_ids
 from compresskit.options import Choice, choice_faults, choices_of
 from compresskit.training.job import Part
 from compresskit.training.lesson import NO_ALIGNMENT, TEXT_ALONE
@@ -59,7 +59,12 @@ def alignment_faults(stage: Taught, where: str) -> list[Fault]:
 
 
 def tokenizer_faults(
-    tokenizer: Path, teacher: ModelSource, where: str, *, trust_remote_code: bool = False
+    tokenizer: Path,
+    teacher: ModelSource,
+    where: str,
+    *,
+    rows: tuple[int, int],
+    trust_remote_code: bool = False,
 ) -> list[Fault]:
     """Why the tokens of student and teacher cannot be found in one text.
 
@@ -67,10 +72,12 @@ def tokenizer_faults(
         tokenizer: directory of the student's.
         teacher: opened, its weights unread.
         where: prefix of each fault.
+        rows: of the student's output projection, and of the teacher's.
         trust_remote_code: whether code beside a tokenizer may run.
     """
     faults = []
-    for side, directory in (("student", tokenizer), ("teacher", teacher.directory)):
+    sides = (("student", tokenizer, rows[0]), ("teacher", teacher.directory, rows[1]))
+    for side, directory, known in sides:
         try:
             made = load_tokenizer(directory, trust_remote_code=trust_remote_code)
         except InputError as error:
@@ -85,6 +92,10 @@ def tokenizer_faults(
             )
             cure = "Choose a teacher with the student's tokenizer."
             faults.append(Fault(where, expected, type(made).__name__, cure))
+        elif (needed := text_ids(made)) > known:
+            expected = f"an output projection of the {side} for each of {needed} token ids"
+            cure = "Take the tokens out that the model was not trained with, or choose another model."
+            faults.append(Fault(where, expected, f"{known} rows", cure))
     return faults
 
 
@@ -117,5 +128,4 @@ def aligned(stage: Taught, teacher: Part, model: ModelSource, source: ModelSourc
 
 def spelt_ids(model: ModelSource, trust: bool) -> int:
     """Ids that the tokenizer of ``model`` may give: rows of a projection beyond them stand for no text."""
-    ids: dict[str, int] = load_tokenizer(model.directory, trust_remote_code=trust).get_vocab()
-    return max(ids.values()) + 1
+    return text_ids(load_tokenizer(model.directory, trust_remote_code=trust))

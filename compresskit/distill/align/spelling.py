@@ -75,22 +75,23 @@ def twins(student: Spelling, teacher: Spelling, *, space: bool = False) -> list[
     """Ids that spell the same in both: student's and teacher's, each at most once.
 
     Sentencepiece has two ids for a letter: a byte that is never used, and after it the letter itself. The
-    last ones are paired first.
+    last ones are paired first. What spells nothing known is like nothing else that does not.
 
     Args:
         student: its spelling.
         teacher: of its own.
         space: pair those instead of which the teacher's spells a space more, before the same.
     """
-    theirs: dict[bytes | None, list[int]] = {}
+    theirs: dict[bytes, list[int]] = {}
     for index, piece in enumerate(teacher.pieces):
-        if not space:
+        if piece is not None and not space:
             theirs.setdefault(piece, []).append(index)
         elif piece and piece[:1] == b" " and piece[1:]:
             theirs.setdefault(piece[1:], []).append(index)
     found = []
     for index in reversed(range(len(student.pieces))):
-        same = theirs.get(student.pieces[index])
+        piece = student.pieces[index]
+        same = None if piece is None else theirs.get(piece)
         if same:
             found.append((index, same.pop()))
     return sorted(found)
