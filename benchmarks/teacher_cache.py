@@ -116,7 +116,12 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if not options.child and (not options.text or bool(options.teacher) != bool(options.student)):
+        parser.error("needs --text, and --teacher and --student together or neither")
+    if not options.child and not options.teacher and not options.tokenizer:
+        parser.error("needs --tokenizer for random models")
+    return options
 
 
 def main() -> None:

@@ -96,7 +96,13 @@ class DataSpec:
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         if self.pair is not None or self.label is not None or self.labels:
             object.__setattr__(self, "examples", True)
-        given: tuple[Any, ...] = tuple(self.sources)  # mappings too, as JSON has them
+        named: Any = self.sources  # mappings too, as JSON has them
+        if isinstance(named, Mapping):
+            named = [
+                {"source": source, **(one if isinstance(one, Mapping) else {"weight": one})}
+                for source, one in named.items()
+            ]
+        given: tuple[Any, ...] = tuple(named)
         sources = tuple(Share(**one) if isinstance(one, Mapping) else one for one in given)
         weighted = () if sources else _weighted(self.source)
         object.__setattr__(self, "sources", sources or weighted)

@@ -106,6 +106,7 @@ def test_ways_to_write_sources(tmp_path: Path) -> None:
         {"model": "m", "data": {"sources": {"a": 1, "b": columns}}, "stages": ["finetune"]}, {}
     )
     assert told.data.sources[1] == Share(source="b", weight=0.3, columns=("q", "a"))
+    assert DataSpec(sources={"a": 1, "b": columns}) == told.data  # type: ignore[arg-type]
     assert DataSpec(source="a=b.jsonl").sources == ()
     assert DataSpec(source="a.jsonl,b.jsonl").sources == ()
 
