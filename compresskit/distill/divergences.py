@@ -4,7 +4,7 @@ The sum over divergences is multiplied by temperature**2, so that its gradient d
 temperature grows. Optionally mixed with the ordinary next-token loss. Computed from hidden states a few
 tokens at a time, and over all ids exactly.
 
-Shapes: B = rows, T = tokens of a row, D = student's hidden width, N = supervised tokens.
+Shapes: B = rows, T = tokens of a row, D = student's hidden width, E = teacher's, N = supervised tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,17 @@ from compresskit.distill.base import DistillLoss, Scheduled
 from compresskit.kernels.ops import linear_cross_entropy, linear_divergence
 from compresskit.kernels.reference.linear_divergence import Foreign, Listed, Projected, Target, Term
 from compresskit.kernels.reference.projection import Projection
-from compresskit.training.objective import IGNORED, LOSS, Head, Hidden, Listing, Signal, predictions
+from compresskit.training.objective import (
+    IGNORED,
+    LOSS,
+    Classified,
+    Embedded,
+    Head,
+    Hidden,
+    Listing,
+    Signal,
+    predictions,
+)
 
 AGREEMENT, ALIGNED, CROSS_ENTROPY = "agreement", "aligned", "cross_entropy"
 
@@ -73,7 +83,7 @@ class Divergences:
         sums = linear_divergence(
             hidden_ND,
             head.weight_VD,
-            target_of(signal, told_BT, head.weight_VD.shape[0]),
+            target_of(signal.says, told_BT, head.weight_VD.shape[0]),
             self._terms((1 - weight) * scale, signal.progress),
             bias_W=head.bias_V,
             softcap=head.softcap,
@@ -119,21 +129,22 @@ def numbered(names: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-def target_of(signal: Signal, labels_BT: Tensor, students: int) -> Target:
+def projected(hidden_NE: Tensor, head: Head) -> Projected:
+    """The distributions over all ids that the head of a teacher makes of its hidden states."""
+    return Projected(hidden_NE, Projection(head.weight_VD.to(hidden_NE.dtype), head.bias_V, head.softcap))
+
+
+def target_of(says: Hidden | Listing | Embedded | Classified, labels_BT: Tensor, students: int = 0) -> Target:
     """The teacher's distributions of the tokens before a label, as the fused op takes them.
 
     Args:
-        signal: of the teacher.
+        says: what the teacher does.
         labels_BT: not shifted.
-        students: ids of the student.
+        students: ids of the student, with which foreign ones are compared.
     """
-    says = signal.says
     if isinstance(says, Hidden):
-        hidden_NE, _ = predictions(says.states_BTE, labels_BT)
-        head = says.head
-        weight_VE = head.weight_VD.to(hidden_NE.dtype)
-        projected = Projected(hidden_NE, Projection(weight_VE, head.bias_V, head.softcap))
-        return Foreign(projected, students) if says.foreign else projected
+        made = projected(predictions(says.states_BTE, labels_BT)[0], says.head)
+        return Foreign(made, students) if says.foreign else made
     assert isinstance(says, Listing)  # what a teacher makes of sentences is not for this objective
     ids_NK, _ = predictions(says.ids_BTK, labels_BT)
     log_p_NO, _ = predictions(says.log_p_BTO, labels_BT)

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compresskit.distill.divergences import projected
 from compresskit.distill.forward_kl import ForwardKL
 from compresskit.distill.teacher import Replica
 from compresskit.kernels.ops import linear_divergence
-from compresskit.kernels.reference.linear_divergence import Projected, Term
-from compresskit.kernels.reference.projection import Projection
+from compresskit.kernels.reference.linear_divergence import Term
 from compresskit.modeling import ModelSource
 from compresskit.modeling.streaming import StreamedModel, return_memory
 from compresskit.training.lowrank.bits import freeze
 from compresskit.training.lowrank.frozen import frozen_model
-from compresskit.training.objective import head_of, predictions
+from compresskit.training.objective import head_of, predictions, supervised_tokens
 from compresskit.training.order import Rows, stack
 
 SAMPLED_ROWS = 4
@@ -64,11 +64,16 @@ class FewBits(Replica):
     def told(self, rows: Rows, device: torch.device) -> tuple[str, ...]:
         """See ``Approximate.told``: the mean divergence from the full teacher on a few rows."""
         batch = {name: t.to(device) for name, t in stack([rows[i] for i in sample(len(rows))]).items()}
+        (count, tokens), bits = batch["input_ids"].shape, 4 if self.base == "nf4" else 8
+        if not supervised_tokens(batch["labels"]):
+            return (
+                f"How far the teacher in {bits} bits is from the full one was not measured: none of the "
+                f"{count} rows that were looked at supervises a token.",
+            )
         nats = self.divergence(batch["input_ids"], batch["position_ids"], batch["labels"])
-        count, tokens = batch["input_ids"].shape
         return (
-            f"The teacher in {'4' if self.base == 'nf4' else '8'} bits is {nats:.2g} nats per token from the "
-            f"full one (KL divergence, on {count} rows of {tokens} tokens of the training data).",
+            f"The teacher in {bits} bits is {nats:.2g} nats per token from the full one (KL divergence, on "
+            f"{count} rows of {tokens} tokens of the training data).",
         )
 
     def divergence(self, ids: Tensor, positions: Tensor, labels_BT: Tensor) -> float:
@@ -84,11 +89,10 @@ class FewBits(Replica):
         full_NE, _ = predictions(streamed_states(self._source, ids, positions), labels_BT)
         here_NE, _ = predictions(self.hidden(ids, positions), labels_BT)
         head = head_of(self._model).cut(self.vocabulary)  # both have this one
-        weight_VE = head.weight_VD.to(full_NE.dtype)
-        full = Projected(full_NE, Projection(weight_VE, head.bias_V, head.softcap))
+        full, terms = projected(full_NE, head), [Term(ForwardKL())]
         with torch.no_grad():
             sums = linear_divergence(
-                here_NE, weight_VE, full, [Term(ForwardKL())], bias_W=head.bias_V, softcap=head.softcap
+                here_NE, head.weight_VD, full, terms, bias_W=head.bias_V, softcap=head.softcap
             )
         return float(sums.terms[0]) / max(len(full_NE), 1)
 

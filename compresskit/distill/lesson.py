@@ -6,6 +6,7 @@ For any stage with the fields ``teacher``, ``loss``, ``temperature``, ``cross_en
 from __future__ import annotations
 
 from dataclasses import MISSING, asdict, fields
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from compresskit.distill import FEATURE_LOSSES, LOSSES
@@ -51,9 +52,9 @@ class TeachersLesson:
             faults += unused_faults(stage, where, "temperature", "cross_entropy_weight")
         else:
             faults += loss_faults(stage, f"{where}.loss")
-        if not stage.temperature > 0:
-            got = str(stage.temperature)
-            faults.append(Fault(f"{where}.temperature", "a number above 0", got, "Raise temperature."))
+        if not 0 < stage.temperature < inf:
+            got, cure = str(stage.temperature), "Set temperature to a number such as 2."
+            faults.append(Fault(f"{where}.temperature", "a finite number above 0", got, cure))
         if not 0 <= stage.cross_entropy_weight <= 1:
             got = str(stage.cross_entropy_weight)
             cure = "Give the share of the next-token loss, such as 0.5."
@@ -63,7 +64,11 @@ class TeachersLesson:
         faults += teacher_faults(
             stage.teacher, stage.data or model.data, model, where, is_aligned=is_aligned(stage)
         )
-        return faults or placement_faults(stage, model, f"{where}.teacher_placement")
+        place = f"{where}.teacher_placement"
+        faults += choice_faults(stage.teacher_placement, PLACEMENTS, where=place)
+        if faults:
+            return faults
+        return _placement(stage).faults(stage, model, _foreseen(stage, model), place)
 
     @staticmethod
     def held_bytes(stage: Taught, model: Outlook) -> int:
@@ -124,14 +129,6 @@ def featured(named: Choice, objective: Part, model: ModelSource, teacher: ModelS
 def takes(named: Choice) -> str:
     """What the feature loss ``named`` compares of a block."""
     return FEATURE_LOSSES[named.method].takes
-
-
-def placement_faults(stage: Taught, model: Outlook, where: str) -> list[Fault]:
-    """Why the teacher of ``stage``, of which nothing else is wrong, cannot be placed as asked for."""
-    placed: Choice = stage.teacher_placement
-    if faults := choice_faults(placed, PLACEMENTS, where=where):
-        return faults
-    return _placement(stage).faults(stage, model, _foreseen(stage, model), where)
 
 
 def held_note(chosen: Choice, stage: Taught, model: Outlook, teaching: Teaching) -> str:

@@ -44,11 +44,15 @@ def teacher_faults(
         got = type(source.config).__name__
         cure = "Choose a causal language model."
         return [Fault(f"{where}.teacher", "a causal language model", got, cure)]
-    # Of the model before the first stage the student's own faults tell already.
-    faults = scale_faults(source.config, f"{where}.teacher") if teacher else []
-    if teacher and not data.cross_documents:
-        faults += probed_faults(
-            f"{where}.teacher", source.config, source.anatomy, source.directory, trust_remote_code=trust
+    faults = []
+    if teacher:  # of the model before the first stage the student's own faults tell already
+        faults = scale_faults(source.config, f"{where}.teacher") + probed_faults(
+            f"{where}.teacher",
+            source.config,
+            source.anatomy,
+            source.directory,
+            trust_remote_code=trust,
+            isolated=not data.cross_documents,
         )
     rows, where = vocabulary_of(model.config), f"{where}.teacher"
     return faults + vocabulary_faults(

@@ -9,7 +9,7 @@ MIN_CHUNK = 128
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Logits that are looked at together: on a CPU they should stay in its cache, and a GPU must be kept busy."""
 BLOCK_COPIES = 6
-"""What the losses make of a block's logits before they are done with it, at most."""
+"""About what a loss makes of a block's logits before it is done with them; one that sorts makes more."""
 
 
 def chunk_tokens(vocabulary: int, device: str) -> int:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from compresskit.kernels.dispatch import implementation
 from compresskit.kernels.reference.linear_divergence import Result, Target, Term
@@ -147,9 +148,10 @@ def _linear_cross_entropy(
     with_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     run = implementation("linear_cross_entropy", hidden.device.type)
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = run(
-        hidden, head, bias, labels, softcap, chunk, with_gradients
-    )
+    with torch.autocast(hidden.device.type, enabled=False):  # it would make products in fp32 narrow again
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = run(
+            hidden, head, bias, labels, softcap, chunk, with_gradients
+        )
     return result
 
 
@@ -170,6 +172,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.num_inputs = len(inputs)
 
 
+@once_differentiable
 def _scale(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     """The gradients found in the forward pass, times that of the sum, in the dtype of each input."""
     grads = [

@@ -8,6 +8,7 @@ comes later does not, and would learn from text that is not there when the model
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from math import prod
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from compresskit.errors import Fault
 from compresskit.modeling import Anatomy
 from compresskit.modeling.skeleton import model_class
+from compresskit.training.logits import projection_fault, projects_otherwise
+from compresskit.training.outlook import scale_faults
 
 DOCUMENT = 4
 """Tokens of each of the two documents that are tried."""
@@ -62,7 +65,13 @@ def model_sees_across(model: nn.Module) -> bool:
 
 
 def probed_faults(
-    where: str, config: Any, anatomy: Anatomy, directory: Path, *, trust_remote_code: bool
+    where: str,
+    config: Any,
+    anatomy: Anatomy,
+    directory: Path,
+    *,
+    trust_remote_code: bool,
+    isolated: bool = True,
 ) -> list[Fault]:
     """What one block of such a model with random weights tells at plan time.
 
@@ -72,9 +81,12 @@ def probed_faults(
         anatomy: of the model.
         directory: of the model, for code of its own.
         trust_remote_code: whether that code may run.
+        isolated: whether documents must not see each other.
 
     Returns:
-        The fault, or none: also where no such block can be made. The model itself is tried before it trains.
+        Whether they do, in a model where they must not, and whether its logits are others than the losses
+        would make; nothing where no such block can be made. That documents are apart is tried again, of the
+        model itself, before it trains.
     """
     if not anatomy.blocks:
         return []
@@ -82,11 +94,14 @@ def probed_faults(
     size = sum(prod(shape) for name, shape in anatomy.parameter_shapes.items() if name.startswith(block))
     if size > PROBE_PARAMETERS:
         return []
-    try:
-        sees = model_sees_across(_probe(config, len(anatomy.blocks), directory, trust_remote_code))
-    except Exception:  # whatever a model's own code raises over a configuration that nobody meant for it
-        return []
-    return [isolation_fault(where, type(config).__name__)] if sees else []
+    faults, name = [], type(config).__name__
+    with suppress(Exception):  # whatever a model's code raises over a configuration that nobody meant for it
+        probe = _probe(config, len(anatomy.blocks), directory, trust_remote_code)
+        if isolated and model_sees_across(probe):
+            faults.append(isolation_fault(where, name))
+        if not scale_faults(config, where) and projects_otherwise(probe):
+            faults.append(projection_fault(where, name))
+    return faults
 
 
 def isolation_fault(where: str, model: str) -> Fault:

@@ -239,7 +239,13 @@ def head_module(model: nn.Module) -> nn.Module:
 
 def softcap_of(model: nn.Module) -> float:
     """The bound of ``model``'s logits; 0 for none."""
-    return float(getattr(getattr(model, "config", None), "final_logit_softcapping", None) or 0.0)
+    return softcap_in(getattr(model, "config", None))
+
+
+def softcap_in(config: Any) -> float:
+    """The bound of the logits of a model with such a configuration; 0 for none."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return float(getattr(text, "final_logit_softcapping", None) or 0.0)
 
 
 def head_of(model: nn.Module) -> Head:

@@ -29,7 +29,7 @@ OF_SENTENCES = (
     "Choose a causal language model; others can be distilled, with loss: embedding_cosine, embedding_mse or "
     "pairwise, or class_logits for a classifier."
 )
-UNSUPPORTED_SCALES = ("logit_scale", "logits_scaling")
+UNSUPPORTED_SCALES = ("lm_head_multiplier", "logit_scale", "logits_scaling")
 
 
 def student_faults(fields: TrainingFields, model: Outlook, where: str) -> list[Fault]:
@@ -43,7 +43,7 @@ def student_faults(fields: TrainingFields, model: Outlook, where: str) -> list[F
         expected = "a causal language model with an output projection"
         faults.append(Fault(where, expected, type(model.config).__name__, OF_SENTENCES))
     else:
-        faults += isolation_faults(fields, model, where) + scale_faults(model.config, where)
+        faults += _probed_faults(fields, model, where) + scale_faults(model.config, where)
     if fields.matmul == "int8" and all(n.transposed for n in model.anatomy.linears.values() if n.block):
         cure = "Use matmul float: torchao multiplies no layer that stores its weight transposed."
         faults.append(Fault(f"{where}.matmul", "a model with torch.nn.Linear in its blocks", "none", cure))
@@ -75,14 +75,17 @@ def scale_faults(config: Any, where: str) -> list[Fault]:
     ]
 
 
-def isolation_faults(fields: TrainingFields, model: Outlook, where: str) -> list[Fault]:
-    """Why documents packed into a row would see each other, unless the data says that they may."""
+def _probed_faults(fields: TrainingFields, model: Outlook, where: str) -> list[Fault]:
+    """Why its logits would be others, or documents of a row see each other unless the data says they may."""
     from compresskit.training.isolation import probed_faults
 
-    if (getattr(fields, "data", None) or model.data).cross_documents:
-        return []
     return probed_faults(
-        where, model.config, model.anatomy, model.original, trust_remote_code=model.trust_remote_code
+        where,
+        model.config,
+        model.anatomy,
+        model.original,
+        trust_remote_code=model.trust_remote_code,
+        isolated=not (getattr(fields, "data", None) or model.data).cross_documents,
     )
 
 

@@ -143,6 +143,13 @@ def test_a_stage_learns_from_it_and_tells_how_far_it_is(tmp_path: Path, name: st
     assert result.metrics["final_parts"]["forward_kl"] > 0
 
 
+def test_rows_without_supervision_are_no_measure(source: ModelSource) -> None:
+    row = {name: tensor[0] for name, tensor in batch().items()}
+    silent = [row | {"labels": torch.full_like(row["labels"], -100)}] * 8
+    (told,) = teacher_of(source, "4bit").told(silent, torch.device("cpu"))
+    assert "was not measured: none of the 4 rows" in told
+
+
 def test_a_few_rows_are_spread_over_all() -> None:
     assert (sample(1000), sample(3)) == ([0, 250, 500, 750], [0, 1, 2])
 

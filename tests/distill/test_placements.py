@@ -59,6 +59,15 @@ def test_an_unknown_placement_or_option_is_told(source: ModelSource) -> None:
     assert faults_of(source, {"method": "replicate", "dtype": "bfloat16"}) == []
 
 
+def test_it_is_told_together_with_all_else(source: ModelSource) -> None:
+    found = faults_of(source, "shart", loss="forward_lk", temperature=float("inf"))
+    assert found == [
+        ("s.loss", "'forward_lk'"),
+        ("s.temperature", "inf"),
+        ("s.teacher_placement", "'shart'"),
+    ]
+
+
 def test_one_process_has_no_one_to_share_with(source: ModelSource) -> None:
     assert faults_of(source, "shard") == [("s.teacher_placement", "one process")]
     assert faults_of(source, "shard", processes=2) == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -227,12 +229,34 @@ def test_narrow_types(made: list[Tensor], dtype: torch.dtype, tolerance: float) 
     torch.testing.assert_close(mine.grad.double(), true.grad, rtol=tolerance, atol=tolerance)
 
 
-def test_fp16_keeps_gradients_below_its_own_range() -> None:
-    """A softmax over many tokens has entries under 6e-8 which fp16 would flush to zero."""
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("loss", ["cross_entropy", "divergence"])
+def test_fp16_keeps_gradients_below_its_own_range(loss: str, autocast: bool) -> None:
+    """A softmax over many tokens has entries under 6e-8 that fp16 would flush before they are scaled."""
+    scale, unlikely = 2.0**20, math.exp(-24)
     hidden = torch.full((1, 2), 1.0, dtype=torch.float16).requires_grad_()
     head = torch.tensor([[8.0, 8.0], [-4.0, -4.0]], requires_grad=True)
-    linear_cross_entropy(hidden, head, torch.tensor([0])).backward()
-    assert 0 < head.grad[1, 0].item() < 6e-8
+    certain = Listed(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1), 2)
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        if loss == "divergence":
+            made = linear_divergence(hidden, head, certain, [Term(forward_kl)]).total
+        else:
+            made = linear_cross_entropy(hidden, head, torch.tensor([0]))
+    (scale * made).backward()
+    assert unlikely < 6e-8
+    assert head.grad[1, 0].item() == pytest.approx(scale * unlikely, rel=1e-2)
+    assert hidden.grad[0, 0].item() == pytest.approx(-4 * scale * unlikely, rel=1e-2)
+
+
+def test_a_gradient_of_the_gradient_is_refused(made: list[Tensor]) -> None:
+    """It was computed on the spot, so it knows nothing of what it depends on."""
+    hs, ws, _, ht, wt = made
+    hs.requires_grad_()
+    for loss in (linear_kl(hs, ws, ht, wt), linear_cross_entropy(hs, ws, torch.arange(N) % V)):
+        scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+        (grad,) = torch.autograd.grad(scale * loss, hs, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
 
 
 def test_no_tensor_of_all_logits_is_ever_made() -> None:

@@ -17,7 +17,14 @@ import torch
 
 from compresskit.distill.cache.faithful import faithfulness
 from compresskit.distill.cache.keep import Keep, joined
-from compresskit.distill.cache.parts import find_part, require_sound, unwritable, write_part, write_whole
+from compresskit.distill.cache.parts import (
+    find_part,
+    remove_partials,
+    require_sound,
+    unwritable,
+    write_part,
+    write_whole,
+)
 from compresskit.distill.cache.rows import Roll
 from compresskit.distill.cache.store import REPORT, Store, write_index
 from compresskit.distill.placements.cache import PASS_TOKENS
@@ -42,6 +49,7 @@ def build(folder: Path, roll: Roll, keep: Keep, teacher: TeacherProvider, device
         DataError: a part that is there is damaged.
         OutputError: there is no room.
     """
+    remove_partials(folder)
     parts: list[Path | None] = []
     plan = divided(roll, keep.most_bytes())
     for number in range(len(plan)):

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compresskit.distill.cache.keep import Keep, layer_out, projected, told
+from compresskit.distill.cache.keep import Keep, layer_out, told
 from compresskit.distill.cache.rows import Roll, row_hashes
 from compresskit.distill.cache.store import Store
-from compresskit.kernels.reference.linear_divergence import LEAST_LOG, Listed, Outcomes, Target
-from compresskit.training.objective import Hidden, Listing, TeacherProvider, predictions
+from compresskit.distill.divergences import target_of
+from compresskit.kernels.reference.linear_divergence import LEAST_LOG, Outcomes
+from compresskit.training.objective import Hidden, TeacherProvider
 from compresskit.training.order import stack
 
 SAMPLE_ROWS = 32
@@ -42,7 +43,7 @@ def faithfulness(
         live = teacher.signal(batch).says
         assert isinstance(live, Hidden)
         says = keep.says(store.read(row_hashes(batch)), layer_out(labels_BT), live.head)
-        truth, given = (_target(said, labels_BT) for said in (live, says))
+        truth, given = (target_of(said, labels_BT) for said in (live, says))
         count = int(roll.tokens_R[place])
         both = (told(target, count, temperature, device.type) for target in (truth, given))
         for true, kept in zip(*both, strict=True):
@@ -58,13 +59,6 @@ def faithfulness(
         "total_variation": variation,
         "kl": kl if np.isfinite(kl) else None,
     }
-
-
-def _target(says: Hidden | Listing, labels_BT: Tensor) -> Target:
-    if isinstance(says, Hidden):
-        return projected(predictions(says.states_BTE, labels_BT)[0], says.head)
-    ids_NK, log_p_NO = (predictions(lines, labels_BT)[0] for lines in (says.ids_BTK, says.log_p_BTO))
-    return Listed(ids_NK, log_p_NO, says.vocabulary, says.temperature)
 
 
 def _compared(truth: Outcomes, given: Outcomes) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from compresskit.kernels.chunking import block_tokens
-from compresskit.kernels.reference.linear_divergence import Outcomes, Projected, Target
-from compresskit.kernels.reference.projection import Projection, chunks
+from compresskit.kernels.reference.linear_divergence import Outcomes, Target
+from compresskit.kernels.reference.projection import chunks
 from compresskit.training.objective import IGNORED, Head, Hidden, Listing
 
 Columns = dict[str, Tensor]
@@ -53,11 +53,6 @@ class Keep(Protocol):
 def ids_type(vocabulary: int) -> torch.dtype:
     """The smallest type that names each of ``vocabulary`` ids."""
     return torch.uint16 if vocabulary <= SHORT_IDS else torch.int32
-
-
-def projected(hidden_NE: Tensor, head: Head) -> Projected:
-    """The distributions over all ids that the head makes of hidden states."""
-    return Projected(hidden_NE, Projection(head.weight_VD.to(hidden_NE.dtype), head.bias_V, head.softcap))
 
 
 def told(target: Target, count: int, temperature: float, device: str) -> Iterator[Outcomes]:

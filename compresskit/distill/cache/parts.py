@@ -19,15 +19,18 @@ from compresskit.errors import DataError, Fault, OutputError
 CHECKSUM_BYTES = 16
 BLOCK_BYTES = 1 << 24
 PART = "part-{:05d}-{}.safetensors"
+PARTIAL = ".{}.partial"
 
 
 def write_whole(path: Path, data: bytes) -> None:
     """``data`` as the file ``path``, on the disk when this returns; never half of it under that name.
 
+    One process at a time may write a file: its folder is locked, or it can be made again.
+
     Raises:
         OutputError: the disk is full, or the folder cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_of(path)
     try:
         with partial.open("wb") as file:
             file.write(data)
@@ -38,6 +41,17 @@ def write_whole(path: Path, data: bytes) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise unwritable(path.parent, f"{len(data):,} bytes more", str(error)) from error
+
+
+def partial_of(path: Path) -> Path:
+    """Where the file ``path`` is until it is whole."""
+    return path.with_name(PARTIAL.format(path.name))
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what a process left half-written that was killed; for the one that has locked ``folder``."""
+    for path in folder.glob(PARTIAL.format("*")):
+        path.unlink(missing_ok=True)
 
 
 def unwritable(folder: Path, expected: str, got: str) -> OutputError:
@@ -95,9 +109,8 @@ def require_sound(path: Path, seen: Callable[[int], None] = lambda count: None) 
         raise damaged(path, f"{path.stat().st_size:,} bytes of another: it is damaged or cut short")
 
 
-def damaged(path: Path, got: str) -> DataError:
+def damaged(path: Path, got: str, cure: str = "Delete this file: it is made again.") -> DataError:
     """The error of a file of a cache that is not what was written."""
-    cure = "Delete this file: it is made again."
     return DataError(Fault(str(path), "contents with the checksum they were written with", got, cure))
 
 

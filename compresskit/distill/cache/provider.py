@@ -25,7 +25,7 @@ from compresskit.distill.teacher import Replica
 from compresskit.errors import DataError, Fault, PlanError
 from compresskit.modeling import ModelSource, resolve_device
 from compresskit.training.isolation import isolation_fault, sees_across
-from compresskit.training.objective import IGNORED, Head, Prepared, Signal
+from compresskit.training.objective import IGNORED, Head, Prepared, Signal, softcap_in
 from compresskit.training.order import Rows
 
 VERSION = 1
@@ -127,8 +127,7 @@ class Cached:
         weight_VE = source.tensor(f"{name}.weight").to(source.compute_dtype)
         bias = f"{name}.bias"
         bias_V = source.tensor(bias).to(source.compute_dtype) if bias in source else None
-        softcap = float(getattr(source.config, "final_logit_softcapping", None) or 0.0)
-        return Head(weight_VE, bias_V, softcap).cut(self.vocabulary)
+        return Head(weight_VE, bias_V, softcap_in(source.config)).cut(self.vocabulary)
 
     def _on(self, device: torch.device) -> Head | None:
         """The output projection there; it stays there."""

@@ -27,6 +27,7 @@ from compresskit.distill.cache.parts import (
     checksum,
     damaged,
     file_checksum,
+    partial_of,
     require_sound,
     unwritable,
     write_whole,
@@ -37,6 +38,8 @@ from compresskit.progress import Progress, say
 FACTS, INDEX, REPORT, LOCK = "facts.json", "index.npy", "report.json", ".lock"
 LARGE_BYTES = 1 << 32
 """From which checking all parts shows its progress."""
+BRIEF_S = 1.0
+"""Seconds for which a lock is waited for without a word: other ranks write a few facts under it, too."""
 FIELDS = 7
 FIRST, SECOND, PART, TOKEN, TOKENS, ENTRY, ENTRIES = range(FIELDS)
 
@@ -105,27 +108,37 @@ def agree(folder: Path, facts: Mapping[str, Any]) -> None:
         OutputError: it cannot be written.
     """
     path = folder / FACTS
-    if path.is_file():
-        try:
-            theirs = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise damaged(path, str(error)) from error
-        if facts != theirs:
-            both = [name for name in facts if name in theirs and facts[name] != theirs[name]]
-            differ = both or sorted(facts.keys() ^ theirs.keys())
-            expected = ", ".join(f"{name} {facts.get(name)}" for name in differ)
-            got = ", ".join(f"{name} {theirs.get(name)}" for name in differ)
-            cure = "Name another folder, or leave dir out, or train as the cache was made."
-            raise DataError(Fault(f"teacher cache {folder}", expected, got, cure))
-        return
-    if folder.is_dir() and any(folder.iterdir()):
+    if not path.is_file():
+        _begin(folder, facts)
+    try:
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        cure = f"Nothing tells what the rest of {folder} is of: delete the folder, and it is made again."
+        raise damaged(path, str(error), cure) from error
+    if facts != theirs:
+        both = [name for name in facts if name in theirs and facts[name] != theirs[name]]
+        differ = both or sorted(facts.keys() ^ theirs.keys())
+        expected = ", ".join(f"{name} {facts.get(name)}" for name in differ)
+        got = ", ".join(f"{name} {theirs.get(name)}" for name in differ)
+        cure = "Name another folder, or leave dir out, or train as the cache was made."
+        raise DataError(Fault(f"teacher cache {folder}", expected, got, cure))
+
+
+def _begin(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write ``facts`` into ``folder``, unless another process does so first; ranks come here together."""
+    path = folder / FACTS
+    ours = {LOCK, partial_of(path).name}  # what a process leaves that is killed right here
+    others = folder.is_dir() and any(found.name not in ours for found in folder.iterdir())
+    if others and not path.is_file():
         cure = "Name an empty folder, or one that does not exist yet."
         raise DataError(Fault(f"teacher cache {folder}", f"{FACTS} or an empty folder", "other files", cure))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(folder, "a teacher cache", str(error)) from error
-    write_whole(path, (json.dumps(facts, indent=1) + "\n").encode())
+    with locked(folder):
+        if not path.is_file():
+            write_whole(path, (json.dumps(facts, indent=1) + "\n").encode())
 
 
 @contextmanager
@@ -134,11 +147,11 @@ def locked(folder: Path) -> Iterator[None]:
     lock = FileLock(folder / LOCK)
     try:
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=BRIEF_S)
         except Timeout:
             say(f"Another process fills the teacher cache {folder}; waiting for it.")
             lock.acquire()
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # the latter of file systems without locks
         raise unwritable(folder, "a teacher cache", str(error)) from error
     try:
         yield

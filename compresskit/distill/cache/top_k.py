@@ -12,7 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from compresskit.distill.cache.keep import Columns, Lay, ids_type, joined, projected, told
+from compresskit.distill.cache.keep import Columns, Lay, ids_type, joined, told
+from compresskit.distill.divergences import projected
 from compresskit.training.objective import Head, Listing
 
 

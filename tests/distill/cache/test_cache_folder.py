@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from tiny import tiny_llama
 
 from compresskit.distill.cache import build, parts
 from compresskit.distill.cache.provider import Cached
+from compresskit.distill.cache.store import agree
 from compresskit.distill.teacher import Replica
 from compresskit.errors import DataError, OutputError, PlanError
 
@@ -247,8 +250,42 @@ def test_a_harmed_index_report_or_facts_is_told(teacher: Path, rows: Some, tmp_p
         made.prepare([rows], tmp_path, "cpu")
         assert contents(folder) == whole
     (folder / "facts.json").write_bytes(whole["facts.json"][:-9])
-    with pytest.raises(DataError, match=r"facts\.json: expected contents"):
+    with pytest.raises(DataError, match=r"facts\.json: expected contents .*: delete the folder, and it"):
         made.prepare([rows], tmp_path, "cpu")
+
+
+def test_killed_as_it_began_or_as_it_wrote_leaves_nothing_in_the_way(
+    teacher: Path, rows: Some, tmp_path: Path
+) -> None:
+    """Half of its facts, and half of a part that this machine would not have made."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    for name in (".lock", ".facts.json.partial"):
+        (folder / name).write_bytes(b"{")
+    made = cached(teacher, k=6, dir=str(folder))
+    made.prepare([rows], tmp_path, "cpu")
+    (folder / ".part-00001-0.safetensors.partial").write_bytes(b"{")
+    (folder / "report.json").unlink()
+    made.prepare([rows], tmp_path, "cpu")
+    assert not list(folder.glob(".*.partial"))
+
+
+def test_ranks_that_begin_together_have_one_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, ranks = os.fsync, 6
+    together = Barrier(ranks)
+
+    def slow(handle: int) -> None:
+        time.sleep(0.05)
+        real(handle)
+
+    def rank(number: int) -> None:
+        together.wait()
+        agree(tmp_path / "cache", {"version": 1})
+
+    monkeypatch.setattr(parts.os, "fsync", slow)
+    with ThreadPoolExecutor(ranks) as pool:
+        list(pool.map(rank, range(ranks)))
+    assert contents(tmp_path / "cache").keys() == {"facts.json"}
 
 
 def test_a_full_disk_is_told_and_leaves_nothing_half_written(
