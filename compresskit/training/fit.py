@@ -5,18 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from compresskit.errors import DataError, Fault, PlanError
 from compresskit.kernels.dispatch import forget
@@ -30,7 +24,6 @@ from compresskit.training.faults import eight_bit_faults, training_faults
 from compresskit.training.features import projecting, without_projections
 from compresskit.training.fields import TrainingFields
 from compresskit.training.finite import require_finite_weights
-from compresskit.training.int8 import int8_products
 from compresskit.training.objective import CrossEntropy, Objective, TeacherProvider
 from compresskit.training.order import Collate, Ordered, Rows, collating, mean_tokens
 from compresskit.training.outcome import TrainOutcome
@@ -38,6 +31,7 @@ from compresskit.training.redirect import idle_in, redirected
 from compresskit.training.rollout import OnPolicy
 from compresskit.training.rules import Setting, launched_processes
 from compresskit.training.sentences import idle_warnings, on_sentences, without_gradient
+from compresskit.training.surroundings import quiet_transformers, restored_environment, trainable
 from compresskit.training.trackers import Trackers
 from compresskit.training.trainer import StageTrainer
 from compresskit.training.watch import LOSSES, LossLog, Watch, held_bytes
@@ -45,12 +39,6 @@ from compresskit.training.zeroing import Zeroing
 
 LAST = 10
 """Steps whose mean is the final training loss."""
-SWITCHES = (
-    "ACCELERATE_USE_FSDP",
-    "ACCELERATE_USE_DEEPSPEED",
-    "ACCELERATE_TORCH_DEVICE",
-    "ACCELERATE_USE_CPU",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,9 +132,9 @@ class Run:
         done = checkpoint.step_of(start) if start else 0
         extended = projecting(self.model, self.objective)
         with (
-            _restored_environment(),
+            restored_environment(),
             extended,
-            _trainable(self.model, self.fields) as dtypes,
+            trainable(self.model, self.fields) as dtypes,
             without_gradient(self.model, idle := self._idle()),
         ):
             trainer = self._trainer(done, idle)
@@ -325,76 +313,3 @@ def _run(trainer: StageTrainer, start: Path | None) -> float | None:
     with trainer.resources, quiet_transformers(), trainer.telling:
         trainer.train(resume_from_checkpoint=str(start) if start else None)
         return trainer.last_evaluation()
-
-
-@contextmanager
-def _restored_environment() -> Iterator[None]:
-    """Accelerate leaves switches in the environment that would decide the engine of a later stage."""
-    before = {name: os.environ.get(name) for name in SWITCHES}
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-        if "deepspeed" in sys.modules:
-            # Else from_pretrained would partition what a later stage loads.
-            from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-            unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars of transformers' own in between ours."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def _trainable(model: nn.Module, fields: TrainingFields) -> Iterator[dict[str, torch.dtype]]:
-    """fp32 weights while this lasts; yields each tensor's own dtype."""
-    dtypes = {name: t.dtype for name, t in model.state_dict().items()}
-    config: Any = getattr(model, "config", None)
-    before = getattr(config, "use_cache", None)
-    model.float()
-    if fields.activation_checkpointing:
-        _checkpoint_activations(model)
-    try:
-        with int8_products(model) if fields.matmul == "int8" else nullcontext():
-            yield dtypes
-    finally:
-        if config is not None and before is not None:
-            config.use_cache = before  # transformers' Trainer sets it to False and leaves it so
-        if fields.activation_checkpointing:
-            _keep_activations(model)
-        _restore(model, dtypes)
-
-
-def _checkpoint_activations(model: nn.Module) -> None:
-    """Non-reentrant, under either of the names transformers has for it."""
-    kwargs = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)  # type: ignore[operator]
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)  # type: ignore[operator]
-
-
-def _keep_activations(model: nn.Module) -> None:
-    name = "activation_checkpointing_disable"
-    disable = getattr(model, name, None) or getattr(model, "gradient_checkpointing_disable")  # noqa: B009
-    disable()
-
-
-def _restore(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Give whole tensors their own dtype again; an engine's shards are left to it."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name in dtypes and type(tensor.data) is Tensor and tensor.dtype != dtypes[name]:
-            tensor.data = tensor.data.to(dtypes[name])

@@ -19,7 +19,7 @@ from compresskit.modeling.skeleton import load_config
 from compresskit.registry import locate
 from compresskit.training.adaptation import Adaptation, Plain
 from compresskit.training.fields import TrainingFields
-from compresskit.training.fit import fit, quiet_transformers
+from compresskit.training.fit import fit
 from compresskit.training.hold import require_held
 from compresskit.training.isolation import isolation_fault, model_sees_across, sees_across
 from compresskit.training.launch import launch
@@ -29,6 +29,7 @@ from compresskit.training.outcome import TrainOutcome, outcome_from_json
 from compresskit.training.rollout import OfText, OnPolicy
 from compresskit.training.rules import launched_processes, this_rank
 from compresskit.training.sentences import on_sentences
+from compresskit.training.surroundings import quiet_transformers
 
 OUTCOME = "outcome.json"
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sized
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
-from io import StringIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,11 +17,11 @@ from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from compresskit.errors import EngineError, Fault, RunError
-from compresskit.progress import Progress
 from compresskit.training import checkpoint
 from compresskit.training.access import ParamAccess
 from compresskit.training.best import Best
 from compresskit.training.engine import require_engine
+from compresskit.training.evaluation import Share, evaluation_at, lowest_evaluation, told
 from compresskit.training.finite import bad_gradient, culprit, first_named, not_finite, on_every_rank
 from compresskit.training.hold import hold_zeros
 from compresskit.training.objective import LOSS, TeacherProvider
@@ -32,9 +30,6 @@ from compresskit.training.rollout import OnPolicy, Student, eos_ids, on_policy_b
 from compresskit.training.rules import Setting
 from compresskit.training.watch import Watch
 from compresskit.training.zeroing import Zeroing, change_zeros
-
-LONG_EVALUATION = 64
-"""Batches from which an evaluation shows its progress."""
 
 
 class _Moments(TrainerCallback):
@@ -268,12 +263,18 @@ class StageTrainer(Trainer):
         model = self.model_wrapped
         model.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        batches, own = self._validation_batches(self._validation)
-        with torch.no_grad(), self._evaluating(len(batches)) as bar:
-            for index, batch in enumerate(batches):
+        share = Share(
+            self._validation,
+            self._collate,
+            size=self._setting.micro_batch_size,
+            rank=self.args.process_index,
+            ranks=self.args.world_size,
+        )
+        with torch.no_grad(), told(len(share), shown=self._watch is not None) as bar:
+            for batch, counts in share:
                 inputs = self._prepare_inputs(batch)
                 loss = self._sums(model, inputs)[LOSS]
-                if index < own:
+                if counts:
                     totals += torch.stack((loss.double(), loss.new_tensor(supervised(inputs)).double()))
                 bar.advance()
         model.train()
@@ -292,37 +293,18 @@ class StageTrainer(Trainer):
             gathered = partial(self.access.gather, model, keep=keep, frozen=self._best.frozen)
             self._best.offer(self.state.global_step, loss, self.lowest_evaluation(), gathered)
 
-    def _validation_batches(self, rows: Rows) -> tuple[list[dict[str, Tensor]], int]:
-        """This rank's batches, and how many are its own: every rank has as many, a missing one is filled."""
-        world, rank, size = self.args.world_size, self.args.process_index, self._setting.micro_batch_size
-        indices = [list(range(i, min(i + size, len(rows)))) for i in range(0, len(rows), size)]
-        batches = [self._collate([rows[i] for i in part]) for part in indices[rank::world]]
-        own = len(batches)
-        if own < -(-len(indices) // world):
-            batches.append(self._collate([rows[0]]))
-        return batches, own
-
-    def _evaluating(self, batches: int) -> Progress:
-        """Progress of an evaluation, shown by the main process and only where it takes a while."""
-        shown = self._watch is not None and batches >= LONG_EVALUATION
-        return Progress("Evaluating", batches, unit="batches", stream=None if shown else _Silent())
-
     def first_evaluation(self) -> float | None:
         """Validation loss before the first step of the whole run; None where it was not asked for."""
-        entries = self.state.log_history
-        return next((float(e["eval_loss"]) for e in entries if "eval_loss" in e and e["step"] == 0), None)
+        return evaluation_at(self.state.log_history, 0)
 
     def lowest_evaluation(self) -> float:
         """The lowest validation loss so far, also of before a restart; infinity where there was none."""
-        entries = self.state.log_history
-        return min((float(e["eval_loss"]) for e in entries if "eval_loss" in e), default=math.inf)
+        return lowest_evaluation(self.state.log_history)
 
     def last_evaluation(self) -> float | None:
         """Validation loss after the last step, evaluated now if it has not been; None without such rows."""
-        for entry in reversed(self.state.log_history):
-            if "eval_loss" in entry and entry["step"] == self.state.global_step:
-                return float(entry["eval_loss"])
-        return self.evaluate().get("eval_loss")
+        found = evaluation_at(self.state.log_history, self.state.global_step)
+        return self.evaluate().get("eval_loss") if found is None else found
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Whole weights in a checkpoint only where the engine does not write its own shards.
@@ -362,13 +344,6 @@ class StageTrainer(Trainer):
             checkpoint.seal(made, self._identity)
             checkpoint.sweep(folder, made)
         _barrier()
-
-
-class _Silent(StringIO):
-    """A stream that drops everything."""
-
-    def write(self, text: str) -> int:
-        return len(text)
 
 
 def _bare(optimizer: Any) -> Any:

@@ -224,14 +224,19 @@ def linear_divergence(
         for block in blocks(logits_CW):
             logits_BW = logits_CW[block]
             log_q_BV = _softened(logits_BW[:, : target.vocabulary], temperature).log_softmax(-1)
-            values, grad_BV = _through_terms(log_q_BV, said(block), terms)
+            values, slopes = _through_terms(log_q_BV, said(block), terms)
             sums[:-1] += values
-            grad_BW = _widened(grad_BV.div_(temperature), logits_BW.shape[1])
+            labels_B, log_q_BW = None, log_q_BV
             if cross_entropy_weight and labels_N is not None:
                 whole = temperature == 1 and target.vocabulary == logits_BW.shape[1]
-                log_q_BW = log_q_BV if whole else logits_BW.log_softmax(-1)
-                sums[-1] += _add_cross_entropy(grad_BW, log_q_BW, labels_N[part][block], cross_entropy_weight)
-            logits_BW.copy_(student.through_softcap(grad_BW, logits_BW))
+                labels_B, log_q_BW = labels_N[part][block], log_q_BV if whole else logits_BW.log_softmax(-1)
+                sums[-1] -= log_q_BW.gather(-1, labels_B[:, None]).sum()
+            if with_gradients:
+                grad_BV = _to_logits(slopes, log_q_BV).div_(temperature)
+                grad_BW = _widened(grad_BV, logits_BW.shape[1])
+                if labels_B is not None:
+                    _add_cross_entropy(grad_BW, log_q_BW, labels_B, cross_entropy_weight)
+                logits_BW.copy_(student.through_softcap(grad_BW, logits_BW))
         if with_gradients:
             gradients.add(part, hidden_ND[part], student, logits_CW)
     weights = sums.new_tensor([*(term.weight for term in terms), 0.0, cross_entropy_weight])
@@ -251,8 +256,22 @@ def _widened(grad_BV: Tensor, width: int) -> Tensor:
     return grad_BV if grad_BV.shape[1] == width else pad(grad_BV, (0, width - grad_BV.shape[1]))
 
 
-def _through_terms(log_q_CV: Tensor, said: Outcomes, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
-    """Sums of the terms and, last, of the tokens agreed upon; and the gradient by the student's logits.
+class _Slope(NamedTuple):
+    """Of several divergences over the same outcomes.
+
+    Attributes:
+        known: the outcomes.
+        log_q_CO: the student's log-probabilities of them.
+        by_log_q_CO: the weighted sum of the derivatives.
+    """
+
+    known: Outcomes
+    log_q_CO: Tensor
+    by_log_q_CO: Tensor
+
+
+def _through_terms(log_q_CV: Tensor, said: Outcomes, terms: Sequence[Term]) -> tuple[Tensor, list[_Slope]]:
+    """Sums of the terms and, last, of the tokens agreed upon; and the slopes, one for each set of outcomes.
 
     Args:
         log_q_CV: the student's, over all ids.
@@ -260,13 +279,11 @@ def _through_terms(log_q_CV: Tensor, said: Outcomes, terms: Sequence[Term]) -> t
         terms: the divergences.
 
     Returns:
-        (number of terms + 1,), and a new tensor (C, V).
+        (number of terms + 1,), and what :func:`_to_logits` takes.
     """
-    values = log_q_CV.new_zeros(len(terms) + 1)
+    values, slopes = log_q_CV.new_zeros(len(terms) + 1), []
     if not said.foreign:
         values[-1] = (_likeliest(said) == log_q_CV.argmax(-1)).sum()
-    q_CV = log_q_CV.exp()
-    grad_CV = None
     for top in dict.fromkeys(term.top for term in terms):
         known = said.top(top) if top and said.ids_CK is None and not said.foreign else said
         log_q_CO = _seen(log_q_CV, known)
@@ -278,9 +295,8 @@ def _through_terms(log_q_CV: Tensor, said: Outcomes, terms: Sequence[Term]) -> t
                 weighted_CO = by_log_q_CO if term.weight == 1 else term.weight * by_log_q_CO
                 slope_CO = weighted_CO if slope_CO is None else slope_CO + weighted_CO
         assert slope_CO is not None
-        part_CV = _to_logits(slope_CO, log_q_CO, q_CV, known)
-        grad_CV = part_CV if grad_CV is None else grad_CV.add_(part_CV)
-    return values, torch.zeros_like(q_CV) if grad_CV is None else grad_CV
+        slopes.append(_Slope(known, log_q_CO, slope_CO))
+    return values, slopes
 
 
 def _likeliest(said: Outcomes) -> Tensor:
@@ -302,11 +318,19 @@ def _seen(log_q_CV: Tensor, known: Outcomes) -> Tensor:
     return torch.cat([listed_CK, rest_C1], -1).clamp_min_(LEAST_LOG)
 
 
-def _to_logits(slope_CO: Tensor, log_q_CO: Tensor, q_CV: Tensor, known: Outcomes) -> Tensor:
-    """The gradient by the logits, (C, V), from that by the log-probabilities of outcomes.
+def _to_logits(slopes: Sequence[_Slope], log_q_CV: Tensor) -> Tensor:
+    """The gradient by the student's logits, a new tensor (C, V)."""
+    q_CV = log_q_CV.exp()
+    grad_CV = None
+    for slope in slopes:
+        part_CV = _slope_to_logits(slope, q_CV)
+        grad_CV = part_CV if grad_CV is None else grad_CV.add_(part_CV)
+    return torch.zeros_like(q_CV) if grad_CV is None else grad_CV
 
-    log q of outcome o changes with logit j by q(j given o) - q(j).
-    """
+
+def _slope_to_logits(slope: _Slope, q_CV: Tensor) -> Tensor:
+    """log q of outcome o changes with logit j by q(j given o) - q(j)."""
+    known, log_q_CO, slope_CO = slope
     total_C1 = slope_CO.sum(-1, keepdim=True)
     if known.ids_CK is None:
         return torch.addcmul(slope_CO, q_CV, total_C1, value=-1)
@@ -318,9 +342,8 @@ def _to_logits(slope_CO: Tensor, log_q_CO: Tensor, q_CV: Tensor, known: Outcomes
     return (q_CV * (rest_C1 - total_C1)).scatter_(-1, known.ids_CK, at_ids_CK)
 
 
-def _add_cross_entropy(grad_CW: Tensor, log_q_CW: Tensor, labels_C: Tensor, weight: float) -> Tensor:
-    """Sum of -log q of the labels; its gradient by the logits, times ``weight``, is added to ``grad_CW``."""
+def _add_cross_entropy(grad_CW: Tensor, log_q_CW: Tensor, labels_C: Tensor, weight: float) -> None:
+    """Add the gradient of -log q of the labels by the logits, times ``weight``, to ``grad_CW``."""
     at_label = labels_C[:, None]
     grad_CW.add_(log_q_CW.exp(), alpha=weight)
     grad_CW.scatter_add_(-1, at_label, torch.full_like(at_label, -weight, dtype=grad_CW.dtype))
-    return -log_q_CW.gather(-1, at_label).sum()

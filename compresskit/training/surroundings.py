@@ -1,0 +1,96 @@
+"""What a training run changes and puts back: environment, progress bars, the types of the weights."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from compresskit.training.fields import TrainingFields
+from compresskit.training.int8 import int8_products
+
+SWITCHES = (
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_TORCH_DEVICE",
+    "ACCELERATE_USE_CPU",
+)
+
+
+@contextmanager
+def restored_environment() -> Iterator[None]:
+    """Accelerate leaves switches in the environment that would decide the engine of a later stage."""
+    before = {name: os.environ.get(name) for name in SWITCHES}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        if "deepspeed" in sys.modules:
+            # Else from_pretrained would partition what a later stage loads.
+            from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+            unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars of transformers' own in between ours."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def trainable(model: nn.Module, fields: TrainingFields) -> Iterator[dict[str, torch.dtype]]:
+    """fp32 weights while this lasts; yields each tensor's own dtype."""
+    dtypes = {name: t.dtype for name, t in model.state_dict().items()}
+    config: Any = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    model.float()
+    if fields.activation_checkpointing:
+        _checkpoint_activations(model)
+    try:
+        with int8_products(model) if fields.matmul == "int8" else nullcontext():
+            yield dtypes
+    finally:
+        if config is not None and before is not None:
+            config.use_cache = before  # transformers' Trainer sets it to False and leaves it so
+        if fields.activation_checkpointing:
+            _keep_activations(model)
+        _restore(model, dtypes)
+
+
+def _checkpoint_activations(model: nn.Module) -> None:
+    """Non-reentrant, under either of the names transformers has for it."""
+    kwargs = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)  # type: ignore[operator]
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)  # type: ignore[operator]
+
+
+def _keep_activations(model: nn.Module) -> None:
+    name = "activation_checkpointing_disable"
+    disable = getattr(model, name, None) or getattr(model, "gradient_checkpointing_disable")  # noqa: B009
+    disable()
+
+
+def _restore(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Give whole tensors their own dtype again; an engine's shards are left to it."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in dtypes and type(tensor.data) is Tensor and tensor.dtype != dtypes[name]:
+            tensor.data = tensor.data.to(dtypes[name])
