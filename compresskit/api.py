@@ -14,7 +14,8 @@ from compresskit.data.spec import STDLIB, DataSpec
 from compresskit.errors import DataError, Fault, InputError, OutputError
 from compresskit.modeling import load_model, load_tokenizer, open_model
 from compresskit.pipeline import run as run_plan
-from compresskit.planner import Plan, plan
+from compresskit.planned import Plan
+from compresskit.planner import plan
 from compresskit.quant.adapters.attach import with_adapter
 from compresskit.recipe import Recipe
 from compresskit.registry import nearest

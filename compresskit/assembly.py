@@ -18,7 +18,7 @@ from compresskit.exports.run import export_model
 from compresskit.formats import export
 from compresskit.modeling import ModelSource
 from compresskit.modeling.streaming import return_memory
-from compresskit.planner import Plan
+from compresskit.planned import Plan
 from compresskit.stage import Json, promise_to_json
 
 EXPORTED = "exports"

@@ -34,7 +34,7 @@ from compresskit.formats import export
 from compresskit.formats.checkpoint import ADAPTER
 from compresskit.modeling import ModelSource, open_model
 from compresskit.modeling.promise import standing_promises
-from compresskit.planner import Plan, PlannedStage
+from compresskit.planned import Plan, PlannedStage
 from compresskit.progress import with_progress
 from compresskit.stage import (
     Json,

@@ -41,6 +41,7 @@ ORDER = (
     {"exports"},
     {"recipe"},
     {"schema", "artifact"},
+    {"planned"},
     {"planner"},
     {"assembly"},
     {"pipeline"},

@@ -18,7 +18,8 @@ from compresskit.errors import Fault, OutputError, PlanError, PromiseError
 from compresskit.modeling import ModelSource, open_model
 from compresskit.modeling.packed import unpacked
 from compresskit.pipeline import run
-from compresskit.planner import Plan, plan
+from compresskit.planned import Plan
+from compresskit.planner import plan
 from compresskit.sparse.promise import Zeros
 from compresskit.stage import Forecast, Outlook, StageContext, StageResult
 from tests.tiny import tiny_llama

@@ -11,7 +11,7 @@ import pytest
 
 import compresskit as ck
 from compresskit.errors import PlanError
-from compresskit.planner import PACKAGES, Plan
+from compresskit.planned import PACKAGES, Plan
 from compresskit.stage import Stage
 from tests.tiny import tiny_llama
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import compresskit as ck
 from compresskit.kernels.limits import BF16, FP32, INT4_G128, INT8, Values, ZeroLayout
-from compresskit.planner import Plan, plan
+from compresskit.planned import Plan
+from compresskit.planner import plan
 from compresskit.sparse.worth import Worth, joined, layout_of, short, usual_values
 from tests.tiny import tiny_llama
 
