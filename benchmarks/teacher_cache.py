@@ -3,8 +3,10 @@
     python -m benchmarks.run teacher_cache --text FILE --tokenizer DIR
     python -m benchmarks.run teacher_cache --text FILE --teacher DIR --student DIR
 
-Without models they are random Llamas, the teacher of three times the student's parameters. The same rows in
-the same order with each placement of the teacher, in fresh processes in turn; the first steps of each are
+Without models they are random Llamas, by default those of ``distill_peer``, the teacher of three times the
+student's parameters; of any width and blocks otherwise. ``head_share`` is what part of their parameters the
+output projection is: beside a cache of hidden states the teacher's is multiplied all the same. The same rows
+in the same order with each placement of the teacher, in fresh processes in turn; the first steps of each are
 not counted, and neither is the pass that makes a cache, whose seconds are told apart. ``curve_percent`` is
 the largest deviation of a step's training loss from that beside the live teacher. A cache that keeps a part
 of the distribution leaves a part of the loss out, of ``validation_loss``, too.
@@ -30,6 +32,7 @@ import compresskit as ck
 from benchmarks.distill_peer import SHAPES, write_model
 from benchmarks.run import RESULTS, append_record
 from compresskit.measure.record import spread
+from compresskit.modeling import open_model
 
 LIVE = "live"
 PLACEMENTS: dict[str, Any] = {
@@ -71,14 +74,19 @@ def outcome(job: dict[str, Any], cache: Path) -> dict[str, Any]:
     return found
 
 
-def measured(options: argparse.Namespace, place: Path) -> dict[str, list[dict[str, Any]]]:
-    """Every placement in turn, ``--rounds`` times over; caches are made in the first round and stay."""
+def measured(
+    options: argparse.Namespace, place: Path
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, dict[str, float]]]:
+    """Every placement in turn, ``--rounds`` times over, and the sizes of the models.
+
+    Caches are made in the first round and stay.
+    """
     models = {"student": options.student, "teacher": options.teacher}
     if not options.teacher:
         tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-        for name, shape in SHAPES.items():
+        for name in SHAPES:
             models[name] = place / name
-            write_model(place / name, tokenizer, *shape)
+            write_model(place / name, tokenizer, *getattr(options, f"{name}_shape"))
     fields = {
         "teacher": str(models["teacher"]),
         "steps": options.steps,
@@ -98,7 +106,19 @@ def measured(options: argparse.Namespace, place: Path) -> dict[str, list[dict[st
             done["tokens_per_s"] = tokens / median(done["seconds"][WARMUP:])
             runs.setdefault(name, []).append(done)
             print(name, {k: v for k, v in done.items() if k not in ("seconds", "losses")}, flush=True)
-    return runs
+    return runs, {name: size_of(Path(model)) for name, model in models.items()}
+
+
+def size_of(model: Path) -> dict[str, float]:
+    """Parameters, and the share of them that the output projection is."""
+    source = open_model(str(model))
+    head = source.config.vocab_size * source.config.hidden_size
+    return {"parameters": source.anatomy.num_parameters, "head_share": head / source.anatomy.num_parameters}
+
+
+def random_name(size: dict[str, float]) -> str:
+    """What the record calls the teacher."""
+    return f"a random Llama of {size['parameters'] / 1e6:.0f}M parameters"
 
 
 def parsed() -> argparse.Namespace:
@@ -108,6 +128,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, help="of the random models")
     parser.add_argument("--teacher", type=Path)
     parser.add_argument("--student", type=Path)
+    for name, shape in SHAPES.items():
+        parser.add_argument(f"--{name}-shape", type=int, nargs=2, default=shape, help="width and blocks")
     parser.add_argument("--documents", type=int, default=120)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=2)
@@ -131,9 +153,9 @@ def main() -> None:
         child(json.loads(options.child))
         return
     with tempfile.TemporaryDirectory() as scratch:
-        runs = measured(options, Path(scratch))
+        runs, models = measured(options, Path(scratch))
     true = runs[LIVE][0]["losses"]
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"models": models}
     quartiles = {}
     for name, rounds in runs.items():
         speed = f"{name}_tokens_per_s"
@@ -149,7 +171,7 @@ def main() -> None:
         append_record(
             "teacher-cache",
             values,
-            subject=options.teacher.name if options.teacher else "a random Llama of 60M parameters",
+            subject=options.teacher.name if options.teacher else random_name(models["teacher"]),
             results=options.results,
             quartiles=quartiles,
             settings={name: getattr(options, name) for name in settings},
