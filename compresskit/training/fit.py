@@ -272,7 +272,8 @@ def fit(
 ) -> TrainOutcome:
     """Train ``model`` in place; started again after a kill it continues at the last complete checkpoint.
 
-    In a torchrun or accelerate launch every rank calls this with the same arguments.
+    In a torchrun or accelerate launch every rank calls this with the same arguments. With ``keep_best`` the
+    best weights go to ``save``, and ``model`` keeps those of the last step.
 
     Args:
         model: see :class:`Run`, as for all the others; the objective is next-token cross entropy by default.
