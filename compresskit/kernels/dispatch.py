@@ -1,13 +1,17 @@
 """Which implementation of each op runs on which device: one table that can be printed. No torch.
 
 An implementation is a module ``compresskit/kernels/<implementation>/<op>.py`` with a function of the op's
-name; ``reference`` runs everywhere and is the specification. The fastest comes first.
+name; ``reference`` runs everywhere and is the specification. The fastest comes first. Where the package
+``compresskit.kernels.<implementation>`` has a function ``refusal(op)``, it says, as a phrase, why the
+implementation cannot be had on this machine; it is then passed over, with a warning.
 """
 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -16,13 +20,19 @@ from compresskit.errors import EngineError, Fault
 OPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "linear_cross_entropy": {"cpu": ("reference",), "cuda": ("reference",)},
     "linear_divergence": {"cpu": ("reference",), "cuda": ("reference",)},
+    "bitmap_linear": {"cpu": ("reference",), "cuda": ("reference",)},
+    "bitmap_expand": {"cpu": ("reference",), "cuda": ("reference",)},
+    "two_four_linear": {"cpu": ("reference",), "cuda": ("reference",)},
+    "two_four_expand": {"cpu": ("reference",), "cuda": ("reference",)},
+    "dense_linear": {"cpu": ("reference",), "cuda": ("reference",)},
 }
 
 _used: dict[str, str] = {}
+_passed_over: dict[str, None] = {}
 
 
 def choose(op: str, device: str) -> str:
-    """The implementation of ``op`` for tensors on ``device``: ``cpu`` or ``cuda``.
+    """The first implementation of ``op`` for tensors on ``device``, ``cpu`` or ``cuda``, that can be had.
 
     Raises:
         EngineError: there is none.
@@ -31,7 +41,21 @@ def choose(op: str, device: str) -> str:
     if not choices:
         known = ", ".join(sorted(OPS[op]))
         raise EngineError(Fault(op, f"tensors on {known}", device, "Set device to one of these."))
-    return choices[0]
+    for name in choices:
+        why = refusal(name, op)
+        if not why:
+            return name
+        _note(f"{op} does without its {name} implementation, which would be faster: {why}.")
+    raise EngineError(
+        Fault(op, f"one of {', '.join(choices)} on {device}", "none of them", "See the warnings.")
+    )
+
+
+@cache
+def refusal(name: str, op: str) -> str:
+    """Why the implementation called ``name`` of ``op`` cannot be had here; empty where it can."""
+    said: str = getattr(import_module(f"compresskit.kernels.{name}"), "refusal", _none)(op)
+    return said
 
 
 def implementation(op: str, device: str) -> Callable[..., Any]:
@@ -42,13 +66,30 @@ def implementation(op: str, device: str) -> Callable[..., Any]:
 
 
 def forget() -> None:
-    """Begin a new record for :func:`used`, so that it tells of one run and not of those before it."""
+    """Begin a new record for :func:`used` and :func:`passed_over`: of one run, not of those before it."""
     _used.clear()
+    _passed_over.clear()
 
 
 def used() -> dict[str, str]:
     """Op -> implementation, of the ops this process has run since :func:`forget`; goes into a record."""
     return dict(sorted(_used.items()))
+
+
+def passed_over() -> tuple[str, ...]:
+    """A sentence for each implementation that could not be had since :func:`forget`; for records."""
+    return tuple(_passed_over)
+
+
+def _note(sentence: str) -> None:
+    """Keep it, and warn of it when it is new."""
+    if sentence not in _passed_over:
+        _passed_over[sentence] = None
+        warnings.warn(sentence, stacklevel=4)
+
+
+def _none(op: str) -> str:
+    return ""
 
 
 def table() -> str:
