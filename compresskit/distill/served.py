@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import cached_property
 from math import exp, log, log1p
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ class Served:
     api_key_env: str | None = None
 
     hidden = None
+    is_remote: ClassVar[bool] = True
 
     def load(self) -> None:
         """There is nothing to read."""

@@ -34,6 +34,12 @@ def latest(folder: Path, identity: str) -> Path | None:
     return max((c for c in _all(folder) if _is_whole(c, identity)), key=step_of, default=None)
 
 
+def lacks(folder: Path, identity: str, step: int) -> bool:
+    """Whether there is something to keep after ``step``, and no complete checkpoint of it."""
+    last = latest(folder, identity)
+    return step > 0 and (last is None or step_of(last) < step)
+
+
 def step_of(checkpoint: Path) -> int:
     """The optimiser step ``checkpoint`` was taken after."""
     return int(checkpoint.name.removeprefix(PREFIX))

@@ -62,6 +62,11 @@ def evaluation_at(history: Sequence[Mapping[str, Any]], step: int) -> float | No
     return next((float(e["eval_loss"]) for e in history if "eval_loss" in e and e["step"] == step), None)
 
 
+def is_owed(history: Sequence[Mapping[str, Any]], step: int, every: int) -> bool:
+    """Whether an evaluation after ``step`` was due and did not come to its end: its teacher was lost then."""
+    return every > 0 and step % every == 0 and evaluation_at(history, step) is None
+
+
 def lowest_evaluation(history: Sequence[Mapping[str, Any]]) -> float:
     """The lowest validation loss in the trainer's log; infinity where there is none."""
     return min((float(e["eval_loss"]) for e in history if "eval_loss" in e), default=math.inf)

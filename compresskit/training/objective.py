@@ -165,6 +165,16 @@ class Approximate(Protocol):
         ...
 
 
+@runtime_checkable
+class Remote(Protocol):
+    """A ``TeacherProvider`` elsewhere: its ``signal`` raises RunError once it is lost for good."""
+
+    @property
+    def is_remote(self) -> bool:
+        """True."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """What a provider has done before training.

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from compresskit.errors import EngineError, Fault, RunError
+from compresskit.errors import EngineError, Fault
 from compresskit.training import checkpoint
 from compresskit.training.access import ParamAccess
+from compresskit.training.asking import Asking, continuing
 from compresskit.training.best import Best
 from compresskit.training.engine import require_engine
-from compresskit.training.evaluation import Share, evaluation_at, lowest_evaluation, told
+from compresskit.training.evaluation import Share, evaluation_at, is_owed, lowest_evaluation, told
 from compresskit.training.finite import bad_gradient, culprit, first_named, not_finite, on_every_rank
 from compresskit.training.hold import hold_zeros
 from compresskit.training.objective import LOSS, TeacherProvider
@@ -88,7 +89,8 @@ class StageTrainer(Trainer):
         best: Best | None = None,
         on_policy: OnPolicy | None = None,
     ) -> None:
-        self._setting, self._teacher, self._validation = setting, teacher, validation
+        self._setting, self._validation = setting, validation
+        self._asking = Asking(teacher, args.device, self._keep) if teacher is not None else None
         self._held, self._zeroing = held, zeroing
         self._watch, self._identity = watch, identity
         self._collate = collate
@@ -132,6 +134,8 @@ class StageTrainer(Trainer):
             self.when_stepped()  # some begin with zeros; a restart has them already
             if self._evaluates_first:
                 self.evaluate()
+        elif is_owed(self.state.log_history, self.state.global_step, self._setting.fields.eval_every):
+            self.evaluate()
 
     def when_stepping(self) -> None:
         """Collect gradients in a step whose change of zeros looks at them."""
@@ -160,13 +164,13 @@ class StageTrainer(Trainer):
         """The batches of one step and their supervised tokens; of one that is on-policy the model's own."""
         batches, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
         policy, step, seed = self._on_policy, self.state.global_step, int(self.args.seed)
-        if policy is None or not policy.is_due(step, seed):
-            return batches, tokens
-        model = cast(nn.Module, self.model)
-        student = Student(model, self.model_wrapped, eos_ids(model), self._setting.fields.precision)
-        rank = self.args.process_index
-        made = on_policy_batches(policy, batches, student, step=step, seed=seed, rank=rank)
-        return made, self._get_num_items_in_batch(made, device)
+        if policy is not None and policy.is_due(step, seed):
+            model = cast(nn.Module, self.model)
+            student = Student(model, self.model_wrapped, eos_ids(model), self._setting.fields.precision)
+            rank = self.args.process_index
+            batches = on_policy_batches(policy, batches, student, step=step, seed=seed, rank=rank)
+            tokens = self._get_num_items_in_batch(batches, device)
+        return batches if self._asking is None else self._asking.ahead(batches), tokens
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """Supervised tokens, or sentences, of one optimiser step, over accumulation and ranks."""
@@ -205,24 +209,20 @@ class StageTrainer(Trainer):
     def _fed(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         """What the redirected forward takes: the batch, and what the teacher says about it."""
         fed: dict[str, Any] = {name: inputs[name] for name in FED if name in inputs}
-        if self._teacher is not None:
-            try:
-                with torch.no_grad():
-                    signal = self._teacher.signal(fed)
-            except RunError as error:  # a teacher elsewhere may be lost in the middle of a run
-                raise type(error)(*error.faults, self._kept()) from error
+        if self._asking is not None:
+            signal = self._asking.about(inputs)
             model = cast(nn.Module, self.model)
             progress = self.state.global_step / self.state.max_steps if model.training else 1.0
             fed["signal"] = replace(signal, progress=progress)
         return fed
 
-    def _kept(self) -> str:
-        """Where the same command continues, in a sentence."""
-        last = checkpoint.latest(Path(str(self.args.output_dir)), self._identity)
-        if last is None:
-            return "No checkpoint was complete yet: the same command begins this stage again."
-        step, steps = checkpoint.step_of(last), self.state.max_steps
-        return f"The same command continues at the checkpoint of step {step} of {steps}."
+    def _keep(self) -> str:
+        """Have a checkpoint of the steps that are done; where the same command continues, in a sentence."""
+        step, folder = self.state.global_step, Path(str(self.args.output_dir))
+        if on_every_rank(checkpoint.lacks(folder, self._identity, step), self.args.device):
+            self.access.settle(cast(nn.Module, self.model))
+            self._save_checkpoint(cast(nn.Module, self.model), None)
+        return continuing(step, self.state.max_steps)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Clip; a gradient that is not finite stops the run, unless the fp16 scaler will skip the step."""
