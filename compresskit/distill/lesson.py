@@ -52,13 +52,7 @@ class TeachersLesson:
             faults += unused_faults(stage, where, "temperature", "cross_entropy_weight")
         else:
             faults += loss_faults(stage, f"{where}.loss")
-        if not 0 < stage.temperature < inf:
-            got, cure = str(stage.temperature), "Set temperature to a number such as 2."
-            faults.append(Fault(f"{where}.temperature", "a finite number above 0", got, cure))
-        if not 0 <= stage.cross_entropy_weight <= 1:
-            got = str(stage.cross_entropy_weight)
-            cure = "Give the share of the next-token loss, such as 0.5."
-            faults.append(Fault(f"{where}.cross_entropy_weight", "a number from 0 to 1", got, cure))
+        faults += mix_faults(stage, where)
         faults += feature_faults(stage, model, f"{where}.features")
         faults += alignment_faults(stage, where)
         faults += teacher_faults(
@@ -164,6 +158,18 @@ def loss_faults(stage: Taught, where: str) -> list[Fault]:
         for i, choice in enumerate(choices)
         for fault in choice_faults(choice, LOSSES, where=place.format(where, i))
     ]
+
+
+def mix_faults(stage: Taught, where: str) -> list[Fault]:
+    """What is wrong with the temperature and the share of cross entropy."""
+    faults = []
+    if not 0 < stage.temperature < inf:
+        got, cure = str(stage.temperature), "Set temperature to a number such as 2."
+        faults.append(Fault(f"{where}.temperature", "a finite number above 0", got, cure))
+    if not 0 <= stage.cross_entropy_weight <= 1:
+        got, cure = str(stage.cross_entropy_weight), "Give the share of cross entropy, such as 0.5."
+        faults.append(Fault(f"{where}.cross_entropy_weight", "a number from 0 to 1", got, cure))
+    return faults
 
 
 def feature_faults(stage: Taught, model: Outlook, where: str) -> list[Fault]:

@@ -15,9 +15,9 @@ import torch
 
 from compresskit.data import check
 from compresskit.distill import LOSSES, SENTENCE_LOSSES
-from compresskit.distill.lesson import feature_bytes, feature_faults, featured, pairs_of, takes
+from compresskit.distill.lesson import feature_bytes, feature_faults, featured, mix_faults, pairs_of, takes
 from compresskit.distill.sentence_base import POOLINGS
-from compresskit.distill.vocabulary import vocabulary_faults, vocabulary_of
+from compresskit.distill.vocabulary import teacher_fault, vocabulary_faults, vocabulary_of
 from compresskit.errors import Fault, InputError, PlanError
 from compresskit.modeling import ModelSource, open_model
 from compresskit.modeling.skeleton import skeleton_of
@@ -60,7 +60,7 @@ class SentencesLesson:
         try:
             teacher = open_model(stage.teacher or str(model.original), trust_remote_code=trust)
         except InputError as error:
-            return faults + [_told(fault, f"{where}.teacher") for fault in error.faults]
+            return faults + [teacher_fault(f"{where}.teacher", fault) for fault in error.faults]
         faults += feature_faults(stage, model, f"{where}.features")
         if faults:
             return faults
@@ -93,7 +93,7 @@ class SentencesLesson:
         source = open_model(stage.teacher or str(context.original), trust_remote_code=trust)
         places = ((model.config, model.directory), (source.config, source.directory))
         faults = vocabulary_faults(model.directory, rows, source, "teacher", trust_remote_code=trust)
-        faults += _model_faults(stage, places, stage_name(stage), trust)
+        faults += _model_faults(stage, places, stage.kind, trust)
         if faults:
             raise PlanError(*faults)
         reads = _reads(stage)
@@ -109,11 +109,6 @@ class SentencesLesson:
             teacher["blocks"] = [theirs for _, theirs in pairs_of(stage.features, model, source)]
             teacher["takes"] = takes(stage.features)
         return objective, Part(REPLICA, teacher)
-
-
-def stage_name(stage: Any) -> str:
-    """What a stage is called where its place in the recipe is not known."""
-    return str(stage.kind)
 
 
 def _reads(stage: Taught) -> str:
@@ -167,13 +162,7 @@ def _number_faults(stage: Taught, where: str) -> list[Fault]:
                 cure = "Leave this field out: embeddings have no probabilities."
                 faults.append(Fault(f"{where}.{name}", "nothing beside such losses", str(value), cure))
         return faults
-    if not stage.temperature > 0:
-        got = str(stage.temperature)
-        faults.append(Fault(f"{where}.temperature", "a number above 0", got, "Raise temperature."))
-    if not 0 <= stage.cross_entropy_weight <= 1:
-        got, cure = str(stage.cross_entropy_weight), "Give the share of the loss on classes, such as 0.5."
-        faults.append(Fault(f"{where}.cross_entropy_weight", "a number from 0 to 1", got, cure))
-    return faults
+    return mix_faults(stage, where)
 
 
 def _idle_faults(stage: Any, where: str) -> list[Fault]:
@@ -234,9 +223,3 @@ def _width(config: Any, directory: Path, reads: str, trust: bool) -> int | str:
     if tuple(made.shape[:-1]) != wanted:
         return f"it makes a tensor of shape {tuple(made.shape)} of 2 sentences of 3 tokens"
     return int(made.shape[-1])
-
-
-def _told(fault: Fault | str, where: str) -> Fault:
-    if isinstance(fault, str):
-        return Fault(where, "a usable teacher", fault, "Choose another one.")
-    return Fault(f"{where} ({fault.where})", fault.expected, fault.got, fault.cure)

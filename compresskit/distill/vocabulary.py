@@ -39,7 +39,7 @@ def teacher_faults(
     try:
         source = open_model(teacher or str(model.original), trust_remote_code=trust)
     except InputError as error:
-        return [_at(f"{where}.teacher", fault) for fault in error.faults]
+        return [teacher_fault(f"{where}.teacher", fault) for fault in error.faults]
     if not source.anatomy.is_causal or source.anatomy.head is None:
         got = type(source.config).__name__
         cure = "Choose a causal language model."
@@ -88,7 +88,7 @@ def vocabulary_faults(
             for d in (tokenizer, teacher.directory)
         )
     except InputError as error:
-        return [_at(where, fault) for fault in error.faults]
+        return [teacher_fault(where, fault) for fault in error.faults]
     cure = (
         "Choose a teacher with the student's tokenizer; or build the student anew with the teacher's; "
         "or compare them as they are: alignment: spans, or loss: uld with alignment: uld."
@@ -117,7 +117,8 @@ def vocabulary_of(config: Any) -> int:
     return int(text.vocab_size)
 
 
-def _at(where: str, fault: Fault | str) -> Fault:
+def teacher_fault(where: str, fault: Fault | str) -> Fault:
+    """A fault of opening a teacher or its tokenizer, told at ``where``."""
     if isinstance(fault, str):
         return Fault(where, "a usable teacher", fault, "Choose another one.")
     return Fault(f"{where} ({fault.where})", fault.expected, fault.got, fault.cure)

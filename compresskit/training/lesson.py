@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from compresskit.data.spec import DataSpec
 from compresskit.errors import Fault
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 class Taught(Protocol):
     """The fields of a stage that say what it learns from whom."""
+
+    @property
+    def kind(self) -> str:
+        """Of the stage."""
+        ...
 
     @property
     def teacher(self) -> str | None:
@@ -119,6 +124,8 @@ class TaughtFields(TrainingFields):
             mapping of ``method`` and its own fields.
         data: text to train on; None takes the recipe's.
     """
+
+    kind: ClassVar[str]
 
     loss: str | Mapping[str, Any] | tuple[str | Mapping[str, Any], ...] = TEXT_ALONE
     teacher: str | None = None

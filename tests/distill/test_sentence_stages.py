@@ -99,7 +99,12 @@ def test_what_fits_has_no_fault(place: Path, student: str, fields: dict[str, Any
         ("narrow", {"loss": {"method": "embedding_mse", "poling": "cls"}}, "Did you mean: pooling?"),
         ("narrow", {"loss": "pairwise", "batch_size": 1}, "at least 2 sentences in a forward pass, got 1"),
         ("narrow", {"loss": "embedding_mse", "temperature": 2.0}, "embeddings have no probabilities"),
-        ("two", {"loss": "class_logits", "temperature": 0.0}, "s.temperature: expected a number above 0"),
+        (
+            "two",
+            {"loss": "class_logits", "temperature": 0.0},
+            "s.temperature: expected a finite number above 0",
+        ),
+        ("two", {"loss": "class_logits", "temperature": float("inf")}, "a finite number above 0, got inf"),
         ("two", {"loss": "class_logits", "cross_entropy_weight": 2.0}, "a number from 0 to 1, got 2.0"),
         ("narrow", {"loss": "embedding_mse", "teacher": "llama"}, "the same token ids"),
         ("narrow", {"loss": "embedding_mse", "teacher": "none"}, "s.teacher .*expected a model directory"),
