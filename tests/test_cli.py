@@ -152,6 +152,10 @@ WRONG = {
         "distill --teacher {m}/model --student {m}/model -o out --loss kl",
         ["--loss", "forward_kl"],
     ),
+    "one unknown feature loss of two": (
+        "distill --teacher {m}/model --student {m}/model -o out --features squarehead --features relatoin",
+        ["--features", "features[1]", "Did you mean: relation"],
+    ),
     "ill-typed number": ("finetune {m}/model -o out --steps many", ["--steps", "a whole number", "'many'"]),
     "no output": ("prune {m}/model", ["--out"]),
     "output not ours": ("prune {m}/model -o full --method magnitude", ["full", "did not write"]),

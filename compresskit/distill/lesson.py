@@ -5,30 +5,36 @@ For any stage with the fields ``teacher``, ``loss``, ``temperature``, ``cross_en
 
 from __future__ import annotations
 
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, fields
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-from compresskit.distill import FEATURE_LOSSES, LOSSES
+from compresskit.distill import LOSSES
 from compresskit.distill.align.checks import aligned, alignment_faults, spelt_ids
-from compresskit.distill.mapping import FeatureFields, Pairs, mapping_faults, paired
+from compresskit.distill.feature_outlook import (
+    compared,
+    feature_bytes,
+    feature_faults,
+    featured,
+    pair_faults,
+    teacher_of,
+)
+from compresskit.distill.features import looks_of
 from compresskit.distill.placements import PLACEMENTS
 from compresskit.distill.placements.base import Placement, Preparatory, Teaching
-from compresskit.distill.relation_outlook import relation_bytes, relation_faults
 from compresskit.distill.vocabulary import (
     shared_vocabulary,
     teacher_faults,
     vocabulary_faults,
     vocabulary_of,
 )
-from compresskit.errors import Fault, InputError, PlanError
+from compresskit.errors import Fault, PlanError
 from compresskit.modeling import ModelSource, open_model
-from compresskit.options import Choice, choice_faults, choices_of, option_faults
+from compresskit.options import Choice, choice_faults, choices_of
 from compresskit.progress import size
-from compresskit.training.features import ATTENTION, OUTPUT
 from compresskit.training.job import Part
 from compresskit.training.lesson import NO_ALIGNMENT, REPLICATE, SERVER, TEXT_ALONE, unused_faults
-from compresskit.training.outlook import STATE_BYTES, pass_tokens, scale_faults
+from compresskit.training.outlook import scale_faults
 from compresskit.training.stage import CROSS_ENTROPY
 
 if TYPE_CHECKING:
@@ -37,8 +43,6 @@ if TYPE_CHECKING:
     from compresskit.training.lesson import Taught
 
 DIVERGENCES = "compresskit.distill.divergences:Divergences"
-FEATURED = "compresskit.distill.features:WithFeatures"
-LAYERS, WEIGHT = "layers", "weight"
 
 
 class TeachersLesson:
@@ -91,15 +95,16 @@ class TeachersLesson:
             model.directory, rows, source, "teacher", trust_remote_code=trust, is_aligned=is_aligned(stage)
         )
         faults += scale_faults(source.config, "teacher")
-        faults += _pair_faults(stage.features, model, source, "features") if stage.features else []
+        faults += pair_faults(stage, model, source, "features")
         if faults:
             raise PlanError(*faults)
         objective = CROSS_ENTROPY if stage.loss == TEXT_ALONE else _loss(stage)
         placed = _placement(stage).part(_teaching(stage, model, source, context.data, trust))
         if stage.features is not None:
-            objective = featured(stage.features, objective, model, source)
-            if takes(stage.features) == ATTENTION:  # of a replica, as the plan made sure
-                placed = Part(placed.target, {**placed.options, "takes": ATTENTION})
+            objective = featured(stage, objective, model, source)
+            if attended := looks_of(compared(stage, model, source), 1).attended:
+                # A replica, as the plan made sure.
+                placed = Part(placed.target, {**placed.options, "attended": attended})
         return objective, aligned(stage, placed, model, source, trust) if is_aligned(stage) else placed
 
 
@@ -107,22 +112,6 @@ def is_aligned(stage: Taught) -> bool:
     """Whether the teacher has a tokenizer of its own."""
     named: Choice = stage.alignment
     return named.method != NO_ALIGNMENT
-
-
-def featured(named: Choice, objective: Part, model: ModelSource, teacher: ModelSource) -> Part:
-    """``objective``, and the feature loss ``named`` between ``model`` and ``teacher`` besides."""
-    own = dict(named.options)
-    own.pop(LAYERS, None)
-    options: dict[str, Any] = {"objective": asdict(objective), "method": named.method, "options": own}
-    widths = width_of(model.config), width_of(teacher.config)
-    projected = takes(named) == OUTPUT and widths[0] != widths[1]
-    options |= {"pairs": pairs_of(named, model, teacher), "widths": widths if projected else None}
-    return Part(FEATURED, options)
-
-
-def takes(named: Choice) -> str:
-    """What the feature loss ``named`` compares of a block."""
-    return FEATURE_LOSSES[named.method].takes
 
 
 def held_note(chosen: Choice, stage: Taught, model: Outlook, teaching: Teaching) -> str:
@@ -172,50 +161,6 @@ def mix_faults(stage: Taught, where: str) -> list[Fault]:
     return faults
 
 
-def feature_faults(stage: Taught, model: Outlook, where: str) -> list[Fault]:
-    """What is wrong with the feature loss of ``stage``, if it has one, for a student such as ``model``."""
-    if stage.features is None:
-        return []
-    named: Choice = stage.features
-    others = tuple(option for option in named.options if option[0] != LAYERS)
-    faults = choice_faults(Choice(named.method, others), FEATURE_LOSSES, where=where)
-    if named.method not in FEATURE_LOSSES:  # what all of them have is checked all the same
-        weight = tuple(option for option in others if option[0] == WEIGHT)
-        faults += option_faults(FeatureFields, weight, where=where)
-    try:
-        teacher = _teacher(stage, model)
-    except InputError:
-        return faults  # that there is no such teacher is told by itself
-    faults += _pair_faults(named, model, teacher, where)
-    if faults or takes(named) == OUTPUT:
-        return faults
-    if stage.teacher_placement.method != REPLICATE:
-        got, cure = stage.teacher_placement.method, "Leave teacher_placement out."
-        faults.append(Fault(where, f"teacher_placement {REPLICATE} beside {named.method}", got, cure))
-    return faults + relation_faults(named, pairs_of(named, model, teacher), model, teacher, where)
-
-
-def feature_bytes(stage: Taught, model: Outlook) -> int:
-    """Of the states that both models keep for a feature loss, and of projections in training."""
-    if stage.features is None:
-        return 0
-    fields_of: Any = stage  # every stage that is taught trains
-    teacher = _teacher(stage, model)
-    pairs = len(pairs_of(stage.features, model, teacher))
-    if takes(stage.features) == ATTENTION:
-        return pairs * relation_bytes(stage.features, fields_of, model)
-    student, taught = width_of(model.config), width_of(teacher.config)
-    projected = 0 if student == taught else taught
-    states = 4 * pairs * pass_tokens(fields_of, model.config) * (student + projected + taught)
-    return states + pairs * student * projected * STATE_BYTES
-
-
-def width_of(config: Any) -> int:
-    """Of the hidden states between blocks of a model with such a configuration; 0 where it does not say."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return int(getattr(text, "hidden_size", 0) or 0)
-
-
 def _placement(stage: Taught) -> Placement:
     placed: Choice = stage.teacher_placement
     made: Placement = PLACEMENTS[placed.method](**dict(placed.options))
@@ -224,54 +169,22 @@ def _placement(stage: Taught) -> Placement:
 
 def _foreseen(stage: Taught, model: Outlook) -> Teaching:
     """What the stage will ask of its teacher."""
-    return _teaching(stage, model, _teacher(stage, model), model.data, model.trust_remote_code)
+    return _teaching(stage, model, teacher_of(stage, model), model.data, model.trust_remote_code)
 
 
 def _teaching(
     stage: Taught, model: Outlook | ModelSource, source: ModelSource, data: DataSpec, trust: bool
 ) -> Teaching:
-    pairs = pairs_of(stage.features, model, source) if stage.features is not None else ()
     shared = shared_vocabulary(vocabulary_of(model.config), source)
     return Teaching(
         teacher=source,
         vocabulary=spelt_ids(source, trust) if is_aligned(stage) else shared,
-        blocks=tuple(block for _, block in pairs),
+        blocks=looks_of(compared(stage, model, source), 1).outputs,
         losses=() if stage.loss == TEXT_ALONE else choices_of(stage.loss),
         temperature=stage.temperature,
         trust_remote_code=trust,
         isolated=not (stage.data or data).cross_documents,
     )
-
-
-def _teacher(stage: Taught, model: Outlook) -> ModelSource:
-    return open_model(stage.teacher or str(model.original), trust_remote_code=model.trust_remote_code)
-
-
-def _pair_faults(
-    named: Choice, model: Outlook | ModelSource, teacher: ModelSource, where: str
-) -> list[Fault]:
-    """What is wrong with comparing blocks of ``model`` and of ``teacher`` as ``named`` says."""
-    expected = "a model of repeated blocks whose configuration has a hidden_size"
-    faults = [
-        Fault(where, f"{expected}, as {side}", type(side_of.config).__name__, "Leave features out.")
-        for side, side_of in (("student", model), ("teacher", teacher))
-        if not side_of.anatomy.blocks or not width_of(side_of.config)
-    ]
-    layers = _layers(named)
-    counts = len(model.anatomy.blocks), len(teacher.anatomy.blocks)
-    return faults or mapping_faults(layers, *counts, f"{where}.{LAYERS}")
-
-
-def pairs_of(named: Choice, model: Outlook | ModelSource, teacher: ModelSource) -> Pairs:
-    """Blocks of ``model`` and of ``teacher`` that the feature loss ``named``, without a fault, compares."""
-    return paired(_layers(named), len(model.anatomy.blocks), len(teacher.anatomy.blocks))
-
-
-def _layers(named: Choice) -> Any:
-    """As the recipe wrote them, or what the method has by default."""
-    own: Any = FEATURE_LOSSES.get(named.method, FeatureFields)
-    default = next(f.default for f in fields(own) if f.name == LAYERS)
-    return dict(named.options).get(LAYERS, default)
 
 
 def _loss(stage: Taught) -> Part:

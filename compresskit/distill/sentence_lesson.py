@@ -15,7 +15,9 @@ import torch
 
 from compresskit.data import check
 from compresskit.distill import LOSSES, SENTENCE_LOSSES
-from compresskit.distill.lesson import feature_bytes, feature_faults, featured, mix_faults, pairs_of, takes
+from compresskit.distill.feature_outlook import compared, feature_bytes, feature_faults, featured
+from compresskit.distill.features import looks_of
+from compresskit.distill.lesson import mix_faults
 from compresskit.distill.sentence_base import POOLINGS
 from compresskit.distill.vocabulary import teacher_fault, vocabulary_faults, vocabulary_of
 from compresskit.errors import Fault, InputError, PlanError
@@ -105,9 +107,9 @@ class SentencesLesson:
         teacher: dict[str, Any] = {"directory": str(source.directory), "reads": reads}
         teacher["trust_remote_code"] = trust
         if stage.features is not None:
-            objective = featured(stage.features, objective, model, source)
-            teacher["blocks"] = [theirs for _, theirs in pairs_of(stage.features, model, source)]
-            teacher["takes"] = takes(stage.features)
+            objective = featured(stage, objective, model, source)
+            looks = looks_of(compared(stage, model, source), 1)
+            teacher |= {"blocks": looks.outputs, "attended": looks.attended}
         return objective, Part(REPLICA, teacher)
 
 

@@ -36,7 +36,8 @@ class Distill(TrainableFields):
         cross_entropy_weight: share of the ordinary loss in the mix, in [0, 1]: on next tokens, or of a
             classifier on the classes that rows have.
         features: what else is learnt from the teacher, block by block: a name of
-            ``compresskit.distill.FEATURE_LOSSES``, or a mapping of ``method``, ``weight`` and ``layers``.
+            ``compresskit.distill.FEATURE_LOSSES``, or a mapping of ``method``, ``weight``, ``layers`` and
+            the method's own fields, or a list of these, which are added up.
         alignment: how a teacher with another tokenizer is compared: ``none``, ``spans`` or ``uld``, or a
             mapping of ``method`` and its own fields.
         on_policy: how much is learnt from text that the student generates and the teacher scores: a mapping
@@ -52,7 +53,7 @@ class Distill(TrainableFields):
     loss: str | Mapping[str, Any] | tuple[str | Mapping[str, Any], ...] = "forward_kl"
     temperature: float = 1.0
     cross_entropy_weight: float = 0.0
-    features: str | Mapping[str, Any] | None = None
+    features: str | Mapping[str, Any] | tuple[str | Mapping[str, Any], ...] | None = None
     alignment: str | Mapping[str, Any] = NO_ALIGNMENT
     on_policy: Mapping[str, Any] | None = None
 

@@ -13,8 +13,21 @@ from torch import Tensor, nn
 
 from compresskit.modeling import load_model
 from compresskit.modeling.skeleton import resolve_dtype
-from compresskit.training.features import OUTPUT, compared_blocks, looking_at
+from compresskit.training.features import Looks, Watched, looking_at, watched_in
 from compresskit.training.objective import Head, Hidden, Signal, head_of
+
+
+def frozen(directory: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> nn.Module:
+    """The whole model of a checkpoint, in evaluation mode, none of whose weights takes a gradient.
+
+    Args:
+        directory: of the checkpoint.
+        dtype: of its weights; ``auto`` is what they are stored in.
+        trust_remote_code: whether code in the directory may run.
+    """
+    wanted = resolve_dtype(dtype) or "auto"
+    model: nn.Module = load_model(Path(directory), dtype=wanted, trust_remote_code=trust_remote_code)
+    return model.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +38,8 @@ class Replica:
         directory: of the teacher's checkpoint.
         vocabulary: how many ids it shares with the student; its projection is cut to them.
         trust_remote_code: whether code in the directory may run.
-        blocks: which a feature loss compares, counted from 0.
-        takes: what of them: their ``output``, or what their ``attention`` is given.
+        blocks: whose output a feature loss compares, counted from 0.
+        attended: blocks of which it compares what their attention is given.
         dtype: of its weights; ``auto`` is what they are stored in.
     """
 
@@ -34,27 +47,21 @@ class Replica:
     vocabulary: int
     trust_remote_code: bool = False
     blocks: Sequence[int] = ()
-    takes: str = OUTPUT
+    attended: Sequence[int] = ()
     dtype: str = "auto"
 
     @cached_property
     def _model(self) -> nn.Module:
-        model: Any = load_model(
-            Path(self.directory),
-            dtype=resolve_dtype(self.dtype) or "auto",
-            trust_remote_code=self.trust_remote_code,
-        )
-        frozen: nn.Module = model.eval().requires_grad_(False)
-        return frozen
+        return frozen(self.directory, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
 
     @cached_property
-    def _blocks(self) -> tuple[nn.Module, ...]:
-        return compared_blocks(self._model, self.blocks)
+    def _watched(self) -> Watched:
+        return watched_in(self._model, Looks(tuple(self.blocks), tuple(self.attended)))
 
     def load(self) -> None:
         """Read the weights now, before an engine would shard them."""
         self._head()
-        _ = self._blocks  # whose names are found by the shapes of weights
+        _ = self._watched  # names of blocks are found by the shapes of weights
 
     def hidden(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Hidden states (B, T, E) for token ids and their positions, each int64 (B, T)."""
@@ -70,6 +77,6 @@ class Replica:
     def signal(self, inputs: Mapping[str, Tensor]) -> Signal:
         """Hidden states (B, T, E) for ``input_ids`` and ``position_ids``, each int64 (B, T)."""
         ids = inputs["input_ids"]
-        with looking_at(self._blocks, self.takes) as kept:
+        with looking_at(self._watched) as seen:
             hidden = self.hidden(ids, inputs["position_ids"])
-        return Signal(Hidden(hidden, self._head()), tuple(kept[block] for block in self._blocks))
+        return Signal(Hidden(hidden, self._head()), seen())

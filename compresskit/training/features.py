@@ -5,10 +5,10 @@ Shapes: B = rows, T = tokens of a row, D = student's hidden width, E = teacher's
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from compresskit.training.objective import IGNORED, LOSS, Head, Signal
 from compresskit.training.sentences import SENTENCE_PROJECTION, on_sentences
 
 OUTPUT, ATTENTION = "output", "attention"
-FEATURES = "features"
 PROJECTIONS = "feature_projections"
 """Where projections are in the model while it trains: an engine takes them for part of it."""
 
@@ -65,30 +64,40 @@ class Counted:
         return (loss_BT * self.share_BT).masked_fill(self.share_BT == 0, 0).sum()
 
 
+@dataclass(frozen=True, slots=True)
+class Looks:
+    """Which blocks of a model feature losses look at, counted from 0, each of them once.
+
+    Attributes:
+        outputs: whose output is compared.
+        attended: of which what their attention is given is.
+    """
+
+    outputs: tuple[int, ...] = ()
+    attended: tuple[int, ...] = ()
+
+
+class Watched(NamedTuple):
+    """The blocks of a live model that :class:`Looks` names."""
+
+    outputs: tuple[nn.Module, ...] = ()
+    attended: tuple[nn.Module, ...] = ()
+
+
 @runtime_checkable
 class Featured(Protocol):
-    """An objective with a feature loss besides, which is added to what it returns."""
+    """An objective with feature losses besides, which are added to what it returns."""
 
     needs_teacher: ClassVar[bool]
 
     @property
     def inner(self) -> Any:
-        """The objective without the feature loss: an ``Objective`` or a ``SentenceObjective``."""
+        """The objective without them: an ``Objective`` or a ``SentenceObjective``."""
         ...
 
     @property
-    def takes(self) -> str:
-        """What of a block is compared: its ``output``, or what its ``attention`` is given."""
-        ...
-
-    @property
-    def blocks(self) -> tuple[int, ...]:
-        """Of the model, counted from 0: which are compared; each with one of ``Signal.blocks_BTE``."""
-        ...
-
-    @property
-    def weight(self) -> float:
-        """What the feature loss is multiplied by."""
+    def looks(self) -> Looks:
+        """Which blocks of the model are compared."""
         ...
 
     def __call__(
@@ -97,26 +106,43 @@ class Featured(Protocol):
         """See ``Objective.__call__``."""
         ...
 
-    def projections(self) -> Sequence[nn.Module]:
-        """From D to E, one for each of :attr:`blocks`; none where the widths are equal."""
+    def projections(self) -> Mapping[str, nn.Module]:
+        """From D to E, each by a name that a module may have; none where the widths are equal."""
         ...
 
-    def feature_loss(self, student: Sequence[Any], teacher: Sequence[Any], counted: Counted) -> Tensor:
-        """Mean over the compared blocks of the sum over the tokens that count, before the weight.
+    def feature_losses(
+        self,
+        student: Sequence[Any],
+        teacher: Sequence[Any],
+        counted: Counted,
+        projections: Mapping[str, nn.Module],
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Their weighted sum over the tokens that count, and each by itself, unweighted and detached.
 
         Args:
-            student: of each of :attr:`blocks` what :attr:`takes` says, outputs (B, T, E) projected.
-            teacher: of the teacher's blocks, as many.
+            student: of the blocks of :attr:`looks` the outputs (B, T, D), then ``Attended`` of the others.
+            teacher: the teacher's, which may be other numbers of them.
             counted: the tokens that count.
+            projections: those of :meth:`projections`, trained.
         """
         ...
 
 
-def looking_at(
-    blocks: Sequence[nn.Module], takes: str
-) -> AbstractContextManager[Mapping[nn.Module, Tensor | Attended]]:
-    """Within, what ``takes`` says of each block is in the mapping once it ran."""
-    return attending(blocks) if takes == ATTENTION else keeping(blocks)
+@contextmanager
+def looking_at(watched: Watched) -> Iterator[Callable[[], tuple[Tensor | Attended, ...]]]:
+    """Within, what is looked at is kept as the blocks run.
+
+    Yields:
+        What gives it once they ran: the outputs, then what attention was given.
+    """
+    looking: AbstractContextManager[Mapping[nn.Module, Attended]] = nullcontext({})
+    if watched.attended:
+        looking = attending(watched.attended)
+    with keeping(watched.outputs) as outputs, looking as attended:
+        yield lambda: (
+            *(outputs[block] for block in watched.outputs),
+            *(attended[block] for block in watched.attended),
+        )
 
 
 @contextmanager
@@ -125,7 +151,7 @@ def projecting(model: nn.Module, objective: object) -> Iterator[None]:
     added: dict[str, nn.Module] = {}
     if isinstance(objective, Featured) and (made := objective.projections()):
         # No ModuleList: the longest of those are taken for a model's blocks.
-        added[PROJECTIONS] = nn.ModuleDict({str(i): m for i, m in enumerate(made)})
+        added[PROJECTIONS] = nn.ModuleDict(made)
     inner = on_sentences(objective)
     if inner is not None and (single := inner.sentence_projection()) is not None:
         added[SENTENCE_PROJECTION] = single
@@ -144,39 +170,42 @@ def without_projections(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: t for name, t in tensors.items() if not name.startswith(added)}
 
 
-def compared_blocks(model: nn.Module, blocks: Sequence[int]) -> tuple[nn.Module, ...]:
-    """The blocks of a live ``model`` with these numbers.
+def watched_in(model: nn.Module, looks: Looks) -> Watched:
+    """The blocks of a live ``model`` that ``looks`` names.
 
     Raises:
         ModelError: it has fewer.
     """
-    names = anatomy_of(model).blocks if blocks else ()
-    if blocks and max(blocks) >= len(names):
+    asked = (*looks.outputs, *looks.attended)
+    names = anatomy_of(model).blocks if asked else ()
+    if asked and max(asked) >= len(names):
         cure = "Choose other layers for the feature loss."
-        raise ModelError(Fault(type(model).__name__, f"a block {max(blocks)}", f"{len(names)} blocks", cure))
-    return tuple(model.get_submodule(names[block]) for block in blocks)
+        raise ModelError(Fault(type(model).__name__, f"a block {max(asked)}", f"{len(names)} blocks", cure))
+    outputs, attended = (
+        tuple(model.get_submodule(names[block]) for block in blocks)
+        for blocks in (looks.outputs, looks.attended)
+    )
+    return Watched(outputs, attended)
 
 
-def with_feature_loss(
+def with_feature_losses(
     objective: Featured,
     sums: Mapping[str, Tensor],
     model: nn.Module,
-    states: Sequence[Any],
+    seen: Sequence[Any],
     signal: Signal,
     counted: Counted,
 ) -> Mapping[str, Tensor]:
-    """``sums`` of the objective with its feature loss added to the loss, and named apart.
+    """``sums`` of the objective with its feature losses added to the loss, and each named apart.
 
     Args:
-        objective: whose loss it is.
+        objective: whose losses they are.
         sums: of the objective alone.
         model: whose projections are called as any layer is, so that engines gather their weights.
-        states: of the compared blocks, what ``takes`` says.
+        seen: of its blocks, from :func:`looking_at`.
         signal: of the teacher, whose blocks they are compared with.
         counted: the tokens that count.
     """
-    projections = getattr(model, PROJECTIONS, None)
-    if projections is not None:
-        states = [projections[str(i)](state) for i, state in enumerate(states)]
-    features = objective.feature_loss(states, signal.blocks_BTE, counted)
-    return {**sums, LOSS: sums[LOSS] + objective.weight * features, FEATURES: features.detach()}
+    projections = getattr(model, PROJECTIONS, {})
+    total, parts = objective.feature_losses(seen, signal.blocks_BTE, counted, projections)
+    return {**sums, LOSS: sums[LOSS] + total, **parts}

@@ -56,7 +56,7 @@ class Taught(Protocol):
 
     @property
     def features(self) -> Any:
-        """A ``Choice`` of ``compresskit.distill.FEATURE_LOSSES``, or None."""
+        """A ``Choice`` of ``compresskit.distill.FEATURE_LOSSES``, a tuple of several, or None."""
         ...
 
     @property
@@ -119,7 +119,8 @@ class TaughtFields(TrainingFields):
         temperature: divides both models' logits; the distillation loss is multiplied by its square.
         cross_entropy_weight: share of the next-token loss beside a distillation loss, in [0, 1].
         features: what else is learnt from a teacher, block by block: a name of
-            ``compresskit.distill.FEATURE_LOSSES``, or a mapping of ``method``, ``weight``, ``layers``.
+            ``compresskit.distill.FEATURE_LOSSES``, or a mapping of ``method``, ``weight``, ``layers`` and
+            the method's own fields, or a list of these, which are added up.
         alignment: how a teacher with another tokenizer is compared: ``none``, ``spans`` or ``uld``, or a
             mapping of ``method`` and its own fields.
         data: text to train on; None takes the recipe's.
@@ -132,7 +133,7 @@ class TaughtFields(TrainingFields):
     teacher_placement: str | Mapping[str, Any] = REPLICATE
     temperature: float = 1.0
     cross_entropy_weight: float = 0.0
-    features: str | Mapping[str, Any] | None = None
+    features: str | Mapping[str, Any] | tuple[str | Mapping[str, Any], ...] | None = None
     alignment: str | Mapping[str, Any] = NO_ALIGNMENT
     data: DataSpec | None = None
 
@@ -151,7 +152,8 @@ def freeze_lesson(stage: Taught) -> None:
     object.__setattr__(stage, "teacher_placement", choice_of(stage.teacher_placement))
     object.__setattr__(stage, "alignment", choice_of(stage.alignment))
     if stage.features is not None:
-        object.__setattr__(stage, "features", choice_of(stage.features))
+        added = choices_of(stage.features)
+        object.__setattr__(stage, "features", added[0] if len(added) == 1 else added)
 
 
 def lesson_faults(stage: Taught, model: Outlook, where: str) -> list[Fault]:

@@ -105,8 +105,7 @@ class Signal:
 
     Attributes:
         says: the distributions of next tokens, or what it makes of whole sentences.
-        blocks_BTE: what those of its blocks make that a feature loss compares, or what their attention is
-            given where it compares that.
+        blocks_BTE: what feature losses compare: outputs of its blocks, then what their attention is given.
         told_BT: bool, of which tokens it says what they might have been, at the token before; None for all.
         progress: share of the training steps that are done; 1 in an evaluation. The trainer sets it.
     """

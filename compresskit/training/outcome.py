@@ -16,7 +16,8 @@ class TrainOutcome:
         steps: optimiser steps of the whole run.
         first_loss: of the first step, nats per supervised token.
         final_loss: mean over the last 10 steps.
-        final_parts: of what the objective named of its loss, such as ``kl`` and ``features``, the same mean.
+        final_parts: of what the objective named of its loss, such as ``forward_kl`` and
+            ``squarehead``, the same mean.
         validation_loss: of the weights that were given; None where there was nothing to evaluate on.
         skipped_steps: that the fp16 loss scaler left out.
         engine: that ran: ``single``, ``ddp``, ``fsdp`` or ``deepspeed ZeRO-<stage>``.

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from compresskit.modeling.forwards import computing
 from compresskit.training.features import (
-    OUTPUT,
     Counted,
     Featured,
-    compared_blocks,
+    Watched,
     looking_at,
-    with_feature_loss,
+    watched_in,
+    with_feature_losses,
 )
 from compresskit.training.objective import (
     Head,
@@ -62,7 +62,7 @@ def redirected(model: nn.Module, objective: Objective, *, precision: str) -> Ite
     softcap = softcap_of(model)
     featured = objective if isinstance(objective, Featured) else None
     # Found now: an engine may leave parameters empty, by whose number blocks are known.
-    blocks = compared_blocks(model, featured.blocks) if featured else ()
+    watched = watched_in(model, featured.looks) if featured else Watched()
 
     def forward(
         input_ids: Tensor,
@@ -80,14 +80,13 @@ def redirected(model: nn.Module, objective: Objective, *, precision: str) -> Ite
         kind = input_ids.device.type
         with torch.autocast(kind, dtype=AUTOCAST.get(precision), enabled=precision in AUTOCAST):
             base: nn.Module = model.base_model  # type: ignore[assignment]
-            with looking_at(blocks, featured.takes if featured else OUTPUT) as kept:
+            with looking_at(watched) as seen:
                 hidden = base(input_ids=input_ids, position_ids=position_ids, use_cache=False)[0]
             with computing([(head, project)]):
                 sums: Mapping[str, Tensor] = head(hidden)
             if featured is not None and signal is not None:
-                states = [kept[block] for block in blocks]
                 counted = Counted.of_text(labels, position_ids)
-                sums = with_feature_loss(featured, sums, model, states, signal, counted)
+                sums = with_feature_losses(featured, sums, model, seen(), signal, counted)
         return sums
 
     with computing([(model, forward)]):
@@ -123,7 +122,7 @@ def _reading(model: nn.Module, objective: object, narrow: torch.dtype | None) ->
     inner = on_sentences(objective)
     assert inner is not None
     featured = objective if isinstance(objective, Featured) else None
-    blocks = compared_blocks(model, featured.blocks) if featured else ()
+    watched = watched_in(model, featured.looks) if featured else Watched()
     base = getattr(model, "base_model", model)
     whole = inner.reads == LOGITS or base is model
     read = model.forward if whole else base  # the model's own forward is about to be replaced
@@ -139,13 +138,13 @@ def _reading(model: nn.Module, objective: object, narrow: torch.dtype | None) ->
         if token_type_ids is not None:
             fed["token_type_ids"] = token_type_ids
         with torch.autocast(input_ids.device.type, dtype=narrow, enabled=narrow is not None):
-            with looking_at(blocks, featured.takes if featured else OUTPUT) as kept:
+            with looking_at(watched) as seen:
                 made = read_by(read, inner.reads, fed)
             project = getattr(model, SENTENCE_PROJECTION, nn.Identity())
             sums = inner.sentence_sums(made, Sentences(attention_mask, labels), signal, project)
             if featured is not None and signal is not None:
-                states, counted = [kept[block] for block in blocks], Counted.of_sentences(attention_mask)
-                sums = with_feature_loss(featured, sums, model, states, signal, counted)
+                counted = Counted.of_sentences(attention_mask)
+                sums = with_feature_losses(featured, sums, model, seen(), signal, counted)
         return sums
 
     return forward

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compresskit.distill import FEATURE_LOSSES
 from compresskit.distill.features import WithFeatures
 from compresskit.distill.mapping import mapping_faults, paired
-from compresskit.training.features import OUTPUT, Counted, Featured
+from compresskit.modeling.attention import Attended
+from compresskit.training.features import OUTPUT, Counted, Featured, Looks
 from compresskit.training.objective import CrossEntropy, Head
 
 B, T, D, E = 3, 7, 5, 8
@@ -60,7 +61,12 @@ def counting(labels: Tensor) -> Counted:
 
 def with_features(method: str, blocks: int = 2, **changes: Any) -> WithFeatures:
     pairs = [(i, i) for i in range(blocks)]
-    return WithFeatures(objective=CROSS_ENTROPY, method=method, **{"pairs": pairs} | changes)
+    return WithFeatures(objective=CROSS_ENTROPY, features=[{"method": method, "pairs": pairs}], **changes)
+
+
+def total(loss: WithFeatures, mine: Sequence[Any], theirs: Sequence[Any], counted: Counted) -> Tensor:
+    """What is added to the other loss."""
+    return loss.feature_losses(mine, theirs, counted, {})[0]
 
 
 @pytest.mark.parametrize("name", OF_OUTPUTS)
@@ -69,7 +75,7 @@ def test_equals_a_loop_over_tokens(name: str) -> None:
     labels = some_labels()
     mine = [randn(B, T, E, seed=i).requires_grad_() for i in (1, 2)]
     theirs = [randn(B, T, E, seed=i) for i in (3, 4)]
-    got = with_features(name).feature_loss(mine, theirs, counting(labels))
+    got = total(with_features(name), mine, theirs, counting(labels))
     true = 0.0
     for s, t in zip(mine, theirs, strict=True):
         for row in range(B):
@@ -88,7 +94,7 @@ def test_gradients_are_the_formulas(name: str) -> None:
     labels, theirs = some_labels(), (randn(B, T, E, seed=5),)
     loss = with_features(name, blocks=1)
     mine = randn(B, T, E, seed=6).requires_grad_()
-    assert torch.autograd.gradcheck(lambda s: loss.feature_loss((s,), theirs, counting(labels)), (mine,))
+    assert torch.autograd.gradcheck(lambda s: total(loss, (s,), theirs, counting(labels)), (mine,))
 
 
 @pytest.mark.parametrize("name", OF_OUTPUTS)
@@ -124,7 +130,7 @@ def test_narrow_states_are_compared_in_float32() -> None:
     """The square of 300 is infinite in fp16."""
     big = torch.full((1, 3, 4), 300.0, dtype=torch.float16)
     loss = with_features("hidden_mse", blocks=1)
-    got = loss.feature_loss((big,), (-big,), counting(torch.zeros(1, 3, dtype=torch.int64)))
+    got = total(loss, (big,), (-big,), counting(torch.zeros(1, 3, dtype=torch.int64)))
     assert got.item() == 2 * 600.0**2
 
 
@@ -132,7 +138,7 @@ def test_a_batch_without_supervised_tokens_is_zero() -> None:
     mine = randn(B, T, E).requires_grad_()
     labels = torch.full((B, T), -100)
     theirs = randn(B, T, E, seed=1)
-    loss = with_features("squarehead", blocks=1).feature_loss((mine,), (theirs,), counting(labels))
+    loss = total(with_features("squarehead", blocks=1), (mine,), (theirs,), counting(labels))
     assert loss.item() == 0
     loss.backward()
     assert not mine.grad.any()
@@ -148,9 +154,95 @@ def test_the_other_loss_is_left_as_it_was() -> None:
     assert not isinstance(CrossEntropy(), Featured)
 
 
+SEVERAL: list[dict[str, Any]] = [
+    {"method": "squarehead", "options": {"weight": 0.5}, "pairs": [(0, 1), (2, 3)]},
+    {"method": "relation", "options": {"weight": 3.0, "of": ["qq", "vv"]}, "pairs": [(2, 3), (1, 1)]},
+    {"method": "hidden_cosine", "options": {"weight": 2.0}, "pairs": [(2, 1), (0, 1)]},
+    {"method": "squarehead", "pairs": [(1, 0)]},
+]
+WEIGHTS = {"squarehead_1": 0.5, "relation": 3.0, "hidden_cosine": 2.0, "squarehead_2": 1.0}
+
+
+def made_by(blocks: int, width: int, seed: int) -> tuple[list[Tensor], list[Attended]]:
+    """Outputs of blocks, and what their attention is given, of heads of four."""
+    outputs = [randn(B, T, width, seed=seed + i).requires_grad_() for i in range(blocks)]
+    given = [
+        Attended(*(randn(B, T, 2, 4, seed=seed + 10 * i + k).requires_grad_() for k in (100, 101, 102)))
+        for i in range(blocks)
+    ]
+    return outputs, given
+
+
+def seen(made: tuple[list[Tensor], list[Attended]], looks: Looks) -> list[Any]:
+    """What of it is looked at, as a model in training or a teacher's signal gives it."""
+    return [*(made[0][i] for i in looks.outputs), *(made[1][i] for i in looks.attended)]
+
+
+def leaves(made: tuple[list[Tensor], list[Attended]]) -> list[Tensor]:
+    return [*made[0], *(tensor for given in made[1] for tensor in given)]
+
+
+def alone(
+    one: dict[str, Any],
+    mine: tuple[list[Tensor], list[Attended]],
+    theirs: tuple[list[Tensor], list[Attended]],
+    counted: Counted,
+    maps: Mapping[str, nn.Module],
+) -> Tensor:
+    """One of the losses by itself, pair by pair, before its weight."""
+    loss: Any = FEATURE_LOSSES[one["method"]](**one.get("options", {}))
+    found = []
+    for s, t in one["pairs"]:
+        if loss.takes == OUTPUT:
+            state = maps[f"{s}_{t}"](mine[0][s]) if maps else mine[0][s]
+            found.append(counted.total(loss(state, theirs[0][t])))
+        else:
+            found.append(counted.total(loss(mine[1][s], theirs[1][t], counted.sees_BTT)))
+    return torch.stack(found).mean()
+
+
+@pytest.mark.parametrize("widths", [None, (D, E)], ids=["one width", "projected"])
+def test_a_sum_is_the_weighted_sum_of_each_alone(widths: tuple[int, int] | None) -> None:
+    """In its value, in the parts it names, and in the gradients of blocks and projections."""
+    mine, theirs = made_by(3, D if widths else E, seed=20), made_by(4, E, seed=40)
+    counted = counting(some_labels())
+    several = WithFeatures(objective=CROSS_ENTROPY, features=SEVERAL, widths=widths)
+    assert (several.looks, several.looks_at_teacher) == (Looks((0, 1, 2), (1, 2)), Looks((0, 1, 3), (1, 3)))
+    maps = {name: module.double() for name, module in several.projections().items()}
+    assert list(maps) == (["0_1", "2_3", "2_1", "1_0"] if widths else [])
+    learnt = [*leaves(mine), *(module.weight for module in maps.values())]
+    both = seen(mine, several.looks), seen(theirs, several.looks_at_teacher)
+    got, parts = several.feature_losses(*both, counted, maps)
+    found = torch.autograd.grad(got, learnt, allow_unused=True)
+    value, gradients = torch.zeros((), dtype=torch.float64), [torch.zeros_like(leaf) for leaf in learnt]
+    for name, one in zip(WEIGHTS, SEVERAL, strict=True):
+        each = alone(one, mine, theirs, counted, maps)
+        assert parts[name].item() == pytest.approx(each.item(), rel=1e-12)
+        assert not parts[name].requires_grad
+        value = value + WEIGHTS[name] * each.detach()
+        for i, part in enumerate(torch.autograd.grad(each, learnt, allow_unused=True)):
+            gradients[i] = gradients[i] + (0 if part is None else WEIGHTS[name] * part)
+    assert list(parts) == list(WEIGHTS)
+    assert got.item() == pytest.approx(value.item(), rel=1e-12)
+    for a, b in zip(found, gradients, strict=True):
+        torch.testing.assert_close(torch.zeros_like(b) if a is None else a, b, rtol=1e-10, atol=1e-12)
+    assert all(gradient.any() for gradient in gradients[len(leaves(mine)) :])
+
+
+def test_a_pair_that_several_compare_is_projected_once() -> None:
+    features = [{"method": name, "pairs": [(0, 0)]} for name in OF_OUTPUTS]
+    loss = WithFeatures(objective=CROSS_ENTROPY, features=features, widths=(D, E))
+    maps, calls = {name: module.double() for name, module in loss.projections().items()}, []
+    maps["0_0"].register_forward_hook(lambda *_: calls.append(1))
+    loss.feature_losses([randn(B, T, D)], [randn(B, T, E)], counting(some_labels()), maps)
+    assert (list(maps), len(calls)) == (["0_0"], 1)
+
+
 def test_projections_are_made_for_other_widths_alone() -> None:
-    assert list(with_features("hidden_mse").projections()) == []
-    one, two = (with_features("hidden_mse", widths=[D, E]).projections() for _ in range(2))
+    assert with_features("hidden_mse").projections() == {}
+    found = [with_features("hidden_mse", widths=[D, E]).projections() for _ in range(2)]
+    assert [list(made) for made in found] == [["0_0", "1_1"]] * 2
+    one, two = (list(made.values()) for made in found)
     assert [tuple(m.weight.shape) for m in one] == [(E, D), (E, D)]
     assert all(torch.equal(a.weight, b.weight) for a, b in zip(one, two, strict=True))
     assert not torch.equal(one[0].weight, one[1].weight)

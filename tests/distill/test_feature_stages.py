@@ -7,12 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
+import jsonschema
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import byte_tokenizer, tiny_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from compresskit.cli.common import one_stage_recipe
+from compresskit.cli.distill import distill as command
 from compresskit.data.spec import DataSpec
 from compresskit.distill.features import WithFeatures
 from compresskit.distill.finetune import Finetune
@@ -20,8 +24,10 @@ from compresskit.distill.lesson import TeachersLesson, feature_bytes
 from compresskit.distill.stage import Distill
 from compresskit.errors import PlanError, RecipeError
 from compresskit.modeling import ModelSource, open_model
+from compresskit.planned import summary
 from compresskit.quant.qat import Qat
 from compresskit.recipe import Recipe, load_recipe, recipe_from
+from compresskit.schema import recipe_schema
 from compresskit.sparse.train import SparseTrain
 from compresskit.stage import Outlook, StageContext, StageResult
 from compresskit.training.job import TrainJob
@@ -120,6 +126,33 @@ def test_what_is_wrong_is_told(
     assert told in found
 
 
+def test_of_several_each_is_told_at_its_place(source: ModelSource, teacher: ModelSource) -> None:
+    wrong = [
+        {"method": "squarehed"},
+        {"method": "relation", "of": ["qk"], "relation_heads": 5},
+        {"method": "hidden_mse", "weight": 0, "layers": "last_3"},
+    ]
+    name = str(teacher.directory)
+    found = faults(Distill(teacher=name, features=wrong), source)
+    assert [fault.split(": ")[0] for fault in found] == [
+        "s.features[0]",
+        "s.features[2].weight",
+        "s.features[2].layers",
+    ]
+    placed = Distill(teacher=name, features=["squarehead", wrong[1]], teacher_placement="4bit")
+    found = faults(placed, source)
+    assert [fault.split(": ")[0] for fault in found] == [
+        "s.features[1]",
+        "s.features[1].of",
+        "s.features[1].relation_heads",
+        "s.features[1].relation_heads",
+    ]
+    assert "teacher_placement replicate beside relation, got 4bit" in found[0]
+    (told,) = faults(Distill(teacher=name, features=[]), source)
+    assert told.startswith("s.features: expected at least one feature loss, got an empty list")
+    assert faults(Distill(teacher=name, features=["squarehead", "relation", "hidden_mse"]), source) == []
+
+
 def test_text_alone_with_features_needs_a_teacher_that_is_named(
     source: ModelSource, teacher: ModelSource
 ) -> None:
@@ -155,6 +188,12 @@ FORMS = [
     "squarehead",
     {"method": "squarehead", "weight": 0.5, "layers": "last_1"},
     {"method": "hidden_mse", "layers": {1: 3, 0: 1}},
+    [
+        "squarehead",
+        {"method": "relation", "weight": 0.5, "of": ["vv"]},
+        {"method": "squarehead", "weight": 2.0},
+    ],
+    ["hidden_mse"],
 ]
 
 
@@ -166,14 +205,27 @@ def test_a_recipe_is_read_back_equal(features: Any, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     again = load_recipe(tmp_path / "recipe.yaml")
     assert again == recipe
+    jsonschema.validate(recipe.to_json(), recipe_schema())
     assert len({*recipe.stages, *again.stages}) == 2
     if isinstance(features, dict) and isinstance(features.get("layers"), dict):
         pairs = {**features, "layers": [[0, 1], [1, 3]]}
         assert Distill(features=pairs) == recipe.stages[0]
 
 
+def test_the_command_line_takes_several() -> None:
+    (option,) = [o for o in command.params if o.name == "features"]
+    typed = ["squarehead", "{method: relation, weight: 0.5}"]
+    given = option.type_cast_value(click.Context(command), typed)
+    recipe = one_stage_recipe("distill", Distill, "m", {"features": given})
+    assert recipe.stages == (Distill(features=["squarehead", {"method": "relation", "weight": 0.5}]),)
+    one = one_stage_recipe("distill", Distill, "m", {"features": ("squarehead",)})
+    assert one.stages == (Distill(features="squarehead"),)
+
+
 def test_what_is_no_features_at_all_is_told() -> None:
-    with pytest.raises(RecipeError, match="features: expected text or a mapping or null, got 3"):
+    with pytest.raises(
+        RecipeError, match="features: expected text or a mapping or a list of text or a mapping or null"
+    ):
         recipe_from({"model": "m", "stages": [{"distill": {"features": 3}}]}, {})
 
 
@@ -190,6 +242,14 @@ def test_the_forecast_counts_what_is_kept(
     half = replace(stage, micro_batch_size=2, features={"method": "squarehead", "layers": "last_1"})
     assert feature_bytes(half, outlook(source)) == feature_bytes(stage, outlook(source)) / 4
     assert feature_bytes(stage, outlook(narrow)) == 2 * (tokens * (16 + 32 + 32) * 4 + 16 * 32 * 16)
+    few = {"method": "hidden_cosine", "layers": {0: 3}}
+    several = replace(stage, features=["squarehead", "hidden_mse", few, "relation"])
+    alone = replace(stage, features="relation")
+    shared = feature_bytes(several, outlook(source)) - feature_bytes(alone, outlook(source))
+    assert shared == feature_bytes(stage, outlook(source))
+    shared = feature_bytes(several, outlook(narrow)) - feature_bytes(alone, outlook(narrow))
+    one_more = tokens * 32 * 4 + 16 * 32 * 16  # a pair of blocks of their own, with a projection
+    assert shared == feature_bytes(stage, outlook(narrow)) + one_more
     for other in (SparseTrain, Qat):
         taught = other(teacher=str(teacher.directory), features="squarehead", **FEW)
         alone = other(**FEW)
@@ -214,11 +274,29 @@ def test_distil_with_features_writes_a_plain_model(
     made = load_file(out / "model.safetensors")
     assert set(made) == set(source.names())
     assert all(torch.isfinite(t).all() for t in made.values())
-    assert set(result.metrics["final_parts"]) == {"forward_kl", "agreement", "features"}
+    assert set(result.metrics["final_parts"]) == {"forward_kl", "agreement", method}
     log = LossLog(tmp_path / "stage" / "scratch" / "losses.jsonl").read()
-    features = [record["parts"]["features"] for record in log if "parts" in record]
+    features = [record["parts"][method] for record in log if "parts" in record]
     assert len(features) == 6
     assert features[-1] < features[0]
+
+
+def test_distil_with_several_features(
+    narrow: ModelSource, teacher: ModelSource, text: DataSpec, tmp_path: Path
+) -> None:
+    features = ["squarehead", {"method": "relation", "weight": 2.0}, "hidden_cosine"]
+    stage = Distill(teacher=str(teacher.directory), features=features, **FEW)
+    assert faults(stage, narrow) == []
+    result, out = run(stage, narrow, text, tmp_path / "stage")
+    assert set(load_file(out / "model.safetensors")) == set(narrow.names())
+    names = {"forward_kl", "agreement", "squarehead", "relation", "hidden_cosine"}
+    assert set(result.metrics["final_parts"]) == names
+    log = LossLog(tmp_path / "stage" / "scratch" / "losses.jsonl").read()
+    first = next(record for record in log if "parts" in record)
+    said = first["parts"]
+    summed = said["forward_kl"] + said["squarehead"] + 2 * said["relation"] + said["hidden_cosine"]
+    assert first["loss"] == pytest.approx(summed, rel=1e-5)
+    assert summary(stage).startswith("forward_kl squarehead + relation + hidden_cosine")
 
 
 def test_parts_pair_blocks_as_the_recipe_says(
@@ -244,8 +322,10 @@ def test_parts_pair_blocks_as_the_recipe_says(
         for part in (objective, TrainJob.from_json(job.to_json()).objective):
             made = part.make()
             assert isinstance(made, WithFeatures)
-            assert (made.blocks, made.weight, made.widths) == ((0, 1), 2.0, widths)
-        assert signal.options["blocks"] == (3, 0)
+            (one,) = made.features
+            assert (made.looks.outputs, one.pairs, made.widths) == ((0, 1), ((0, 3), (1, 0)), widths)
+            assert one.loss.weight == 2.0
+        assert signal.options["blocks"] == (0, 3)
     stage = Distill(features={"method": "hidden_mse", "layers": "last_3"})
     with pytest.raises(PlanError, match="from 1 to 2"):
         TeachersLesson.parts(stage, source, context)
@@ -274,11 +354,11 @@ def test_stages_that_swap_layers_or_make_zeros_learn_features_too(
     )
     assert faults(stage, source) == []
     result, out = run(stage, source, text, tmp_path / "stage")
-    assert set(result.metrics["final_parts"]) == {"features"}
+    assert set(result.metrics["final_parts"]) == {"squarehead"}
     assert set(source.names()) <= set(load_file(out / "model.safetensors"))
     log = LossLog(tmp_path / "stage" / "scratch" / "losses.jsonl").read()
     first = log[0]
-    assert first["loss"] > first["parts"]["features"] * 0.5 > 0
+    assert first["loss"] > first["parts"]["squarehead"] * 0.5 > 0
     if checkpointing:
         again = replace(stage, activation_checkpointing=False)
         run(again, source, text, tmp_path / "plain")

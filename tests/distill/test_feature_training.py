@@ -66,14 +66,19 @@ def student(place: Path, name: str = "student") -> LlamaForCausalLM:
 
 
 def objective(method: str = "squarehead", **changes: Any) -> WithFeatures:
-    settings = {"objective": CROSS_ENTROPY, "options": {"weight": 0.5}, "pairs": PAIRS} | changes
-    return WithFeatures(method=method, **settings)
+    widths, inner = changes.pop("widths", None), changes.pop("objective", CROSS_ENTROPY)
+    one = {"method": method, "options": {"weight": 0.5}, "pairs": PAIRS} | changes
+    return WithFeatures(objective=inner, features=[one], widths=widths)
 
 
 def train(model: nn.Module, place: Path, scratch: Path, loss: WithFeatures, **changes: Any) -> TrainOutcome:
     extra = {name: changes.pop(name) for name in ("held", "validation", "save") if name in changes}
-    blocks = [theirs for _, theirs in loss.pairs]
-    teacher = Replica(directory=str(place / "teacher"), vocabulary=VOCABULARY, blocks=blocks)
+    teacher = Replica(
+        directory=str(place / "teacher"),
+        vocabulary=VOCABULARY,
+        blocks=loss.looks_at_teacher.outputs,
+        attended=loss.looks_at_teacher.attended,
+    )
     fields = replace(FIELDS, **changes)
     return fit(
         model,
@@ -129,14 +134,14 @@ def test_equals_the_loop_written_out(place: Path, tmp_path: Path) -> None:
     assert losses(tmp_path) == pytest.approx(true, rel=1e-5)
     for (name, mine), expected in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5, msg=name)
-    features = parts(tmp_path, "features")
-    assert outcome.final_parts == {"features": pytest.approx(sum(features) / 6)}
+    features = parts(tmp_path, "squarehead")
+    assert outcome.final_parts == {"squarehead": pytest.approx(sum(features) / 6)}
     assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_the_log_names_the_feature_loss_apart(place: Path, tmp_path: Path) -> None:
     train(student(place), place, tmp_path, objective(objective=FORWARD_KL, options={"weight": 0.25}))
-    both = zip(parts(tmp_path, "forward_kl"), parts(tmp_path, "features"), strict=True)
+    both = zip(parts(tmp_path, "forward_kl"), parts(tmp_path, "squarehead"), strict=True)
     assert losses(tmp_path) == pytest.approx([kl + 0.25 * features for kl, features in both], rel=1e-5)
 
 
@@ -155,7 +160,7 @@ def test_recomputing_and_accumulation_change_nothing(
     model, twin = student(place), student(place)
     train(model, place, tmp_path / "one", objective())
     train(twin, place, tmp_path / "two", objective(), **changes)
-    for found in (losses, lambda scratch: parts(scratch, "features")):
+    for found in (losses, lambda scratch: parts(scratch, "squarehead")):
         assert found(tmp_path / "two") == pytest.approx(found(tmp_path / "one"), rel=1e-5)
     for (name, mine), expected in zip(twin.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5, msg=name)
@@ -200,11 +205,12 @@ def test_another_width_is_projected_and_the_projection_thrown_away(
     train(model, place, tmp_path, loss, save=saved.update, steps=24)
     assert set(saved) == set(model.state_dict()) == names
     (made,) = seen
-    for i, start in enumerate(loss.projections()):
-        moved = made[f"{PROJECTIONS}.{i}.weight"]
+    assert len(loss.projections()) == 2
+    for name, start in loss.projections().items():
+        moved = made[f"{PROJECTIONS}.{name}.weight"]
         assert moved.shape == (32, 16)
         assert ((moved - start.weight).abs() > 1e-4).float().mean() > 0.9
-    features = parts(tmp_path, "features")  # four passes over six batches
+    features = parts(tmp_path, method)  # four passes over six batches
     assert sum(features[-6:]) < 0.98 * sum(features[:6])
 
 
@@ -264,6 +270,58 @@ def test_an_evaluation_measures_the_same_sum(place: Path, tmp_path: Path) -> Non
 def test_a_block_that_is_not_there_is_told(place: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="expected a block 7, got 3 blocks"):
         train(student(place), place, tmp_path, objective(pairs=((7, 1),)))
+
+
+SEVERAL = [
+    {"method": "squarehead", "options": {"weight": 0.5}, "pairs": PAIRS},
+    {"method": "relation", "options": {"weight": 2.0}, "pairs": ((1, 2), (2, 3))},
+    {"method": "hidden_cosine", "pairs": ((0, 1), (2, 2))},
+]
+
+
+def test_several_are_added_up_and_named_each(place: Path, tmp_path: Path) -> None:
+    """Each step's loss is the weighted sum; the first step's parts are those of a run with each alone."""
+    several = WithFeatures(objective=FORWARD_KL, features=SEVERAL)
+    outcome = train(student(place), place, tmp_path / "all", several)
+    names = {"forward_kl": 1.0, "squarehead": 0.5, "relation": 2.0, "hidden_cosine": 1.0}
+    assert outcome.final_parts.keys() == {*names, "agreement"}
+    found = {name: parts(tmp_path / "all", name) for name in names}
+    sums = [sum(w * found[name][step] for name, w in names.items()) for step in range(6)]
+    assert losses(tmp_path / "all") == pytest.approx(sums, rel=1e-5)
+    for one in SEVERAL:
+        name = str(one["method"])
+        alone = WithFeatures(objective=FORWARD_KL, features=[one])
+        train(student(place), place, tmp_path / name, alone, steps=1)
+        assert parts(tmp_path / name, name) == pytest.approx(found[name][:1], rel=1e-6)
+
+
+def test_several_recomputed_and_of_another_width(place: Path, tmp_path: Path) -> None:
+    """Recomputing in the backward pass changes nothing; of another width outputs alone are projected."""
+    several = WithFeatures(objective=FORWARD_KL, features=SEVERAL, widths=(16, 32))
+    assert list(several.projections()) == ["0_1", "1_2", "2_2"]
+    one, two = student(place, "narrow"), student(place, "narrow")
+    train(one, place, tmp_path / "one", several)
+    train(two, place, tmp_path / "two", several, activation_checkpointing=True, micro_batch_size=2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    for (name, mine), expected in zip(two.named_parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_block_that_several_look_at_is_kept_once(place: Path) -> None:
+    """Of the teacher's signal, too: outputs in the order of the blocks, then what attention is given."""
+    twice = [*SEVERAL, {"method": "hidden_mse", "pairs": PAIRS}, {"method": "relation", "pairs": ((0, 3),)}]
+    looks = WithFeatures(objective=FORWARD_KL, features=twice).looks_at_teacher
+    assert (looks.outputs, looks.attended) == ((1, 2), (2, 3))
+    teacher = Replica(
+        directory=str(place / "teacher"), vocabulary=VOCABULARY, blocks=(1, 2), attended=looks.attended
+    )
+    inputs = {k: Counting()[0][k][None] for k in ("input_ids", "position_ids")}
+    shapes = [
+        [tuple(t.shape) for t in made] if isinstance(made, tuple) else tuple(made.shape)
+        for made in teacher.signal(inputs).blocks_BTE
+    ]
+    given = [(1, WIDTH, 4, 8), (1, WIDTH, 2, 8), (1, WIDTH, 2, 8)]
+    assert shapes == [(1, WIDTH, 32), (1, WIDTH, 32), given, given]
 
 
 def test_only_the_compared_blocks_are_kept_and_not_copied(place: Path) -> None:

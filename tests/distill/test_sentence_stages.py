@@ -193,7 +193,7 @@ def test_cut_taught_and_quantised_an_encoder_loads_as_any_other(place: Path, tmp
     result = artifact.manifest["stages"][1]["result"]
     assert result["metrics"]["engine"] == "single"
     assert result["metrics"]["validation_loss"] < 0.8 * result["metrics"]["validation_loss_before"]
-    assert result["metrics"]["final_parts"].keys() == {"embedding_cosine", "pairwise", "features"}
+    assert result["metrics"]["final_parts"].keys() == {"embedding_cosine", "pairwise", "relation"}
     assert any("does not reach pooler.dense" in warning for warning in result["warnings"])
     model, told = AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not told["missing_keys"]
@@ -258,4 +258,4 @@ def test_a_language_model_learns_relations_beside_its_loss(place: Path, tmp_path
     artifact = ck.run(recipe, tmp_path / "out", measures=())
     metrics = artifact.manifest["stages"][0]["result"]["metrics"]
     assert metrics["validation_loss"] < metrics["validation_loss_before"]
-    assert metrics["final_parts"].keys() == {"forward_kl", "features", "agreement"}
+    assert metrics["final_parts"].keys() == {"forward_kl", "relation", "agreement"}

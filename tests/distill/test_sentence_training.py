@@ -21,7 +21,7 @@ from compresskit.distill.sentences import SentenceLosses
 from compresskit.modeling import load_model
 from compresskit.modeling.attention import attending
 from compresskit.training import fit as fit_module
-from compresskit.training.features import Counted
+from compresskit.training.features import Counted, Looks
 from compresskit.training.fields import TrainingFields
 from compresskit.training.fit import TrainOutcome, fit
 from compresskit.training.order import Ordered
@@ -72,17 +72,19 @@ def model_of(place: Path, name: str) -> Any:
 
 def with_features(options: Mapping[str, Any], **changes: Any) -> WithFeatures:
     inner = {"target": "compresskit.distill.sentences:SentenceLosses", "options": options}
-    settings = {"method": "relation", "options": {"weight": 0.5}, "pairs": ((1, 2),)} | changes
-    return WithFeatures(objective=inner, **settings)
+    widths = changes.pop("widths", None)
+    one = {"method": "relation", "options": {"weight": 0.5}, "pairs": ((1, 2),)} | changes
+    return WithFeatures(objective=inner, features=[one], widths=widths)
 
 
 def train(model: nn.Module, place: Path, scratch: Path, loss: Any, **changes: Any) -> TrainOutcome:
     extra = {name: changes.pop(name) for name in ("held", "validation", "save") if name in changes}
     inner = getattr(loss, "inner", loss)
-    blocks = [theirs for _, theirs in getattr(loss, "pairs", ())]
     name = "class-teacher" if inner.reads == "logits" else "teacher"
-    takes = {"takes": loss.takes} if blocks else {}
-    teacher = SentenceReplica(directory=str(place / name), reads=inner.reads, blocks=blocks, **takes)
+    looks = getattr(loss, "looks_at_teacher", Looks())
+    teacher = SentenceReplica(
+        directory=str(place / name), reads=inner.reads, blocks=looks.outputs, attended=looks.attended
+    )
     return fit(
         model,
         Sentences(),
@@ -154,7 +156,7 @@ def test_embeddings_and_relations_equal_the_loop_written_out(place: Path, tmp_pa
     outcome = train(model, place, tmp_path, with_features(BOTH))
     assert losses(tmp_path) == pytest.approx(slow_losses(twin, step_loss), rel=1e-5)
     assert_alike(model, twin)
-    assert outcome.final_parts.keys() == {"embedding_cosine", "pairwise", "features"}
+    assert outcome.final_parts.keys() == {"embedding_cosine", "pairwise", "relation"}
     assert outcome.warnings == (f"The loss does not reach {', '.join(IDLE)}: they stay as they were.",)
     start = model_of(place, "student")
     assert torch.equal(model.pooler.dense.weight, start.pooler.dense.weight)
@@ -238,7 +240,7 @@ def test_another_width_is_projected_and_the_projection_thrown_away(
     loss = with_features(COSINE | widths, **options)
     train(model, place, tmp_path, loss, save=saved.update, steps=24)
     assert set(saved) == set(model.state_dict()) == names
-    for name in ("embedding_cosine", "features"):
+    for name in ("embedding_cosine", method):
         found = parts(tmp_path, name)  # four passes over six batches
         assert sum(found[-6:]) < 0.9 * sum(found[:6])
 

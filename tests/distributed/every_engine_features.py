@@ -7,50 +7,59 @@ gives the training to compare with.
 
 from __future__ import annotations
 
-import json
 import sys
-import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from every_engine import ENGINES as PLAIN
 from every_engine import FIELDS, Counting
-from safetensors.torch import save_file
+from ranks import Trained, train_everywhere
 from torch import Tensor
 
 from compresskit.distill.features import WithFeatures
 from compresskit.distill.teacher import Replica
 from compresskit.modeling import load_model
 from compresskit.training.fit import fit
-from compresskit.training.outcome import TrainOutcome
 
 VOCABULARY, STEPS = 48, 10
 FORWARD_KL = {"target": "compresskit.distill.divergences:Divergences", "options": {}}
+HALF: Mapping[str, Any] = {"weight": 0.5}
 RUNS: Mapping[str, dict[str, Any]] = {
-    "wide": {"method": "squarehead", "pairs": ((0, 1), (1, 3)), "widths": None},
-    "narrow": {"method": "hidden_mse", "pairs": ((1, 3),), "widths": (16, 32)},
+    "wide": {"features": [{"method": "squarehead", "pairs": ((0, 1), (1, 3)), "options": HALF}]},
+    "narrow": {
+        "features": [
+            {"method": "hidden_mse", "pairs": ((1, 3),), "options": HALF},
+            {"method": "relation", "pairs": ((1, 3), (0, 1))},
+            {"method": "hidden_cosine", "pairs": ((1, 3), (0, 3)), "options": HALF},
+        ],
+        "widths": (16, 32),
+    },
 }
-"""A student as wide as its teacher, and one half as wide, whose projection trains along."""
+"""A student as wide as its teacher, and one half as wide, of which several losses compare the same blocks and
+share projections, which train along."""
 ENGINES: Mapping[str, dict[str, Any]] = PLAIN | {
     f"{engine}-again": {**PLAIN[engine], "activation_checkpointing": True} for engine in ("fsdp", "zero3")
 }
 
 
-def train(
-    place: Path, run: str, scratch: Path, saved: dict[str, Tensor], **changes: Any
-) -> tuple[TrainOutcome, tuple[str, ...]]:
+def train(place: Path, run: str, scratch: Path, saved: dict[str, Tensor], **changes: Any) -> Trained:
     """Train the student of ``run``, whose zeros are held; returns the outcome and whose they are."""
     model = load_model(place / run)
     held = tuple(name for name, _ in model.named_modules() if name.endswith("proj"))
     with torch.no_grad():
         for name in held:
             model.get_submodule(name).weight[:, ::2] = 0
-    objective = WithFeatures(objective=FORWARD_KL, options={"weight": 0.5}, **RUNS[run])
-    blocks = [theirs for _, theirs in objective.pairs]
-    teacher = Replica(directory=str(place / "teacher"), vocabulary=VOCABULARY, blocks=blocks)
+    objective = WithFeatures(objective=FORWARD_KL, **RUNS[run])
+    looks = objective.looks_at_teacher
+    teacher = Replica(
+        directory=str(place / "teacher"),
+        vocabulary=VOCABULARY,
+        blocks=looks.outputs,
+        attended=looks.attended,
+    )
     teacher.load()
     outcome = fit(
         model,
@@ -67,17 +76,5 @@ def train(
     return outcome, held
 
 
-def main(place: Path) -> None:
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    for engine, changes in ENGINES.items():
-        for run in RUNS:
-            name, saved = f"{run}-{engine}", dict[str, Tensor]()
-            outcome, _ = train(place, run, place / f"{name}-s", saved, **changes)
-            if torch.distributed.get_rank() == 0:
-                save_file({k: t.clone() for k, t in saved.items()}, place / f"{name}.safetensors")
-                (place / f"{name}.json").write_text(json.dumps(asdict(outcome)))
-    torch.distributed.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    train_everywhere(Path(sys.argv[1]), RUNS, ENGINES, train)

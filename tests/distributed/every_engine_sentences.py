@@ -7,25 +7,24 @@ gives the training to compare with.
 
 from __future__ import annotations
 
-import json
 import sys
-import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from every_engine import ENGINES as PLAIN
 from every_engine import FIELDS
-from safetensors.torch import save_file
+from ranks import Trained, train_everywhere
 from torch import Tensor, nn
 
 from compresskit.distill.features import WithFeatures
 from compresskit.distill.sentence_teacher import SentenceReplica
 from compresskit.distill.sentences import SentenceLosses
 from compresskit.modeling import load_model
-from compresskit.training.fit import TrainOutcome, fit
+from compresskit.training.features import Looks
+from compresskit.training.fit import fit
 
 STEPS, ROWS, CLASSES = 10, 42, 3
 """So many rows that the last batch of an evaluation is one rank's alone."""
@@ -34,9 +33,7 @@ EMBEDDINGS = {"losses": [("embedding_cosine", {}), ("pairwise", {"weight": 2.0})
 RUNS: Mapping[str, Any] = {
     "encoder": WithFeatures(
         objective={"target": "compresskit.distill.sentences:SentenceLosses", "options": EMBEDDINGS},
-        method="relation",
-        options={"weight": 0.5},
-        pairs=PAIRS,
+        features=[{"method": "relation", "options": {"weight": 0.5}, "pairs": PAIRS}],
     ),
     "classifier": SentenceLosses(losses=[("class_logits", {})], temperature=2.0, cross_entropy_weight=0.25),
 }
@@ -58,9 +55,7 @@ class Sentences:
         return {"input_ids": ids, "token_type_ids": (torch.arange(len(ids)) > 3).long(), "label": label}
 
 
-def train(
-    place: Path, run: str, scratch: Path, saved: dict[str, Tensor], **changes: Any
-) -> tuple[TrainOutcome, tuple[str, ...]]:
+def train(place: Path, run: str, scratch: Path, saved: dict[str, Tensor], **changes: Any) -> Trained:
     """Train the student of ``run``, whose zeros are held; returns the outcome and whose they are."""
     model = load_model(place / run)
     held = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
@@ -70,12 +65,12 @@ def train(
             model.get_submodule(name).weight[:, ::2] = 0
     objective = RUNS[run]
     reads = getattr(objective, "inner", objective).reads
-    blocks = [theirs for _, theirs in getattr(objective, "pairs", ())]
+    looks = getattr(objective, "looks_at_teacher", Looks())
     teacher = SentenceReplica(
         directory=str(place / f"{run}-teacher"),
         reads=reads,
-        blocks=blocks,
-        takes="attention" if blocks else "output",
+        blocks=looks.outputs,
+        attended=looks.attended,
     )
     teacher.load()
     outcome = fit(
@@ -93,17 +88,5 @@ def train(
     return outcome, held
 
 
-def main(place: Path) -> None:
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    for engine, changes in ENGINES.items():
-        for run in RUNS:
-            name, saved = f"{run}-{engine}", dict[str, Tensor]()
-            outcome, _ = train(place, run, place / f"{name}-s", saved, **changes)
-            if torch.distributed.get_rank() == 0:
-                save_file({k: t.clone() for k, t in saved.items()}, place / f"{name}.safetensors")
-                (place / f"{name}.json").write_text(json.dumps(asdict(outcome)))
-    torch.distributed.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    train_everywhere(Path(sys.argv[1]), RUNS, ENGINES, train)

@@ -56,7 +56,7 @@ def train(place: Path, run: str, scratch: Path, teacher: TeacherProvider, **chan
     if blocks := RUNS[run]["blocks"]:
         inner = {"target": "compresskit.distill.divergences:Divergences", "options": LOSS}
         pairs = tuple(enumerate(blocks))
-        objective = WithFeatures(objective=inner, method="squarehead", pairs=pairs)
+        objective = WithFeatures(objective=inner, features=[{"method": "squarehead", "pairs": pairs}])
     teacher.load()
     return fit(
         model,

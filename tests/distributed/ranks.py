@@ -1,18 +1,38 @@
-"""Two ranks of one launch on this machine, each a process that runs one of the scripts here."""
+"""Two ranks of one launch on this machine, each a process that runs one of the scripts here.
+
+And what scripts that train with held zeros and with projections of their own have in common: each training by
+each engine in the ranks, and the comparison of what they leave with one process.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from every_engine import NAMES
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from compresskit.training.launch import _free_port
+from compresskit.training.outcome import TrainOutcome
+from compresskit.training.watch import LossLog
 
+TOLERANCE = 2e-5
+"""Relative, of a loss at any of 10 steps: engines sum gradients in other orders, in fp32."""
+Trained = tuple[TrainOutcome, tuple[str, ...]]
+"""How a training ended, and the layers whose zeros it held."""
 HERE = Path(__file__).parent
 LIMIT_S = 900
 """Of one launch: several times what it takes on two idle cores, since tests may share them."""
@@ -53,3 +73,64 @@ def _codes(ranks: Sequence[subprocess.Popen[bytes]]) -> list[int | None]:
         time.sleep(0.1)
         codes = [rank.poll() for rank in ranks]
     return codes
+
+
+def train_everywhere(
+    place: Path,
+    runs: Collection[str],
+    engines: Mapping[str, Mapping[str, Any]],
+    train: Callable[..., Trained],
+) -> None:
+    """As one rank, each run by each engine; writes ``<run>-<engine>.json`` and ``.safetensors``."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for engine, changes in engines.items():
+        for run in runs:
+            name, saved = f"{run}-{engine}", dict[str, Tensor]()
+            outcome, _ = train(place, run, place / f"{name}-s", saved, **changes)
+            if torch.distributed.get_rank() == 0:
+                save_file({k: t.clone() for k, t in saved.items()}, place / f"{name}.safetensors")
+                (place / f"{name}.json").write_text(json.dumps(asdict(outcome)))
+    torch.distributed.destroy_process_group()
+
+
+def parts(scratch: Path, name: str) -> list[float]:
+    """What each step's loss had of ``name``."""
+    return [record["parts"][name] for record in LossLog(scratch / "losses.jsonl").read() if "parts" in record]
+
+
+def assert_losses_agree(place: Path, run: str, engine: str, single: TrainOutcome) -> None:
+    """Of each step and of the evaluation, with those of one process, whose scratch is ``<run>-one-s``."""
+    mine, true = (place / f"{run}-{name}-s" for name in (engine, "one"))
+    found, expected = (LossLog(scratch / "losses.jsonl").losses() for scratch in (mine, true))
+    assert len(found) == len(expected) == single.steps
+    assert found == pytest.approx(expected, rel=TOLERANCE)
+    for name in single.final_parts:
+        assert parts(mine, name) == pytest.approx(parts(true, name), rel=TOLERANCE)
+    outcome = json.loads((place / f"{run}-{engine}.json").read_text())
+    assert (outcome["engine"], outcome["processes"]) == (NAMES[engine.removesuffix("-again")], 2)
+    assert outcome["validation_loss"] == pytest.approx(single.validation_loss, rel=TOLERANCE)
+    assert outcome["final_parts"] == pytest.approx(dict(single.final_parts), rel=TOLERANCE)
+    assert tuple(outcome["warnings"]) == single.warnings
+
+
+def assert_model_alone(
+    place: Path, run: str, engine: str, held: Sequence[str], true: Mapping[str, Tensor], unseen: str = "-"
+) -> None:
+    """That is saved, without projections, as near to ``true`` as fp32 allows, its zeros held.
+
+    Args:
+        place: where both are.
+        run: its name.
+        engine: its name.
+        held: layers.
+        true: what one process saved.
+        unseen: end of the names of what no loss depends on: rounding alone moves it.
+    """
+    saved = load_file(place / f"{run}-{engine}.safetensors")
+    assert saved.keys() == true.keys()
+    assert not any("projection" in name for name in saved)
+    for name, tensor in true.items():
+        if not name.endswith(unseen):
+            torch.testing.assert_close(saved[name], tensor, rtol=1e-3, atol=2e-4, msg=name)
+    for layer in held:
+        assert not saved[f"{layer}.weight"][:, ::2].any()

@@ -39,7 +39,8 @@ def alignment_faults(stage: Taught, where: str) -> list[Fault]:
     if stage.features is not None:
         cure = "Leave features out, or choose a teacher with the student's tokenizer."
         expected = "no alignment beside features, which compare the same tokens"
-        faults.append(Fault(f"{where}.features", expected, str(stage.features), cure))
+        got = " + ".join(map(str, choices_of(stage.features)))
+        faults.append(Fault(f"{where}.features", expected, got, cure))
     if stage.loss == TEXT_ALONE:
         return faults
     for choice in choices_of(stage.loss):
