@@ -1,4 +1,4 @@
-"""A real but tiny language model on disk, made in a moment."""
+"""A real but tiny language model on disk, made in a moment, and what a plan knows of it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from compresskit.modeling import ModelSource
+from compresskit.stage import Outlook
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -87,3 +90,15 @@ def tiny_bert(directory: Path, *, seed: int = 0, classes: int = 0, **config: Any
     made.save_pretrained(directory)
     word_tokenizer(int(settings["vocab_size"])).save_pretrained(directory)
     return directory
+
+
+def outlook(source: ModelSource, **changes: Any) -> Outlook:
+    """What a plan knows of the model of ``source`` before any stage, but for ``changes``."""
+    settings: dict[str, Any] = {
+        "anatomy": source.anatomy,
+        "config": source.config,
+        "tokenizer": source.directory,
+        "original": source.directory,
+        "weight_bytes": 4.0,
+    }
+    return Outlook(**settings | changes)

@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import byte_tokenizer, tiny_llama
+from tiny import byte_tokenizer, outlook, tiny_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compresskit.cli.common import one_stage_recipe
@@ -29,7 +29,7 @@ from compresskit.quant.qat import Qat
 from compresskit.recipe import Recipe, load_recipe, recipe_from
 from compresskit.schema import recipe_schema
 from compresskit.sparse.train import SparseTrain
-from compresskit.stage import Outlook, StageContext, StageResult
+from compresskit.stage import StageContext, StageResult
 from compresskit.training.job import TrainJob
 from compresskit.training.watch import LossLog
 
@@ -59,16 +59,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
     place = tmp_path_factory.mktemp("narrow")
     return open_model(str(tiny_llama(place / "m", hidden_size=16, intermediate_size=32)))
-
-
-def outlook(source: ModelSource) -> Outlook:
-    return Outlook(
-        anatomy=source.anatomy,
-        config=source.config,
-        tokenizer=source.directory,
-        original=source.directory,
-        weight_bytes=4.0,
-    )
 
 
 def run(stage: Any, source: ModelSource, text: DataSpec, place: Path) -> tuple[StageResult, Path]:

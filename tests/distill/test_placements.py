@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import tiny_llama
+from tiny import outlook, tiny_llama
 
 from compresskit.distill.placements import PLACEMENTS
 from compresskit.distill.placements.base import Teaching
@@ -19,7 +19,6 @@ from compresskit.modeling import ModelSource, open_model
 from compresskit.progress import size
 from compresskit.quant.qat import Qat
 from compresskit.sparse.train import SparseTrain
-from compresskit.stage import Outlook
 
 VOCABULARY = 258
 
@@ -27,17 +26,6 @@ VOCABULARY = 258
 @pytest.fixture
 def source(tmp_path: Path) -> ModelSource:
     return open_model(str(tiny_llama(tmp_path / "model", num_hidden_layers=3, initializer_range=0.2)))
-
-
-def outlook(source: ModelSource, **changes: Any) -> Outlook:
-    settings: dict[str, Any] = {
-        "anatomy": source.anatomy,
-        "config": source.config,
-        "tokenizer": source.directory,
-        "original": source.directory,
-        "weight_bytes": 4.0,
-    }
-    return Outlook(**settings | changes)
 
 
 def faults_of(source: ModelSource, placement: Any, **changes: Any) -> list[tuple[str, str]]:

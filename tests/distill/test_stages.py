@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import byte_tokenizer, tiny_llama
+from tiny import byte_tokenizer, outlook, tiny_llama
 from transformers import BertConfig, BertModel, GraniteConfig, GraniteForCausalLM, OPTConfig, OPTForCausalLM
 
 from compresskit import modeling
@@ -20,7 +20,7 @@ from compresskit.distill.finetune import Finetune
 from compresskit.distill.stage import Distill
 from compresskit.errors import PlanError
 from compresskit.modeling import ModelSource, open_model
-from compresskit.stage import Outlook, StageContext, StageResult
+from compresskit.stage import StageContext, StageResult
 from compresskit.training.outcome import TrainOutcome
 
 FEW = {"steps": 6, "batch_size": 4, "context_length": 24, "learning_rate": 1e-2, "checkpoint_every": 0}
@@ -50,17 +50,6 @@ def text(tmp_path: Path) -> DataSpec:
 @pytest.fixture
 def source(tmp_path: Path) -> ModelSource:
     return open_model(str(tiny_llama(tmp_path / "model")))
-
-
-def outlook(source: ModelSource, **changes: Any) -> Outlook:
-    settings: dict[str, Any] = {
-        "anatomy": source.anatomy,
-        "config": source.config,
-        "tokenizer": source.directory,
-        "original": source.directory,
-        "weight_bytes": 4.0,
-    }
-    return Outlook(**settings | changes)
 
 
 def run(

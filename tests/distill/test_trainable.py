@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import byte_tokenizer, tiny_llama
+from tiny import byte_tokenizer, outlook, tiny_llama
 from torch import nn
 from transformers import (
     CohereConfig,
@@ -30,7 +30,7 @@ from compresskit.modeling import ModelSource, load_model, open_model
 from compresskit.modeling.anatomy import anatomy_of
 from compresskit.modeling.skeleton import skeleton
 from compresskit.quant.qlora import Qlora
-from compresskit.stage import Outlook, StageContext, StageResult
+from compresskit.stage import StageContext, StageResult
 from compresskit.training import lora as lora_module
 from compresskit.training.bias_norm import BiasNorm, biases_and_norms
 from compresskit.training.lora import Lora
@@ -69,17 +69,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
         groups.scatter_(1, groups.abs().topk(2, largest=False).indices, 0)
     save_file(tensors, place / "model.safetensors", {"format": "pt"})
     return open_model(str(place))
-
-
-def outlook(source: ModelSource, **changes: Any) -> Outlook:
-    settings: dict[str, Any] = {
-        "anatomy": source.anatomy,
-        "config": source.config,
-        "tokenizer": source.directory,
-        "original": source.directory,
-        "weight_bytes": 4.0,
-    }
-    return Outlook(**settings | changes)
 
 
 def projections(source: ModelSource) -> tuple[str, ...]:

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_llama
+from tiny import outlook, tiny_llama
 
 from compresskit.data.spec import DataSpec
 from compresskit.distill.stage import Distill
 from compresskit.distill.teacher import Replica
 from compresskit.modeling import ModelSource, open_model
 from compresskit.quant.qat import Qat
-from compresskit.stage import Outlook, StageContext, StageResult
+from compresskit.stage import StageContext, StageResult
 from compresskit.training.watch import LossLog
 
 FEW = {"steps": 8, "batch_size": 4, "context_length": 24, "learning_rate": 1e-2, "checkpoint_every": 0}
@@ -32,17 +32,6 @@ def text(tmp_path: Path) -> DataSpec:
 @pytest.fixture
 def student(tmp_path: Path) -> ModelSource:
     return open_model(str(tiny_llama(tmp_path / "student", seed=1, hidden_size=16, intermediate_size=32)))
-
-
-def outlook(source: ModelSource, **changes: Any) -> Outlook:
-    settings: dict[str, Any] = {
-        "anatomy": source.anatomy,
-        "config": source.config,
-        "tokenizer": source.directory,
-        "original": source.directory,
-        "weight_bytes": 4.0,
-    }
-    return Outlook(**settings | changes)
 
 
 def run(stage: Distill, source: ModelSource, text: DataSpec, place: Path, cache: Path) -> StageResult:
