@@ -40,12 +40,14 @@ class Teacher:
         self.max_model_len = 128
         self._lock = threading.Lock()
 
-    def complete(self, body: Any) -> tuple[int, Any]:
-        """As vLLM does: of every place its likeliest tokens and the one that stands there."""
+    def complete(self, body: Any) -> tuple[int, Any] | None:
+        """As vLLM does: of every place its likeliest tokens and the one that stands there; or nothing."""
         prompt, count = body["prompt"], body["prompt_logprobs"]
         assert body["model"] == NAME
         assert body["max_tokens"] == 1
         with self._lock:
+            if self.lives is not None and len(self.prompts) >= self.lives:
+                return None
             self.prompts.append(prompt)
             number = len(self.prompts)
             with torch.no_grad():
@@ -72,12 +74,13 @@ def _handler(teacher: Teacher) -> type[BaseHTTPRequestHandler]:
             self._send(200, {"object": "list", "data": models} if self.path == "/v1/models" else {})
 
         def do_POST(self) -> None:
-            if teacher.lives is not None and len(teacher.prompts) >= teacher.lives:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            answer = teacher.complete(body)
+            if answer is None:
                 self.close_connection = True  # without a word, as of a process that was killed
                 return
             teacher.keys.append(self.headers.get("Authorization"))
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self._send(*teacher.complete(body))
+            self._send(*answer)
 
         def _send(self, status: int, answer: Any) -> None:
             data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()

@@ -23,6 +23,7 @@ from urllib.request import Request, urlopen
 from compresskit.errors import Fault, RunError
 
 LONGEST_WAIT_S = 60.0
+DOUBLINGS = 64
 SAID_CHARACTERS = 200
 PASSING = frozenset({408, 409, 425, 429})
 """Of the statuses that blame the request, those that may pass."""
@@ -82,7 +83,7 @@ class Completions:
                     seconds = time.monotonic() - begun
                     said = f"{error} ({attempt + 1} attempts in {seconds:.0f} s)"
                     raise self._lost(said) from error
-            time.sleep(min(self.backoff_s * 2**attempt, LONGEST_WAIT_S))
+            time.sleep(wait_s(self.backoff_s, attempt))
         raise AssertionError("unreachable")
 
     def models(self) -> dict[str, Entry]:
@@ -172,6 +173,16 @@ class Completions:
         where, expected = f"teacher at {self.url}", f"log-probabilities from {self.model}"
         cure = "See what the server's log says, start it again, and repeat the command."
         return RunError(Fault(where, expected, got, cure))
+
+
+def wait_s(backoff_s: float, attempt: int) -> float:
+    """Seconds before what failed ``attempt`` + 1 times is asked again."""
+    return min(backoff_s * 2.0 ** min(attempt, DOUBLINGS), LONGEST_WAIT_S)
+
+
+def patience_s(timeout_s: float, retries: int, backoff_s: float) -> float:
+    """Seconds until a server that never answers counts as lost, at most."""
+    return (retries + 1) * timeout_s + sum(wait_s(backoff_s, attempt) for attempt in range(retries))
 
 
 def _reason(error: HTTPError) -> str:

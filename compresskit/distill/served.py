@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from math import exp, log, log1p
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,17 +30,10 @@ class Served:
     A server knows no rows of several documents, so each is a prompt of its own.
 
     Attributes:
-        url, model, top_k, vocabulary, timeout_s, retries, backoff_s, api_key_env: see ``Completions``.
+        server: fields of ``Completions``.
     """
 
-    url: str
-    model: str
-    top_k: int
-    vocabulary: int
-    timeout_s: float = 120.0
-    retries: int = 6
-    backoff_s: float = 1.0
-    api_key_env: str | None = None
+    server: Mapping[str, Any]
 
     hidden = None
     is_remote: ClassVar[bool] = True
@@ -50,7 +43,7 @@ class Served:
 
     @cached_property
     def _server(self) -> Completions:
-        return Completions(**{f.name: getattr(self, f.name) for f in fields(Completions)})
+        return Completions(**self.server)
 
     def signal(self, inputs: Mapping[str, Tensor]) -> Signal:
         """The K likeliest ids after each token that a label follows, and the rest.
@@ -62,7 +55,7 @@ class Served:
         Raises:
             RunError: the server has stopped answering.
         """
-        ids_BT = inputs["input_ids"]
+        ids_BT, listed = inputs["input_ids"], self._server.top_k
         rows = ids_BT.tolist()
         spans = [
             (row, start, end)
@@ -72,8 +65,8 @@ class Served:
             for start, end in learnt_spans(positions, labels)
         ]
         # What nobody asks for stays uniform over the first ids; no label follows it.
-        ids_BTK = torch.arange(self.top_k).repeat(*ids_BT.shape, 1)
-        logs_BTO = torch.full((*ids_BT.shape, self.top_k + 1), -log(self.top_k + 1))
+        ids_BTK = torch.arange(listed).repeat(*ids_BT.shape, 1)
+        logs_BTO = torch.full((*ids_BT.shape, listed + 1), -log(listed + 1))
         pool = ThreadPoolExecutor(REQUESTS)
         try:
             answers = pool.map(self._server.likeliest, [rows[row][a:b] for row, a, b in spans])
@@ -84,7 +77,7 @@ class Served:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         device = ids_BT.device
-        return Signal(Listing(ids_BTK.to(device), logs_BTO.to(device), self.vocabulary))
+        return Signal(Listing(ids_BTK.to(device), logs_BTO.to(device), self._server.vocabulary))
 
 
 def learnt_spans(positions_T: Sequence[int], labels_T: Sequence[int]) -> list[tuple[int, int]]:

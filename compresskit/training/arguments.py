@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from compresskit.modeling.anatomy import anatomy_of
 from compresskit.training.engine import accumulation_steps, claim, engine_arguments
-from compresskit.training.rules import Setting
+from compresskit.training.rules import COLLECTIVE_S, Setting
 
 CHECKPOINTS = "checkpoints"
 
@@ -63,6 +63,7 @@ def training_arguments(
         save_steps=fields.checkpoint_every or 500,
         eval_strategy="steps" if fields.eval_every and evaluates else "no",
         eval_steps=fields.eval_every or None,
+        ddp_timeout=int(COLLECTIVE_S),
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,

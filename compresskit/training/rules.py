@@ -17,6 +17,8 @@ STRATEGIES = ("auto", "ddp", "fsdp", "deepspeed")
 PRECISIONS = ("fp32", "bf16", "fp16")
 MATMULS = ("float", "int8")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
+COLLECTIVE_S = 1800.0
+"""Seconds that ranks wait for one that does not come."""
 EIGHT_BIT = ("adamw_8bit", "paged_adamw_8bit")
 """For adapters alone: a weight whose gradient has always been zero does not stay at zero with these."""
 OPTIMIZERS = ("adamw_torch", "adafactor", "sgd", "rmsprop", "adagrad", *EIGHT_BIT)

@@ -17,12 +17,12 @@ from test_stages import FEW, run
 from tiny import tiny_llama
 
 from compresskit.data.spec import DataSpec
-from compresskit.distill.completions import Completions
+from compresskit.distill.completions import Completions, patience_s
 from compresskit.distill.served import Served, learnt_spans, rest_of
 from compresskit.distill.stage import Distill
 from compresskit.errors import Fault, RunError
 from compresskit.modeling import ModelSource, open_model
-from compresskit.stage import StageContext
+from compresskit.stage import StageContext, StageResult
 from compresskit.training.objective import Listing
 from compresskit.training.watch import LossLog
 
@@ -115,7 +115,7 @@ def test_only_what_is_learnt_is_asked_for(served: Any) -> None:
     labels[0, :6] = -100  # of the first row's first document nothing is learnt
     labels[0, 9:] = -100
     labels[1, [0, 11]] = -100
-    provider = Served(url=url, model=NAME, top_k=K, vocabulary=VOCABULARY)
+    provider = Served(server={"url": url, "model": NAME, "top_k": K, "vocabulary": VOCABULARY})
     signal = provider.signal({"input_ids": ids, "position_ids": positions, "labels": labels})
     assert sorted(teacher.prompts, key=len) == [ids[0, 5:9].tolist(), ids[1, :11].tolist()]
     says = signal.says
@@ -209,31 +209,94 @@ def test_an_id_that_the_student_lacks_ends_the_run(served: Any) -> None:
     assert len(teacher.prompts) == 1
 
 
-def test_a_server_that_dies_stops_the_run_which_then_continues(
-    served: Any, source: ModelSource, text: DataSpec, tmp_path: Path
-) -> None:
-    url, teacher = served
-    changes = {"steps": 6, "checkpoint_every": 2, "eval_every": 0}
-    stage = Distill(teacher_placement=placement(url), **FEW | changes)
-    _, whole = run(stage, source, text, tmp_path / "whole")
-    asked = len(teacher.prompts)
+def lost(stage: Distill, teacher: Teacher, lives: int, *where: Any) -> str:
+    """What a run says whose server falls silent after so many answers; it speaks again afterwards."""
     teacher.prompts.clear()
-    teacher.lives = asked // 2
-    broken = tmp_path / "broken"
-    with pytest.raises(RunError) as caught:
-        run(stage, source, text, broken)
-    assert "(3 attempts in" in str(caught.value)
-    assert "The same command continues at the checkpoint of step " in str(caught.value)
-    kept = losses(broken / "scratch")
-    assert 2 <= len(kept) < 6
+    teacher.lives = lives
+    with pytest.raises(RunError, match=r"\(3 attempts in") as caught:
+        run(stage, *where)
     teacher.lives = None
-    out = rerun(stage, source, text, broken)
-    assert json.loads((broken / "scratch" / "record.json").read_text())["resumed_from"] in (2, 4)
-    one, two = (load_file(place / "model.safetensors") for place in (whole, out))
+    return str(caught.value)
+
+
+def require_same(whole: Path, resumed: Path) -> None:
+    """The same losses, evaluations and weights, bit for bit."""
+    for place in (whole, resumed):
+        assert len(losses(place / "scratch")) == FEW["steps"]
+    kept = [
+        [(r["step"], r.get("loss"), r.get("validation_loss")) for r in LossLog(path).read()]
+        for path in (place / "scratch" / "losses.jsonl" for place in (whole, resumed))
+    ]
+    assert kept[0] == kept[1]
+    one, two = (load_file(place / "out" / "model.safetensors") for place in (whole, resumed))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def rerun(stage: Distill, source: ModelSource, text: DataSpec, place: Path) -> Path:
+@pytest.mark.parametrize(
+    ("changes", "step"),
+    [
+        ({"checkpoint_every": 0, "on_policy": {"fraction": 0.5, "max_new_tokens": 4}}, 3),
+        ({"checkpoint_every": 2}, 3),
+        ({"checkpoint_every": 0}, 6),
+    ],
+    ids=["no checkpoint asked for", "every second", "in the last evaluation"],
+)
+def test_a_lost_server_leaves_a_checkpoint_of_all_steps_that_were_done(
+    changes: dict[str, Any], step: int, served: Any, tmp_path: Path, text: DataSpec
+) -> None:
+    """In the last of several passes, in each of which dropout draws: a restart draws the same numbers."""
+    url, teacher = served
+    source = open_model(str(tiny_llama(tmp_path / "student", attention_dropout=0.2)))
+    few = FEW | {"micro_batch_size": 1, "eval_every": 0} | changes
+    stage = Distill(teacher_placement=placement(url), **few)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    asked: list[int] = []
+
+    def watch(number: int, answer: Any) -> tuple[int, Any]:
+        if len(losses(whole / "scratch")) == step:
+            asked.append(number)
+        return 200, answer
+
+    teacher.spoil = watch
+    result, _ = run(stage, source, text, whole)
+    teacher.spoil = lambda number, answer: (200, answer)
+    said = lost(stage, teacher, max(asked) - 1, source, text, broken)
+    assert len(losses(broken / "scratch")) == step
+    assert f"The same command continues at the checkpoint of step {step} of 6." in said
+    (kept,) = (broken / "scratch" / "checkpoints").iterdir()
+    assert kept.name == f"checkpoint-{step}"
+    again = rerun(stage, source, text, broken)
+    assert json.loads((broken / "scratch" / "record.json").read_text())["resumed_from"] == step
+    assert again.metrics["validation_loss"] == result.metrics["validation_loss"]
+    require_same(whole, broken)
+
+
+def test_an_evaluation_that_lost_its_server_is_made_up_for(
+    served: Any, source: ModelSource, text: DataSpec, tmp_path: Path
+) -> None:
+    """Else the weights of the best evaluation would be others."""
+    url, teacher = served
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    stage = Distill(teacher_placement=placement(url), **FEW | {"eval_every": 2, "keep_best": True})
+    evaluating: list[int] = []
+
+    def watch(number: int, answer: Any) -> tuple[int, Any]:
+        log = LossLog(whole / "scratch" / "losses.jsonl").read()
+        if [r["step"] for r in log if "validation_loss" in r] == [0, 2] and log[-1]["step"] == 4:
+            evaluating.append(number)
+        return 200, answer
+
+    teacher.spoil = watch
+    run(stage, source, text, whole)
+    teacher.spoil = lambda number, answer: (200, answer)
+    assert len(evaluating) > 1
+    said = lost(stage, teacher, evaluating[1], source, text, broken)
+    assert "The same command continues at the checkpoint of step 4 of 6." in said
+    rerun(stage, source, text, broken)
+    require_same(whole, broken)
+
+
+def rerun(stage: Distill, source: ModelSource, text: DataSpec, place: Path) -> StageResult:
     context = StageContext(
         out=place / "out",
         scratch=place / "scratch",
@@ -242,16 +305,15 @@ def rerun(stage: Distill, source: ModelSource, text: DataSpec, place: Path) -> P
         cache=place / "cache",
         device="cpu",
     )
-    stage.run(source, context)
-    return place / "out"
+    return stage.run(source, context)
 
 
-def test_a_stop_before_the_first_checkpoint_says_so(
+def test_a_stop_before_the_first_step_says_so(
     served: Any, source: ModelSource, text: DataSpec, tmp_path: Path
 ) -> None:
     url, teacher = served
     teacher.lives = 0
-    with pytest.raises(RunError, match="No checkpoint was complete yet"):
+    with pytest.raises(RunError, match="No step was finished yet"):
         run(Distill(teacher_placement=placement(url), **FEW), source, text, tmp_path / "s")
 
 
@@ -286,6 +348,20 @@ def test_what_a_server_cannot_say_is_refused_before_it_is_asked(served: Any, sou
     assert teacher.prompts == []
     assert [f.where for f in faults(source, {"method": "server", "url": url})] == [WHERE]
     assert faults(source, placement(url), loss={"method": "forward_kl", "top_k": K}) == []
+
+
+def test_other_processes_must_be_able_to_wait_for_a_lost_server(source: ModelSource) -> None:
+    """Three attempts of 590 s, and waits of 10 and 20 s between them: as long as processes wait."""
+    there = {"backoff_s": 10.0, "timeout_s": 590.0}
+    asked = placement("http://127.0.0.1:9/v1", **there)
+    (fault,) = faults(source, asked, processes=2)
+    assert fault.where == f"{WHERE}.retries"
+    assert "1,800 s" in fault.expected
+    assert "1,800 s" in fault.got
+    assert patience_s(1.0, 8, 1.0) == 9 + 1 + 2 + 4 + 8 + 16 + 32 + 60 + 60
+    for fewer, processes in (({**there, "timeout_s": 589.0}, 2), (there, 1)):
+        (fault,) = faults(source, placement("http://127.0.0.1:9/v1", **fewer), processes=processes)
+        assert fault.where == f"{WHERE}.url", "only that nobody is there"
 
 
 def test_what_the_server_lacks_is_told_at_plan_time(served: Any, source: ModelSource) -> None:

@@ -51,7 +51,7 @@ def two_ranks(script: ModuleType, place: Path) -> Iterator[None]:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
+            "PYTHONPATH": os.pathsep.join(map(str, (HERE, *HERE.parents[:2]))),
         }
         with path.open("wb") as log:
             command = [sys.executable, str(script.__file__), str(place)]

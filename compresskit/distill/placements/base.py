@@ -66,11 +66,18 @@ def dtype_faults(dtype: str, where: str) -> list[Fault]:
     return [Fault(f"{where}.dtype", f"one of {', '.join(known)}", repr(dtype), "Choose one of these.")]
 
 
-def packed_faults(teacher: ModelSource, where: str) -> list[Fault]:
+def packed_faults(teacher: ModelSource, where: str, cure: str = "Use replicate.") -> list[Fault]:
     """Why a teacher whose weights are packed cannot be read one tensor at a time."""
     if not teacher.is_compressed:
         return []
-    return [Fault(where, "a teacher whose weights are not packed", "a packed one", "Use replicate.")]
+    return [Fault(where, "a teacher whose weights are not packed", "a packed one", cure)]
+
+
+def processes_of(stage: Taught) -> int:
+    """In how many processes ``stage`` will train."""
+    from compresskit.training.rules import launched_processes
+
+    return launched_processes() or int(getattr(stage, "processes", 1))
 
 
 def weight_bytes(teacher: ModelSource, dtype: str = STORED) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from compresskit.distill import LOSSES
-from compresskit.distill.placements.base import Teaching, with_blocks
+from compresskit.distill.placements.base import Teaching, packed_faults, with_blocks
 from compresskit.errors import Fault
 from compresskit.options import Within
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from compresskit.training.lesson import Taught
 
 UNUSED = "Leave it out."
+UNPACKED = "Use keep: top_k, or a teacher that was not quantised."
 CACHED = "compresskit.distill.cache.provider:Cached"
 TOP_K, SAMPLED, HIDDEN = KEEPS = ("top_k", "sampled", "hidden")
 BF16, MODEL = PRECISIONS = ("bf16", "model")
@@ -58,7 +59,7 @@ class Cache:
             faults.append(Fault(where, "a loss on what the teacher predicts", "features", cure))
         faults += _idle_faults(self, where)
         if self.keep == HIDDEN:
-            faults += _packed_faults(teaching, where)
+            faults += packed_faults(teaching.teacher, f"{where}.keep", UNPACKED)
         else:
             faults += self._loss_faults(teaching, where)
         if self.dir and Path(self.dir).expanduser().exists() and not Path(self.dir).expanduser().is_dir():
@@ -128,11 +129,3 @@ def _idle_faults(cache: Cache, where: str) -> list[Fault]:
         for name, default in idle.items()
         if getattr(cache, name) != default
     ]
-
-
-def _packed_faults(teaching: Teaching, where: str) -> list[Fault]:
-    """Why the output projection of a packed teacher cannot be read alone."""
-    if not teaching.teacher.is_compressed:
-        return []
-    cure = "Use keep: top_k, or a teacher that was not quantised."
-    return [Fault(f"{where}.keep", "a teacher whose weights are not packed", "a packed one", cure)]

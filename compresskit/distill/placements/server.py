@@ -6,7 +6,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from compresskit.distill.placements.base import Teaching
+from compresskit.distill.placements.base import Teaching, processes_of
 from compresskit.errors import Fault, InputError
 from compresskit.options import Within
 
@@ -45,7 +45,7 @@ class Server:
 
     def faults(self, stage: Taught, model: Outlook, teaching: Teaching, where: str) -> list[Fault]:
         """See ``Placement.faults``; asks the server for a few tokens."""
-        faults = self._own_faults(teaching, where)
+        faults = self._own_faults(teaching, where) + self._patience_faults(stage, where)
         return faults or self._server_faults(stage, model, teaching, where)
 
     def held_bytes(self, stage: Taught, model: Outlook, teaching: Teaching) -> int:
@@ -56,7 +56,7 @@ class Server:
         """See ``Placement.part``."""
         from compresskit.training.job import Part
 
-        return Part(SERVED, {**asdict(self), "vocabulary": teaching.vocabulary})
+        return Part(SERVED, {"server": {**asdict(self), "vocabulary": teaching.vocabulary}})
 
     def _own_faults(self, teaching: Teaching, where: str) -> list[Fault]:
         faults = []
@@ -83,6 +83,18 @@ class Server:
             got = f"top_k {', '.join(map(str, sorted(tops, key=str)))} in the loss and {self.top_k} here"
             faults.append(Fault(f"{where}.top_k", "one number of tokens to compare", got, cure))
         return faults
+
+    def _patience_faults(self, stage: Taught, where: str) -> list[Fault]:
+        """Why other processes would not wait until this one knows that the server is lost."""
+        from compresskit.distill.completions import patience_s
+        from compresskit.training.rules import COLLECTIVE_S
+
+        seconds = patience_s(self.timeout_s, self.retries, self.backoff_s)
+        if processes_of(stage) < 2 or seconds < COLLECTIVE_S:
+            return []
+        expected = f"less than {COLLECTIVE_S:,.0f} s, for which processes wait for each other"
+        got = f"{seconds:,.0f} s until a server that does not answer counts as lost"
+        return [Fault(f"{where}.retries", expected, got, "Lower timeout_s or retries.")]
 
     def _server_faults(self, stage: Taught, model: Outlook, teaching: Teaching, where: str) -> list[Fault]:
         """What the server says when it is asked once."""

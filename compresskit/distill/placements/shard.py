@@ -11,6 +11,7 @@ from compresskit.distill.placements.base import (
     Teaching,
     dtype_faults,
     packed_faults,
+    processes_of,
     weight_bytes,
     with_blocks,
 )
@@ -38,7 +39,7 @@ class Shard:
     def faults(self, stage: Taught, model: Outlook, teaching: Teaching, where: str) -> list[Fault]:
         """See ``Placement.faults``."""
         faults = dtype_faults(self.dtype, where) + packed_faults(teaching.teacher, where)
-        if _processes(stage) < 2:
+        if processes_of(stage) < 2:
             cure = "Use replicate, 8bit or 4bit, or train in more processes."
             faults.append(Fault(where, "several processes to divide the teacher among", "one process", cure))
         return faults
@@ -46,7 +47,7 @@ class Shard:
     def held_bytes(self, stage: Taught, model: Outlook, teaching: Teaching) -> int:
         """See ``Placement.held_bytes``: its share, and of the rest what is gathered at a time."""
         whole, anatomy = weight_bytes(teaching.teacher, self.dtype), teaching.teacher.anatomy
-        count = max(_processes(stage), 1)
+        count = max(processes_of(stage), 1)
         gathered = whole * _gathered(anatomy) / max(anatomy.num_parameters, 1)
         return min(whole, round(whole / count + gathered * (count - 1) / count))
 
@@ -55,12 +56,6 @@ class Shard:
         from compresskit.training.job import Part
 
         return Part(DIVIDED, with_blocks(teaching) | {"dtype": self.dtype, "isolated": teaching.isolated})
-
-
-def _processes(stage: Taught) -> int:
-    from compresskit.training.rules import launched_processes
-
-    return launched_processes() or int(getattr(stage, "processes", 1))
 
 
 def _gathered(anatomy: Anatomy) -> int:
