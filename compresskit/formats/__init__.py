@@ -15,6 +15,7 @@ FORMATS: Registry[Format] = Registry(
     {
         "compressed-tensors": "compresskit.formats.compressed_tensors:CompressedTensors",
         "bitsandbytes": "compresskit.formats.bitsandbytes:Bitsandbytes",
+        "compresskit-bitmask": "compresskit.formats.bitmask:Bitmask",
     },
 )
 

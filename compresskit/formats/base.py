@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from compresskit.formats.grid import Grid
 from compresskit.formats.shards import Stored
 
 CONFIG = "config.json"
+G = TypeVar("G")
 
 
 class Decoded(NamedTuple):
@@ -43,14 +44,14 @@ class Format(Protocol):
 
 def encode_each(
     tensors: Iterable[tuple[str, Tensor]],
-    grids: Mapping[str, Grid],
-    encode_weight: Callable[[str, Tensor, Grid], Iterable[tuple[str, Tensor]]],
+    grids: Mapping[str, G],
+    encode_weight: Callable[[str, Tensor, G], Iterable[tuple[str, Tensor]]],
 ) -> Iterator[tuple[str, Tensor]]:
     """What ``encode_weight`` makes of each weight that has a grid, and every other tensor as it is.
 
     Args:
         tensors: (parameter name, tensor); read one at a time, none kept.
-        grids: layer name -> grid.
+        grids: layer name -> grid, or whatever else says how to store its weight.
         encode_weight: (layer, weight, grid) -> the parts to store.
 
     Raises:
