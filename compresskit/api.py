@@ -156,8 +156,8 @@ def export(
 
     Args:
         directory: a checkpoint: dense, a stage's with its grids, or a finished artifact.
-        to: ``gguf``, ``onnx``, ``torchao``, ``compressed-tensors``, ``bitsandbytes``, ``dense`` or another
-            name of ``compresskit.exports.EXPORTS``.
+        to: ``gguf``, ``onnx``, ``torchao``, ``compressed-tensors``, ``bitsandbytes``, ``bitmask``, ``dense``
+            or another name of ``compresskit.exports.EXPORTS``.
         out: directory to write; it appears whole or not at all.
         overwrite: replace an export or an artifact there; never one that holds ``directory`` itself.
         trust_remote_code: whether code in ``directory`` may run.

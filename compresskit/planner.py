@@ -14,6 +14,7 @@ from compresskit.data.wording import foresee
 from compresskit.errors import Fault, InputError, PlanError
 from compresskit.exports import EXPORTS, runtimes_of
 from compresskit.exports.base import Prospect, adapter_fault
+from compresskit.exports.planned import export_notes
 from compresskit.formats.checkpoint import ADAPTER
 from compresskit.modeling import ModelSource, load_tokenizer, open_model, resolve_device
 from compresskit.modeling.packed import packed_fault
@@ -68,6 +69,7 @@ def plan(recipe: Recipe, *, cache: Path | None = None, build_dir: Path | None = 
     if faults:
         raise PlanError(*(_placed(fault, recipe) for fault in faults))
     told = with_worth(stages, outlook, runtimes_of(recipe.export))
+    notes += export_notes(recipe.export, told, inherited_promises(source.directory), outlook, source)
     return Plan(recipe, source, told, cache, psutil.Process().memory_info().rss, notes)
 
 

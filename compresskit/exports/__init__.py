@@ -18,6 +18,7 @@ EXPORTS: Registry[Exporter] = Registry(
         "torchao": "compresskit.exports.torchao:Torchao",
         "compressed-tensors": "compresskit.exports.plain:CompressedTensors",
         "bitsandbytes": "compresskit.exports.plain:Bitsandbytes",
+        "bitmask": "compresskit.exports.bitmask:Bitmask",
         "dense": "compresskit.exports.plain:Dense",
     },
 )

@@ -29,8 +29,12 @@ def read_back(model: Checkpoint, out: Path) -> int:
         FormatError: a parameter is missing, or differs in a single bit, or lies on another grid.
     """
     config = json.loads((out / CONFIG).read_text(encoding="utf-8"))["quantization_config"]
+    packed_without_grid = config.get("layers", {})
     plain = {
-        n for n in model.names() if model.grid(n.rpartition(".")[0]) is None or not n.endswith(".weight")
+        n
+        for n in model.names()
+        if not n.endswith(".weight")
+        or ((layer := n.removesuffix(".weight")) not in packed_without_grid and model.grid(layer) is None)
     }
     stored = {
         key: place for path in sorted(out.glob("*.safetensors")) for key, place in read_header(path).items()

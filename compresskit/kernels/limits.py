@@ -34,8 +34,9 @@ PACKED_BY: Mapping[str, tuple[str, ...]] = {
     "vLLM": (),
     "llama.cpp": (),
     "onnxruntime": (),
+    "compresskit": ("mask",),
 }
-"""Runtime -> the storages of zeros that it multiplies by as they are: so far none does by any."""
+"""Runtime -> the storages of zeros that it multiplies by as they are; most know of none."""
 READ_INTEGERS = ("vLLM", "llama.cpp")
 """Runtimes that multiply by quantised weights as they are; transformers unpacks them first."""
 
@@ -158,5 +159,10 @@ def gain_on(runtime: str, values: Values, zeros: ZeroLayout) -> float:
     Returns:
         1.0 where the runtime packs no such zeros: it multiplies by them.
     """
+    return limit(values, packing_on(runtime, values, zeros))
+
+
+def packing_on(runtime: str, values: Values, zeros: ZeroLayout) -> Packing:
+    """Of the storages that ``runtime`` multiplies by, the one of fewest bytes; see :func:`gain_on`."""
     known = (DENSE, *PACKED_BY.get(runtime, ()))
-    return limit(values, next(p for p in packings(values, zeros) if p.storage in known))
+    return next(p for p in packings(values, zeros) if p.storage in known)

@@ -21,6 +21,7 @@ from compresskit.kernels.limits import (
     gain_on,
     index_bits,
     limit,
+    packing_on,
     packings,
     values_of,
 )
@@ -67,11 +68,16 @@ class Worth:
         """The runtimes on which zeros gain nothing."""
         return tuple(r for r in self.runtimes if gain_on(r, self.values, self.zeros) == 1)
 
+    @property
+    def fast(self) -> tuple[str, ...]:
+        """The runtimes that read them packed."""
+        return tuple(r for r in self.runtimes if r not in self.slow)
+
     def as_stored(self) -> str:
         """What a weight takes as it is stored, and how fast it runs."""
         each = f"{short(self.values.bytes_per_weight)} bytes a weight"
         if not self.slow:
-            return f"Zeros are stored as any number is, {each}."
+            return f"As numbers, zeros take {each} like any other weight."
         verb = "multiplies" if len(self.slow) == 1 else "multiply"
         return (
             f"Zeros are stored as numbers, {each}, and {joined(self.slow)} {verb} by them: neither smaller "
@@ -82,6 +88,8 @@ class Worth:
         """What a kernel that reads packed zeros could make of it."""
         if self.packing.storage == DENSE:
             return "They are too few to pay for saying where they are: packed they would gain nothing either."
+        if self.fast:
+            return self._packed()
         kernel = "A kernel that reads them packed"
         if self.slow:
             kernel += ", which it has not," if len(self.slow) == 1 else ", which they have not,"
@@ -90,6 +98,16 @@ class Worth:
             f"({_how(self.packing, self.zeros)}): at most {self.limit:.2f}x at batch 1."
         )
         return f"{text} {TENSOR_CORES}" if self.zeros.group == (2, 4) else text
+
+    def _packed(self) -> str:
+        """What the runtimes that read zeros packed make of them."""
+        verb = "reads" if len(self.fast) == 1 else "read"
+        packing = packing_on(self.fast[0], self.values, self.zeros)
+        return (
+            f"{joined(self.fast)} {verb} them packed, {short(packing.bytes_per_weight)} bytes a weight "
+            f"({_how(packing, self.zeros)}): at most {limit(self.values, packing):.2f}x at batch 1, in "
+            "the layers where that is measured to be faster than dense while the model is loaded."
+        )
 
     def advice(self) -> str:
         """What is faster, and where."""

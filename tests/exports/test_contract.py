@@ -35,8 +35,11 @@ def test_faults_need_no_weights_and_come_all_together(
     faults = EXPORTS[to]().faults(model, "here")
     assert all(fault.where == "here" for fault in faults)
     told = " ".join(map(str, faults))
-    assert ("not installed. Install it: pip install" in told) == (to not in ("dense", "compressed-tensors"))
-    layers = {"gguf": ["fp8"], "dense": [], "compressed-tensors": []}.get(to, ["w4a8-g32", "fp8"])
+    alone = ("dense", "compressed-tensors", "bitmask")
+    assert ("not installed. Install it: pip install" in told) == (to not in alone)
+    layers = {"gguf": ["fp8"], "bitmask": ["fp8"], "dense": [], "compressed-tensors": []}.get(
+        to, ["w4a8-g32", "fp8"]
+    )
     for scheme in layers:
         assert f"got {scheme} in model.layers.0." in told
     doc = inspect.getdoc(inspect.getmodule(EXPORTS[to]))

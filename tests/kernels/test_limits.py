@@ -19,6 +19,7 @@ from compresskit.kernels.limits import (
     ZeroLayout,
     gain_on,
     limit,
+    packing_on,
     packings,
     values_of,
 )
@@ -119,14 +120,16 @@ def test_bits_fall_into_values_and_scales() -> None:
     assert str(values_of(4.125)) == "4-bit"
 
 
-def test_every_runtime_that_an_export_is_for_is_known_and_gains_nothing() -> None:
+def test_every_runtime_that_an_export_is_for_is_known_and_only_ours_gains_anything() -> None:
     assert set(runtimes_of(EXPORTS)) == set(PACKED_BY)
     assert set(READ_INTEGERS) <= set(PACKED_BY)
     assert runtimes_of(()) == ("transformers", "vLLM")
     assert runtimes_of(["gguf", "onnx", "gguf"]) == ("llama.cpp", "onnxruntime")
-    for runtime in PACKED_BY:
+    for runtime in set(PACKED_BY) - {"compresskit"}:
         for zeros in (HALF, TWO_OF_FOUR, ZeroLayout(zero_fraction=0.9)):
             assert gain_on(runtime, BF16, zeros) == 1.0
+    assert gain_on("compresskit", BF16, TWO_OF_FOUR) == gain_on("compresskit", BF16, HALF) == 16 / 9
+    assert packing_on("compresskit", BF16, ZeroLayout(zero_fraction=0.05)).storage == "dense"
 
 
 def test_a_runtime_gains_by_what_it_packs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,7 +228,7 @@ def test_the_command(artifact: Path, sparse: Path, cli: Callable[..., Result]) -
     assert layer["timing"]["ratio"] == pytest.approx(
         layer["timing"]["dense_ms"] / layer["timing"]["sparse_ms"]
     )
-    assert set(layer["gain_on"].values()) == {1.0}
+    assert {name for name, gain in layer["gain_on"].items() if gain > 1} == {"compresskit"}
     assert "layers are faster sparse" in done.stdout
     shown = cli(artifact, "--verify", "--json")
     assert shown.exit_code == 0, shown.output

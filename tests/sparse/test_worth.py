@@ -118,8 +118,16 @@ def test_training_that_makes_zeros_says_the_same(model: str) -> None:
 def test_a_runtime_that_packs_is_not_told_to_be_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compresskit.kernels.limits.PACKED_BY", {"ours": ("mask",)})
     worth = Worth(ZeroLayout(zero_fraction=0.5), BF16, ("ours",))
-    assert worth.as_stored() == "Zeros are stored as any number is, 2 bytes a weight."
-    assert "has not" not in worth.at_best()
+    assert worth.as_stored() == "As numbers, zeros take 2 bytes a weight like any other weight."
+    assert worth.at_best().startswith(
+        "ours reads them packed, 1.125 bytes a weight (a bit says whether it is kept): at most 1.78x at batch"
+    )
+    both = Worth(ZeroLayout(zero_fraction=0.5), BF16, ("llama.cpp", "ours"))
+    assert "and llama.cpp multiplies by them" in both.as_stored()
+    assert both.at_best() == worth.at_best()
+    few = Worth(ZeroLayout(zero_fraction=0.05), BF16, ("ours",))
+    assert few.slow == ("ours",)
+    assert "too few to pay" in few.at_best()
 
 
 def test_layouts_and_means() -> None:
