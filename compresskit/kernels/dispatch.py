@@ -25,6 +25,8 @@ OPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "two_four_linear": {"cpu": ("reference",), "cuda": ("reference",)},
     "two_four_expand": {"cpu": ("reference",), "cuda": ("reference",)},
     "dense_linear": {"cpu": ("reference",), "cuda": ("reference",)},
+    "fragment_linear": {"cpu": ("reference",), "cuda": ("cuda", "reference")},
+    "fragment_expand": {"cpu": ("reference",), "cuda": ("reference",)},
 }
 
 _used: dict[str, str] = {}

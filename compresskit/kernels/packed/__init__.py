@@ -15,5 +15,6 @@ LAYOUTS: Registry[Layout] = Registry(
         "dense": "compresskit.kernels.packed.dense:Dense",
         "bitmap": "compresskit.kernels.packed.bitmap:BitmapRows",
         "two_four": "compresskit.kernels.packed.two_four:TwoFour",
+        "fragment": "compresskit.kernels.packed.fragment:Fragment",
     },
 )
