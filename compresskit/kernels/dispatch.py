@@ -27,6 +27,8 @@ OPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "dense_linear": {"cpu": ("reference",), "cuda": ("reference",)},
     "fragment_linear": {"cpu": ("reference",), "cuda": ("cuda", "reference")},
     "fragment_expand": {"cpu": ("reference",), "cuda": ("reference",)},
+    "gap_linear": {"cpu": ("reference",), "cuda": ("cuda", "reference")},
+    "gap_expand": {"cpu": ("reference",), "cuda": ("reference",)},
 }
 
 _used: dict[str, str] = {}

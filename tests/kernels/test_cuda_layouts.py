@@ -19,11 +19,11 @@ from compresskit.kernels.cuda.launch import Machine
 from compresskit.kernels.packed import LAYOUTS
 from compresskit.kernels.packed.base import Case
 from compresskit.registry import locate
-from tests.kernels.lanes import gpu
+from tests.kernels.lanes import HOPPER, gpu
 
 __all__ = ["gpu"]
 CPU = torch.device("cpu")
-NAMES = ("fragment",)
+NAMES = ("fragment", "gap")
 FLOAT16 = (torch.bfloat16, torch.float16)
 SHAPES = [(1, 1), (3, 8), (5, 13), (16, 64), (7, 130), (33, 200), (40, 1090)]
 TWO_FOUR = ("fragment",)
@@ -119,6 +119,7 @@ def test_the_reference_multiplies(name: str, dtype: torch.dtype) -> None:
 
 PLAYED = {
     "fragment": [(1, 3), (8, 9), (16, 30), (64, 65)],
+    "gap": [(1,), (2, 5)],
 }
 
 
@@ -129,6 +130,9 @@ def test_a_kernel_played_lane_by_lane_gives_the_exact_product(
     gpu: Machine, name: str, tokens: tuple[int, ...]
 ) -> None:
     check(name, "cuda", tokens, torch.bfloat16, shapes=[(1, 1), (33, 200), (40, 1090)])
+    if name not in TWO_FOUR:
+        for zeros in ("rows", "far", "none"):
+            check(name, "cuda", tokens[:1], torch.bfloat16, shapes=[(7, 530)], zeros=zeros)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -191,6 +195,7 @@ def test_layouts_say_why_they_refuse(name: str, monkeypatch: pytest.MonkeyPatch)
     dispatch.refusal.cache_clear()
     assert layout.refusal(case(name)) == "the GPU is sm_75"
     monkeypatch.setattr(launch, "unavailable", lambda: "")
+    monkeypatch.setattr(launch, "machine", lambda index: HOPPER)
     dispatch.refusal.cache_clear()
     assert layout.refusal(case(name)) == ""
     dispatch.refusal.cache_clear()
@@ -200,6 +205,29 @@ def test_a_2_4_layout_must_know_the_pattern() -> None:
     layout = LAYOUTS["fragment"]()
     assert "nothing says" in layout.refusal(case("fragment", group=None))
     assert "of 8 consecutive inputs 4 are kept" in layout.refusal(case("fragment", group=(4, 8)))
+
+
+def test_gap_is_for_few_tokens_and_inputs_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = LAYOUTS["gap"]()
+    assert layout.refusal(case("gap", tokens=5)) == "it is made for 4 tokens at most, not 5"
+    monkeypatch.setattr(launch, "unavailable", lambda: "")
+    monkeypatch.setattr(launch, "machine", lambda index: HOPPER)
+    dispatch.refusal.cache_clear()
+    assert layout.refusal(case("gap", in_features=28672)) == ""
+    assert layout.refusal(case("gap", in_features=60000)) == (
+        "60000 inputs take 241664 bytes of shared memory, of 232448"
+    )
+    dispatch.refusal.cache_clear()
+
+
+def test_gaps_lie_as_the_docstring_says() -> None:
+    dense = torch.zeros(2, 64)
+    dense[1, [0, 2, 40]] = torch.tensor([5.0, 6, 7])
+    values, gaps, starts, _ = LAYOUTS["gap"]().pack(pack(dense.half()), CPU)
+    assert starts.tolist() == [0, 0, 1]
+    assert values.tolist() == [[5, 6, 0, 0, 7, 0, 0, 0]]
+    assert [int(gaps[0]) >> 8 * i & 15 for i in range(4)] == [0, 1, 15, 15]
+    assert [int(gaps[0]) >> 8 * i + 4 & 15 for i in range(4)] == [5, 0, 0, 0]
 
 
 def test_a_kernel_that_cannot_be_had_is_passed_over_aloud(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,5 +16,6 @@ LAYOUTS: Registry[Layout] = Registry(
         "bitmap": "compresskit.kernels.packed.bitmap:BitmapRows",
         "two_four": "compresskit.kernels.packed.two_four:TwoFour",
         "fragment": "compresskit.kernels.packed.fragment:Fragment",
+        "gap": "compresskit.kernels.packed.gap:Gap",
     },
 )
