@@ -20,7 +20,7 @@ from compresskit.distill.divergences import Divergences
 from compresskit.distill.teacher import Replica
 from compresskit.modeling import load_model
 from compresskit.training.fields import TrainingFields
-from compresskit.training.fit import fit
+from compresskit.training.run import Run
 
 
 class InOrder:
@@ -57,7 +57,9 @@ def train(task: dict[str, Any], ids: Tensor) -> tuple[list[float], list[float]]:
     )
     with tempfile.TemporaryDirectory() as scratch:
         rows = InOrder(ids.flatten(0, 1), seed=0)
-        fit(model, rows, fields=fields, scratch=Path(scratch), objective=Divergences(), teacher=teacher)
+        Run(
+            model, rows, fields=fields, scratch=Path(scratch), objective=Divergences(), teacher=teacher
+        ).train()
         lines = Path(scratch, "losses.jsonl").read_text().splitlines()
     logged = [json.loads(line) for line in lines]
     ends = [0.0, *(line["seconds"] for line in logged)]

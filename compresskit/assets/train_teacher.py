@@ -30,7 +30,7 @@ from compresskit.data.corpus import documents
 from compresskit.data.pack import packed
 from compresskit.data.spec import DataSpec
 from compresskit.training.fields import TrainingFields
-from compresskit.training.fit import fit
+from compresskit.training.run import Run
 
 SEED = 0
 
@@ -74,7 +74,7 @@ def train(out: Path, fields: TrainingFields) -> None:
         whole = {name: t.contiguous() for name, t in tensors.items() if name not in tied}
         save_file(whole, out / "weights.safetensors", metadata={"format": "pt"})
 
-    outcome = fit(
+    outcome = Run(
         model,
         rows["train"],
         fields=fields,
@@ -84,7 +84,7 @@ def train(out: Path, fields: TrainingFields) -> None:
         device="cpu",
         save=save,
         title="Training the teacher",
-    )
+    ).train()
     facts = {
         "steps": outcome.steps,
         "first_loss_nats_per_token": outcome.first_loss,

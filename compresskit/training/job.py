@@ -19,7 +19,6 @@ from compresskit.modeling.skeleton import load_config
 from compresskit.registry import locate
 from compresskit.training.adaptation import Adaptation, Plain
 from compresskit.training.fields import TrainingFields
-from compresskit.training.fit import fit
 from compresskit.training.hold import require_held
 from compresskit.training.isolation import isolation_fault, model_sees_across, sees_across
 from compresskit.training.launch import launch
@@ -28,6 +27,7 @@ from compresskit.training.order import Mixed, Numbered, Rows
 from compresskit.training.outcome import TrainOutcome, outcome_from_json
 from compresskit.training.rollout import OfText, OnPolicy
 from compresskit.training.rules import launched_processes, this_rank
+from compresskit.training.run import Run
 from compresskit.training.sentences import on_sentences
 from compresskit.training.surroundings import quiet_transformers
 
@@ -162,7 +162,7 @@ def carry_out(job: TrainJob) -> TrainOutcome:
             made = ModelSource(job.out, trust_remote_code=job.trust_remote_code)
             require_held(made.tensor, job.held, source.tensor)
 
-    outcome = fit(
+    outcome = Run(
         model,
         rows,
         fields=job.training,
@@ -181,7 +181,7 @@ def carry_out(job: TrainJob) -> TrainOutcome:
         evaluates_first=job.evaluates_first,
         on_policy=_policy(job, source),
         warnings=notes + prepared.notes,
-    )
+    ).train()
     outcome = replace(outcome, teacher=prepared.figures)
     if this_rank() == 0:
         (Path(job.scratch) / OUTCOME).write_text(outcome.to_json(), encoding="utf-8")

@@ -18,12 +18,12 @@ from compresskit.distill.features import WithFeatures
 from compresskit.distill.teacher import Replica
 from compresskit.errors import ModelError
 from compresskit.modeling import load_model
-from compresskit.training import fit as fit_module
+from compresskit.training import run as run_module
 from compresskit.training.features import PROJECTIONS
 from compresskit.training.fields import TrainingFields
-from compresskit.training.fit import fit
 from compresskit.training.order import Ordered
 from compresskit.training.outcome import TrainOutcome
+from compresskit.training.run import Run
 from compresskit.training.watch import LossLog
 
 CROSS_ENTROPY = {"target": "compresskit.training.objective:CrossEntropy", "options": {}}
@@ -80,7 +80,7 @@ def train(model: nn.Module, place: Path, scratch: Path, loss: WithFeatures, **ch
         attended=loss.looks_at_teacher.attended,
     )
     fields = replace(FIELDS, **changes)
-    return fit(
+    return Run(
         model,
         Counting(),
         fields=fields,
@@ -89,7 +89,7 @@ def train(model: nn.Module, place: Path, scratch: Path, loss: WithFeatures, **ch
         teacher=teacher,
         device="cpu",
         **extra,
-    )
+    ).train()
 
 
 def losses(scratch: Path) -> list[float]:
@@ -193,13 +193,13 @@ def test_another_width_is_projected_and_the_projection_thrown_away(
     """The projections learn, in the engine's own optimiser; neither the result nor the model has them."""
     model = student(place, "narrow")
     names, seen = set(model.state_dict()), []
-    gather = fit_module.without_projections
+    gather = run_module.without_projections
 
     def look(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         seen.append({n: t.clone() for n, t in tensors.items() if n.startswith(PROJECTIONS)})
         return gather(tensors)
 
-    monkeypatch.setattr(fit_module, "without_projections", look)
+    monkeypatch.setattr(run_module, "without_projections", look)
     saved: dict[str, Tensor] = {}
     loss = objective(method, widths=(16, 32), options={"weight": 20.0})
     train(model, place, tmp_path, loss, save=saved.update, steps=24)
@@ -226,7 +226,7 @@ def test_a_restart_gives_the_same_bytes(
     straight, again = student(place, name), student(place, name)
     loss = objective(widths=(16, 32) if name == "narrow" else None)
     train(straight, place, tmp_path / "straight", loss, checkpoint_every=2)
-    compute = fit_module.StageTrainer.compute_loss
+    compute = run_module.StageTrainer.compute_loss
 
     def stop_at_step_4(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == 3:
@@ -234,7 +234,7 @@ def test_a_restart_gives_the_same_bytes(
         return compute(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fit_module.StageTrainer, "compute_loss", stop_at_step_4)
+        patch.setattr(run_module.StageTrainer, "compute_loss", stop_at_step_4)
         with pytest.raises(Interrupted):
             train(student(place, name), place, tmp_path / "broken", loss, checkpoint_every=2)
     outcome = train(again, place, tmp_path / "broken", loss, checkpoint_every=2)

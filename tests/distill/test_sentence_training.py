@@ -20,11 +20,12 @@ from compresskit.distill.sentence_teacher import SentenceReplica
 from compresskit.distill.sentences import SentenceLosses
 from compresskit.modeling import load_model
 from compresskit.modeling.attention import attending
-from compresskit.training import fit as fit_module
+from compresskit.training import run as run_module
 from compresskit.training.features import Counted, Looks
 from compresskit.training.fields import TrainingFields
-from compresskit.training.fit import TrainOutcome, fit
 from compresskit.training.order import Ordered
+from compresskit.training.outcome import TrainOutcome
+from compresskit.training.run import Run
 from compresskit.training.watch import LossLog
 
 ROWS, STEPS, CLASSES = 24, 6, 3
@@ -85,7 +86,7 @@ def train(model: nn.Module, place: Path, scratch: Path, loss: Any, **changes: An
     teacher = SentenceReplica(
         directory=str(place / name), reads=inner.reads, blocks=looks.outputs, attended=looks.attended
     )
-    return fit(
+    return Run(
         model,
         Sentences(),
         fields=replace(FIELDS, **changes),
@@ -94,7 +95,7 @@ def train(model: nn.Module, place: Path, scratch: Path, loss: Any, **changes: An
         teacher=teacher,
         device="cpu",
         **extra,
-    )
+    ).train()
 
 
 def losses(scratch: Path) -> list[float]:
@@ -266,7 +267,7 @@ def test_a_restart_gives_the_same_bytes(
 
     straight, again = fresh(), fresh()
     train(straight, place, tmp_path / "straight", loss, checkpoint_every=2)
-    compute = fit_module.StageTrainer.compute_loss
+    compute = run_module.StageTrainer.compute_loss
 
     def stop_at_step_4(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == 3:
@@ -274,7 +275,7 @@ def test_a_restart_gives_the_same_bytes(
         return compute(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fit_module.StageTrainer, "compute_loss", stop_at_step_4)
+        patch.setattr(run_module.StageTrainer, "compute_loss", stop_at_step_4)
         with pytest.raises(Interrupted):
             train(fresh(), place, tmp_path / "broken", loss, checkpoint_every=2)
     outcome = train(again, place, tmp_path / "broken", loss, checkpoint_every=2)

@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compresskit.training.fields import TrainingFields
-from compresskit.training.fit import fit
 from compresskit.training.outcome import TrainOutcome
+from compresskit.training.run import Run
 from compresskit.training.trainer import StageTrainer
 
 STEPS = 20
@@ -125,7 +125,7 @@ def main(out: Path) -> None:
         fields = replace(FIELDS, **changes)
         scratch = out / engine
         rows = Counting()
-        outcome = fit(
+        outcome = Run(
             model,
             rows,
             fields=fields,
@@ -134,7 +134,7 @@ def main(out: Path) -> None:
             held=held,
             device="cpu",
             save=save,
-        )
+        ).train()
         if torch.distributed.get_rank() == 0:
             (out / f"{engine}.json").write_text(json.dumps(asdict(outcome)))
     torch.distributed.destroy_process_group()

@@ -22,7 +22,7 @@ from torch import Tensor
 from compresskit.distill.features import WithFeatures
 from compresskit.distill.teacher import Replica
 from compresskit.modeling import load_model
-from compresskit.training.fit import fit
+from compresskit.training.run import Run
 
 VOCABULARY, STEPS = 48, 10
 FORWARD_KL = {"target": "compresskit.distill.divergences:Divergences", "options": {}}
@@ -61,7 +61,7 @@ def train(place: Path, run: str, scratch: Path, saved: dict[str, Tensor], **chan
         attended=looks.attended,
     )
     teacher.load()
-    outcome = fit(
+    outcome = Run(
         model,
         Counting(),
         fields=replace(FIELDS, steps=STEPS, **changes),
@@ -72,7 +72,7 @@ def train(place: Path, run: str, scratch: Path, saved: dict[str, Tensor], **chan
         held=held,
         device="cpu",
         save=saved.update,
-    )
+    ).train()
     return outcome, held
 
 

@@ -24,9 +24,9 @@ from compresskit.modeling import ModelSource
 from compresskit.training.adaptation import Adaptation
 from compresskit.training.bias_norm import BiasNorm
 from compresskit.training.fields import TrainingFields
-from compresskit.training.fit import fit
 from compresskit.training.lora import Lora
 from compresskit.training.outcome import TrainOutcome
+from compresskit.training.run import Run
 
 STEPS, BREAK = 6, 5
 WAYS = ("bias_norm", "lora")
@@ -54,7 +54,7 @@ def train(way: str, source: ModelSource, out: Path, fields: TrainingFields) -> T
             out.mkdir()
             adapted.save(source, out, tensors)
 
-    return fit(
+    return Run(
         adapted.load(source),
         rows,
         fields=fields,
@@ -65,7 +65,7 @@ def train(way: str, source: ModelSource, out: Path, fields: TrainingFields) -> T
         device="cpu",
         save=save,
         evaluates_first=True,
-    )
+    ).train()
 
 
 def main(place: Path) -> None:

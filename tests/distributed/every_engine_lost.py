@@ -27,7 +27,8 @@ from compresskit.distill.divergences import Divergences
 from compresskit.distill.served import Served
 from compresskit.errors import RunError
 from compresskit.modeling import load_model
-from compresskit.training.fit import TrainOutcome, fit
+from compresskit.training.outcome import TrainOutcome
+from compresskit.training.run import Run
 
 VOCABULARY, STEPS, K = 48, 4, 8
 LOSING = 1
@@ -47,7 +48,7 @@ def train(place: Path, scratch: Path, url: str, saved: dict[str, Tensor], **chan
         "retries": 1,
         "backoff_s": 0.01,
     }
-    return fit(
+    return Run(
         load_model(place / "student"),
         Counting(),
         fields=replace(FIELDS, steps=STEPS, **changes),
@@ -56,7 +57,7 @@ def train(place: Path, scratch: Path, url: str, saved: dict[str, Tensor], **chan
         teacher=Served(server={**server, "retries": 1, "backoff_s": 0.01}),
         device="cpu",
         save=saved.update,
-    )
+    ).train()
 
 
 def main(place: Path) -> None:

@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compresskit.distill.divergences import Divergences
-from compresskit.training.fit import TrainOutcome, fit
 from compresskit.training.objective import Head, Hidden, Signal, head_of
+from compresskit.training.outcome import TrainOutcome
 from compresskit.training.rollout import OnPolicy
+from compresskit.training.run import Run
 
 STEPS, TOKEN = 4, 33
 POLICY = OnPolicy(fraction=0.5, max_new_tokens=4)
@@ -65,7 +66,7 @@ def train(
     teacher.load()
     rate = 1e-9 if stubborn else FIELDS.learning_rate
     fields = replace(FIELDS, steps=STEPS, checkpoint_every=1, **{"learning_rate": rate} | changes)
-    outcome = fit(
+    outcome = Run(
         model,
         Counting(),
         fields=fields,
@@ -76,7 +77,7 @@ def train(
         device="cpu",
         save=saved.update,
         on_policy=POLICY,
-    )
+    ).train()
     return outcome, teacher
 
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from compresskit.modeling import ModelSource
 from compresskit.quant.qat_run import Rounded
 from compresskit.training.fields import TrainingFields
-from compresskit.training.fit import fit
 from compresskit.training.outcome import TrainOutcome
+from compresskit.training.run import Run
 
 STEPS = 10
 ENGINES = {name: changes for name, changes in EVERY.items() if name != "zero1"}
@@ -57,9 +57,9 @@ def train(run: str, source: ModelSource, out: Path, scratch: Path, fields: Train
 
     model = adapted.load(source)
     held = tuple(adapted.schemes)
-    return fit(
+    return Run(
         model, rows, fields=fields, scratch=scratch, validation=rows, held=held, device="cpu", save=save
-    )
+    ).train()
 
 
 def main(out: Path) -> None:

@@ -22,9 +22,9 @@ from torch import Tensor
 from compresskit.modeling import ModelSource
 from compresskit.quant.adapters.adaptation import Adapted
 from compresskit.training.fields import TrainingFields
-from compresskit.training.fit import fit
 from compresskit.training.outcome import TrainOutcome
 from compresskit.training.rules import Setting
+from compresskit.training.run import Run
 
 STEPS = 10
 ENGINES = {name: changes for name, changes in EVERY.items() if name != "zero1"}
@@ -72,7 +72,7 @@ def train(run: str, source: ModelSource, out: Path, fields: TrainingFields) -> t
             out.mkdir()
             adapted.save(source, out, tensors)
 
-    outcome = fit(
+    outcome = Run(
         model,
         rows,
         fields=fields,
@@ -81,7 +81,7 @@ def train(run: str, source: ModelSource, out: Path, fields: TrainingFields) -> t
         device="cpu",
         save=save,
         saves_frozen=adapted.saves_frozen,
-    )
+    ).train()
     for name, weight in model.named_parameters():
         if name.endswith("base_layer.weight"):
             shard: Any = getattr(weight, "ds_tensor", None)

@@ -24,7 +24,7 @@ from compresskit.distill.sentence_teacher import SentenceReplica
 from compresskit.distill.sentences import SentenceLosses
 from compresskit.modeling import load_model
 from compresskit.training.features import Looks
-from compresskit.training.fit import fit
+from compresskit.training.run import Run
 
 STEPS, ROWS, CLASSES = 10, 42, 3
 """So many rows that the last batch of an evaluation is one rank's alone."""
@@ -73,7 +73,7 @@ def train(place: Path, run: str, scratch: Path, saved: dict[str, Tensor], **chan
         attended=looks.attended,
     )
     teacher.load()
-    outcome = fit(
+    outcome = Run(
         model,
         Sentences(),
         fields=replace(FIELDS, steps=STEPS, **changes),
@@ -84,7 +84,7 @@ def train(place: Path, run: str, scratch: Path, saved: dict[str, Tensor], **chan
         held=held,
         device="cpu",
         save=saved.update,
-    )
+    ).train()
     return outcome, held
 
 

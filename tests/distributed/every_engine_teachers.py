@@ -24,8 +24,9 @@ from compresskit.distill.features import WithFeatures
 from compresskit.distill.few_bits import FewBits
 from compresskit.distill.placements.few_bits import rounded_layers
 from compresskit.modeling import ModelSource, load_model
-from compresskit.training.fit import TrainOutcome, fit
 from compresskit.training.objective import TeacherProvider
+from compresskit.training.outcome import TrainOutcome
+from compresskit.training.run import Run
 
 VOCABULARY, STEPS = 48, 10
 LOSS = {"losses": [("forward_kl", {}), ("reverse_kl", {"weight": 0.5})], "temperature": 2.0}
@@ -58,7 +59,7 @@ def train(place: Path, run: str, scratch: Path, teacher: TeacherProvider, **chan
         pairs = tuple(enumerate(blocks))
         objective = WithFeatures(objective=inner, features=[{"method": "squarehead", "pairs": pairs}])
     teacher.load()
-    return fit(
+    return Run(
         model,
         Counting(),
         fields=replace(FIELDS, steps=STEPS, **changes),
@@ -67,7 +68,7 @@ def train(place: Path, run: str, scratch: Path, teacher: TeacherProvider, **chan
         teacher=teacher,
         validation=Counting(),
         device="cpu",
-    )
+    ).train()
 
 
 def main(place: Path) -> None:

@@ -28,8 +28,8 @@ from compresskit.sparse.masked import Masked
 from compresskit.sparse.train_run import Scheduled
 from compresskit.training.adaptation import Adaptation, Plain
 from compresskit.training.fields import TrainingFields
-from compresskit.training.fit import fit
 from compresskit.training.outcome import TrainOutcome
+from compresskit.training.run import Run
 
 STEPS = 12
 RUNS: Mapping[str, dict[str, Any]] = {
@@ -70,7 +70,7 @@ def train(run: str, source: ModelSource, out: Path, fields: TrainingFields) -> T
             adapted.save(source, out, tensors)
 
     model = adapted.load(source)
-    outcome = fit(
+    outcome = Run(
         model,
         Counting(),
         fields=fields,
@@ -80,7 +80,7 @@ def train(run: str, source: ModelSource, out: Path, fields: TrainingFields) -> T
         saves_frozen=adapted.saves_frozen,
         device="cpu",
         save=save,
-    )
+    ).train()
     require_same_everywhere(model)
     if method.learns_masks:
         require_frozen(model)

@@ -17,8 +17,8 @@ from ranks import two_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
-from compresskit.training.fit import fit
 from compresskit.training.outcome import TrainOutcome
+from compresskit.training.run import Run
 from compresskit.training.watch import LossLog
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -37,7 +37,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainOutcome
     scratch = tmp_path_factory.mktemp("single")
     saved: dict[str, Tensor] = {}
     model, held = make_model()
-    outcome = fit(
+    outcome = Run(
         model,
         Counting(),
         fields=replace(FIELDS, micro_batch_size=8),
@@ -46,7 +46,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainOutcome
         held=held,
         device="cpu",
         save=saved.update,
-    )
+    ).train()
     return scratch, outcome, saved
 
 
@@ -100,7 +100,7 @@ def test_the_best_evaluation_is_kept(run: str, launched: Path, tmp_path: Path) -
     saved: dict[str, Tensor] = {}
     model, held = make_model()
     fields = replace(FIELDS, micro_batch_size=8, **EVALUATED)
-    true = fit(
+    true = Run(
         model,
         Counting(),
         fields=fields,
@@ -109,7 +109,7 @@ def test_the_best_evaluation_is_kept(run: str, launched: Path, tmp_path: Path) -
         held=held,
         device="cpu",
         save=saved.update,
-    )
+    ).train()
     assert 0 < true.given_step < STEPS
     found, mine = outcome_of(launched, run), load_file(launched / f"{run}.safetensors")
     assert (found["engine"], found["given_step"]) == (NAMES[run.removeprefix("best-")], true.given_step)

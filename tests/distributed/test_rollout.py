@@ -14,8 +14,8 @@ from transformers import LlamaForCausalLM
 
 from compresskit.distill.divergences import Divergences
 from compresskit.training.fields import TrainingFields
-from compresskit.training.fit import TrainOutcome, fit
 from compresskit.training.objective import Head, Hidden, Signal, head_of
+from compresskit.training.outcome import TrainOutcome
 from compresskit.training.rollout import (
     OfText,
     OnPolicy,
@@ -26,6 +26,7 @@ from compresskit.training.rollout import (
     prompts_of,
     sample,
 )
+from compresskit.training.run import Run
 
 EOS = 2
 
@@ -220,7 +221,7 @@ def train(
 ) -> tuple[TrainOutcome, Scored, dict[str, Tensor]]:
     teacher, saved = Scored(), dict[str, Tensor]()
     fields: dict[str, Any] = {"steps": 6, "batch_size": 4, "learning_rate": 1e-2, "checkpoint_every": 2}
-    outcome = fit(
+    outcome = Run(
         model or make_model()[0],
         Counting(),
         fields=TrainingFields(**fields | changes),
@@ -230,7 +231,7 @@ def train(
         device="cpu",
         save=saved.update,
         on_policy=policy,
-    )
+    ).train()
     return outcome, teacher, saved
 
 

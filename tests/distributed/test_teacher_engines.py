@@ -19,7 +19,7 @@ from compresskit.distill.stage import Distill
 from compresskit.distill.teacher import Replica
 from compresskit.modeling import ModelSource
 from compresskit.stage import StageContext
-from compresskit.training.fit import TrainOutcome
+from compresskit.training.run import TrainOutcome
 from compresskit.training.watch import LossLog
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

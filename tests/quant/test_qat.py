@@ -22,7 +22,7 @@ from compresskit.quant.qat import Qat
 from compresskit.quant.qat_run import Rounded
 from compresskit.stage import Outlook, StageContext, StageResult
 from compresskit.training.fields import TrainingFields
-from compresskit.training.fit import fit
+from compresskit.training.run import Run
 
 FEW: dict[str, Any] = {
     "steps": 6,
@@ -124,7 +124,7 @@ def test_the_converted_model_is_the_trained_one(source: ModelSource, tmp_path: P
         def save(tensors: Any, adaptation: Rounded = adaptation, out: Path = out) -> None:
             adaptation.save(source, out, tensors)
 
-        fit(model, rows, fields=fields, scratch=tmp_path / f"{scheme}-s", device="cpu", save=save)  # type: ignore[arg-type]
+        Run(model, rows, fields=fields, scratch=tmp_path / f"{scheme}-s", device="cpu", save=save).train()  # type: ignore[arg-type]
         with torch.no_grad():
             expected[scheme] = model.eval()(ids).logits
         export_checkpoint(open_model(str(out)), packed)

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_fit import FIELDS, Make, losses, train
+from test_run import FIELDS, Make, losses, train
 from torch import Tensor
 
 from compresskit.errors import DataError, NumericError
-from compresskit.training import fit as fit_module
-from compresskit.training.fit import fit
+from compresskit.training import run as run_module
 from compresskit.training.objective import CrossEntropy
 from compresskit.training.order import Rows
+from compresskit.training.run import Run
 from compresskit.training.trackers import Trackers
 from compresskit.training.watch import LossLog
 
@@ -53,14 +53,14 @@ def test_the_best_evaluation_is_kept_also_over_a_restart(
 
     broken = tmp_path / "c"
     with monkeypatch.context() as patch:
-        step_of_log = fit_module.Watch.step
+        step_of_log = run_module.Watch.step
 
         def stops(self: Any, step: int, *args: Any, **kwargs: Any) -> None:
             step_of_log(self, step, *args, **kwargs)
             if step == 9:
                 raise KeyboardInterrupt
 
-        patch.setattr(fit_module.Watch, "step", stops)
+        patch.setattr(run_module.Watch, "step", stops)
         with pytest.raises(KeyboardInterrupt):
             train(make_model(), rows, broken, **changes)
     again: dict[str, Tensor] = {}
@@ -87,7 +87,7 @@ def test_the_best_of_another_run_is_never_given(make_model: Make, rows: Rows, tm
     assert (tmp_path / "best.safetensors").is_file()
     fields = replace(FIELDS, **{name: value for name, value in changes.items() if name != "validation"})
     with pytest.raises(NumericError, match="keep_best: expected a validation loss that is finite"):
-        fit(
+        Run(
             make_model(),
             rows,
             fields=fields,
@@ -95,7 +95,7 @@ def test_the_best_of_another_run_is_never_given(make_model: Make, rows: Rows, tm
             device="cpu",
             validation=rows,
             objective=Lost(),
-        )
+        ).train()
 
 
 def test_a_service_is_told_the_name_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,14 +20,14 @@ from compresskit.distill.finetune import Finetune
 from compresskit.errors import EngineError
 from compresskit.modeling import ModelSource
 from compresskit.stage import Outlook
-from compresskit.training import fit as fit_module
+from compresskit.training import run as run_module
 from compresskit.training.fields import TrainingFields
-from compresskit.training.fit import fit
 from compresskit.training.int8 import int8_products
 from compresskit.training.job import Part, TrainJob
 from compresskit.training.job import train as carry_out
 from compresskit.training.order import Rows
 from compresskit.training.outcome import TrainOutcome
+from compresskit.training.run import Run
 from compresskit.training.watch import LossLog
 
 pytest.importorskip("torchao")
@@ -46,7 +46,7 @@ FIELDS = TrainingFields(
 
 def train(model: nn.Module, rows: Rows, scratch: Path, **changes: Any) -> TrainOutcome:
     extra = {name: changes.pop(name) for name in ("held", "validation", "save") if name in changes}
-    return fit(model, rows, fields=replace(FIELDS, **changes), scratch=scratch, device="cpu", **extra)
+    return Run(model, rows, fields=replace(FIELDS, **changes), scratch=scratch, device="cpu", **extra).train()
 
 
 def losses(scratch: Path) -> list[float]:
@@ -129,7 +129,7 @@ def test_a_restart_gives_the_same_bytes(
 ) -> None:
     straight, broken, again = make_model(), make_model(), make_model()
     train(straight, rows, tmp_path / "straight", checkpoint_every=4)
-    compute = fit_module.StageTrainer.compute_loss
+    compute = run_module.StageTrainer.compute_loss
 
     def stop(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == 6:
@@ -137,7 +137,7 @@ def test_a_restart_gives_the_same_bytes(
         return compute(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fit_module.StageTrainer, "compute_loss", stop)
+        patch.setattr(run_module.StageTrainer, "compute_loss", stop)
         with pytest.raises(Interrupted):
             train(broken, rows, tmp_path / "broken", checkpoint_every=4)
     assert type(broken.model.layers[0].mlp.up_proj) is nn.Linear

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from compresskit.training.fields import TrainingFields
-from compresskit.training.fit import fit
 from compresskit.training.objective import CrossEntropy, Head, Hidden, Signal
 from compresskit.training.order import Rows
 from compresskit.training.outcome import TrainOutcome
+from compresskit.training.run import Run
 
 Make = Callable[..., LlamaForCausalLM]
 STEPS = 8
@@ -65,7 +65,7 @@ class Silent:
 
 
 def train(make_model: Make, rows: Rows, scratch: Path, objective: Any) -> TrainOutcome:
-    return fit(
+    return Run(
         make_model(),
         rows,
         fields=FIELDS,
@@ -75,7 +75,7 @@ def train(make_model: Make, rows: Rows, scratch: Path, objective: Any) -> TrainO
         validation=rows,
         evaluates_first=True,
         device="cpu",
-    )
+    ).train()
 
 
 def test_progress_is_the_share_of_steps_done_and_whole_in_evaluations(

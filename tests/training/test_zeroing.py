@@ -17,8 +17,8 @@ from compresskit.sparse.train_run import Scheduled
 from compresskit.training import access as access_module
 from compresskit.training.access import Whole
 from compresskit.training.fields import TrainingFields
-from compresskit.training.fit import fit
 from compresskit.training.order import Rows
+from compresskit.training.run import Run
 
 Make = Callable[..., LlamaForCausalLM]
 FIELDS = TrainingFields(steps=8, batch_size=4, learning_rate=1e-2, checkpoint_every=0, weight_decay=0.1)
@@ -51,7 +51,9 @@ class Columns:
 
 def train(model: nn.Module, rows: Rows, scratch: Path, zeroing: Any, **changes: Any) -> None:
     SEEN.clear()
-    fit(model, rows, fields=replace(FIELDS, **changes), scratch=scratch, device="cpu", zeroing=zeroing)
+    Run(
+        model, rows, fields=replace(FIELDS, **changes), scratch=scratch, device="cpu", zeroing=zeroing
+    ).train()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "adafactor", "sgd", "rmsprop", "adagrad"])

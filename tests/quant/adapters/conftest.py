@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from compresskit.modeling import ModelSource
 from compresskit.quant.adapters.adaptation import Adapted
 from compresskit.training.fields import TrainingFields
-from compresskit.training.fit import fit
 from compresskit.training.outcome import TrainOutcome
+from compresskit.training.run import Run
 
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
@@ -109,7 +109,7 @@ def train(tmp_path: Path) -> Train:
         model = adapted.load(source)
         before = {n: t.clone() for n, t in model.state_dict().items()}
         (tmp_path / out).mkdir()
-        outcome = fit(
+        outcome = Run(
             model,
             Rows(),
             fields=fields,
@@ -117,7 +117,7 @@ def train(tmp_path: Path) -> Train:
             saves_frozen=False,
             device="cpu",
             save=lambda tensors: adapted.save(source, tmp_path / out, tensors),
-        )
+        ).train()
         return Trained(adapted, source, model, outcome, before, tmp_path / out)
 
     return run

@@ -16,13 +16,13 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
 from compresskit.errors import DataError, InputError, NumericError, PlanError, PromiseError
-from compresskit.training import fit as fit_module
+from compresskit.training import run as run_module
 from compresskit.training.checkpoint import MARK, latest
 from compresskit.training.fields import TrainingFields
-from compresskit.training.fit import fit
 from compresskit.training.hold import require_held
 from compresskit.training.order import Ordered, Rows
 from compresskit.training.outcome import TrainOutcome
+from compresskit.training.run import Run
 from compresskit.training.watch import LossLog
 
 Make = Callable[..., LlamaForCausalLM]
@@ -33,7 +33,7 @@ FIELDS = TrainingFields(
 
 def train(model: nn.Module, rows: Rows, scratch: Path, **changes: Any) -> TrainOutcome:
     extra = {name: changes.pop(name) for name in ("held", "validation", "save", "seed") if name in changes}
-    return fit(model, rows, fields=replace(FIELDS, **changes), scratch=scratch, device="cpu", **extra)
+    return Run(model, rows, fields=replace(FIELDS, **changes), scratch=scratch, device="cpu", **extra).train()
 
 
 def losses(scratch: Path) -> list[float]:
@@ -150,7 +150,7 @@ def test_a_restart_gives_the_same_bytes(
     straight, broken = (make_model(attention_dropout=0.2) for _ in range(2))
     settings = {"checkpoint_every": 3, "precision": precision, "validation": rows, "eval_every": 4}
     train(straight, rows, tmp_path / "straight", **settings)
-    compute = fit_module.StageTrainer.compute_loss
+    compute = run_module.StageTrainer.compute_loss
 
     def stop_at_step_6(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == 5:
@@ -158,7 +158,7 @@ def test_a_restart_gives_the_same_bytes(
         return compute(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fit_module.StageTrainer, "compute_loss", stop_at_step_6)
+        patch.setattr(run_module.StageTrainer, "compute_loss", stop_at_step_6)
         with pytest.raises(Interrupted):
             train(broken, rows, tmp_path / "broken", **settings)
     again = make_model(attention_dropout=0.2)
@@ -182,13 +182,13 @@ def test_the_outcome_is_the_same_after_any_kill(
     def broken(*_: Any, **__: Any) -> None:
         raise Interrupted
 
-    compute = fit_module.StageTrainer.compute_loss
+    compute = run_module.StageTrainer.compute_loss
     with monkeypatch.context() as patch:
         if stop == 8:
-            patch.setattr(fit_module.StageTrainer, "last_evaluation", broken)
+            patch.setattr(run_module.StageTrainer, "last_evaluation", broken)
         else:
             patch.setattr(
-                fit_module.StageTrainer,
+                run_module.StageTrainer,
                 "compute_loss",
                 lambda self, *a, **k: compute(self, *a, **k) if self.state.global_step < stop else broken(),
             )
@@ -296,6 +296,6 @@ def test_faults_come_together(make_model: Make, rows: Rows, tmp_path: Path) -> N
         train(make_model(), rows, tmp_path, learning_rate=0.0, optimizer="muon", precision="fp8")
     assert len(error.value.faults) == 3
     with pytest.raises(InputError, match="device: expected auto, cpu, cuda or cuda:0, got 'tpu'"):
-        fit(make_model(), rows, fields=FIELDS, scratch=tmp_path, device="tpu")
+        Run(make_model(), rows, fields=FIELDS, scratch=tmp_path, device="tpu").train()
     with pytest.raises(DataError, match="at least one row"):
         train(make_model(), [], tmp_path)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Train a live model on rows: the function every stage that trains, and any script, ends in."""
+"""Train a live model on rows: what every stage that trains, and any script, ends in."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -41,9 +41,9 @@ LAST = 10
 """Steps whose mean is the final training loss."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Run:
-    """One training run of a live model.
+    """One training run of a live model; :meth:`train` does it.
 
     Attributes:
         model: a causal language model, or with a sentence objective any other; its weights are fp32 while
@@ -71,22 +71,23 @@ class Run:
 
     model: nn.Module
     rows: Rows
+    _: KW_ONLY
     fields: TrainingFields
     scratch: Path
-    objective: Objective
-    teacher: TeacherProvider | None
-    validation: Rows | None
-    held: tuple[str, ...]
-    zeroing: Zeroing | None
-    adaptation: str
-    saves_frozen: bool
-    seed: int
-    device: str
-    save: Callable[[Mapping[str, Tensor]], None] | None
-    title: str
-    warnings: tuple[str, ...]
-    evaluates_first: bool
-    on_policy: OnPolicy | None
+    objective: Objective = field(default_factory=CrossEntropy)
+    teacher: TeacherProvider | None = None
+    validation: Rows | None = None
+    held: tuple[str, ...] = ()
+    zeroing: Zeroing | None = None
+    adaptation: str = ""
+    saves_frozen: bool = True
+    seed: int = 0
+    device: str = "auto"
+    save: Callable[[Mapping[str, Tensor]], None] | None = None
+    title: str = "Training"
+    warnings: tuple[str, ...] = ()
+    evaluates_first: bool = False
+    on_policy: OnPolicy | None = None
 
     @cached_property
     def setting(self) -> Setting:
@@ -124,7 +125,21 @@ class Run:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def train(self) -> TrainOutcome:
-        """Train from the last complete checkpoint; see :func:`fit`."""
+        """Train the model in place; started again after a kill it continues at the last complete checkpoint.
+
+        In a torchrun or accelerate launch every rank does so with the same attributes. With ``keep_best`` the
+        best weights go to ``save``, and the model keeps those of the last step.
+
+        Returns:
+            The outcome, on every rank; only the main one knows losses.
+
+        Raises:
+            PlanError: the fields do not combine; all faults together.
+            DataError: there are no rows.
+            EngineError: another engine runs than was asked for.
+            NumericError: a loss, gradient or weight is not finite; names the step and the layer.
+            RunError: a teacher elsewhere was lost; what was done until then is kept.
+        """
         setting = self.setting
         forget()
         self.scratch.mkdir(parents=True, exist_ok=True)
@@ -247,66 +262,6 @@ class Run:
             best=self._best,
             on_policy=self.on_policy,
         )
-
-
-def fit(
-    model: nn.Module,
-    rows: Rows,
-    *,
-    fields: TrainingFields,
-    scratch: Path,
-    objective: Objective | None = None,
-    teacher: TeacherProvider | None = None,
-    validation: Rows | None = None,
-    held: tuple[str, ...] = (),
-    zeroing: Zeroing | None = None,
-    adaptation: str = "",
-    saves_frozen: bool = True,
-    seed: int = 0,
-    device: str = "auto",
-    save: Callable[[Mapping[str, Tensor]], None] | None = None,
-    title: str = "Training",
-    warnings: tuple[str, ...] = (),
-    evaluates_first: bool = False,
-    on_policy: OnPolicy | None = None,
-) -> TrainOutcome:
-    """Train ``model`` in place; started again after a kill it continues at the last complete checkpoint.
-
-    In a torchrun or accelerate launch every rank calls this with the same arguments. With ``keep_best`` the
-    best weights go to ``save``, and ``model`` keeps those of the last step.
-
-    Args:
-        model: see :class:`Run`, as for all the others; the objective is next-token cross entropy by default.
-
-    Returns:
-        The outcome, on every rank; only the main one knows losses.
-
-    Raises:
-        PlanError: the fields do not combine; all faults together.
-        DataError: there are no rows.
-        EngineError: another engine runs than was asked for.
-        NumericError: a loss, gradient or weight is not finite; names the step and the layer.
-    """
-    return Run(
-        model=model,
-        rows=rows,
-        fields=fields,
-        scratch=Path(scratch),
-        objective=objective or CrossEntropy(),
-        teacher=teacher,
-        validation=validation,
-        held=held,
-        zeroing=zeroing,
-        adaptation=adaptation,
-        saves_frozen=saves_frozen,
-        seed=seed,
-        device=device,
-        save=save,
-        title=title,
-        warnings=warnings,
-        evaluates_first=evaluates_first,
-        on_policy=on_policy,
-    ).train()
 
 
 def _run(trainer: StageTrainer, start: Path | None) -> float | None:
