@@ -75,6 +75,14 @@ class TeachersLesson:
         return _placement(stage).held_bytes(stage, model, teaching) + feature_bytes(stage, model)
 
     @staticmethod
+    def before_bytes(stage: Taught, model: Outlook) -> int:
+        """Of what the placement does before training."""
+        placement = _placement(stage)
+        if not isinstance(placement, Preparatory):
+            return 0
+        return placement.before_bytes(stage, model, _foreseen(stage, model))
+
+    @staticmethod
     def notes(stage: Taught, model: Outlook) -> tuple[str, ...]:
         """What each placement would hold of the teacher in each process, and what is done before training."""
         teaching, placement = _foreseen(stage, model), _placement(stage)

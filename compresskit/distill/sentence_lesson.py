@@ -80,6 +80,11 @@ class SentencesLesson:
         return teacher.bytes + feature_bytes(stage, model)
 
     @staticmethod
+    def before_bytes(stage: Taught, model: Outlook) -> int:
+        """None."""
+        return 0
+
+    @staticmethod
     def notes(stage: Taught, model: Outlook) -> tuple[str, ...]:
         """None: such a teacher lives in every process, and there is no choice to weigh."""
         return ()

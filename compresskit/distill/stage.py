@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from compresskit.distill import SENTENCE_LOSSES
 from compresskit.errors import Fault
 from compresskit.options import Choice, choice_of, choices_of
-from compresskit.training.lesson import LESSONS, NO_ALIGNMENT, REPLICATE, freeze_lesson
+from compresskit.training.lesson import LESSONS, NO_ALIGNMENT, REPLICATE, forecast_with, freeze_lesson
 from compresskit.training.trainable import TrainableFields
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Distill(TrainableFields):
         from compresskit.training.retrain import forecast_retraining
 
         found = forecast_retraining(self, model, teacher_bytes=self._lesson.held_bytes(self, model))
-        return replace(found, notes=(*found.notes, *self._lesson.notes(self, model)))
+        return forecast_with(self._lesson, found, self, model)
 
     def run(self, model: ModelSource, context: StageContext) -> StageResult:
         """Train ``model`` into ``context.out``.

@@ -19,7 +19,7 @@ from compresskit.quant.promise import OnGrid
 from compresskit.quant.scheme import parse
 from compresskit.training.adaptation import Plain
 from compresskit.training.job import Part
-from compresskit.training.lesson import lesson_bytes, lesson_notes, lesson_parts
+from compresskit.training.lesson import forecast_taught, lesson_bytes, lesson_parts
 from compresskit.training.outlook import forecast_training, live_copy_bytes
 from compresskit.training.rules import passes_per_step
 from compresskit.training.stage import run_training
@@ -99,8 +99,9 @@ def forecast_qat(stage: Qat, model: Outlook) -> Forecast:
     # Beside the rounded weights of a pass, what rounds the largest.
     other = live_copy_bytes(stage, model.anatomy, schemes) + 13 * largest_layer(model.anatomy, list(schemes))
     trained = forecast_training(stage, model, teacher_bytes=lesson_bytes(stage, model), other_bytes=other)
-    notes = trained.notes + after.notes + lesson_notes(stage, model)
-    return replace(trained, after=after.after, layers=len(schemes), notes=notes)
+    notes = trained.notes + after.notes
+    found = replace(trained, after=after.after, layers=len(schemes), notes=notes)
+    return forecast_taught(found, stage, model)
 
 
 def run_qat(stage: Qat, model: ModelSource, context: StageContext) -> StageResult:

@@ -19,7 +19,7 @@ from compresskit.sparse.base import MaskLearner, Moment, TrainedPruner, moment_s
 from compresskit.sparse.pattern import parse_pattern
 from compresskit.sparse.promise import Zeros
 from compresskit.training.job import Part
-from compresskit.training.lesson import lesson_bytes, lesson_notes, lesson_parts
+from compresskit.training.lesson import forecast_taught, lesson_bytes, lesson_parts
 from compresskit.training.outlook import STATE_BYTES, forecast_training, live_copy_bytes
 from compresskit.training.rules import Setting, launched_processes, passes_per_step
 from compresskit.training.stage import run_training
@@ -104,8 +104,8 @@ def forecast_sparse(stage: SparseTrain, model: Outlook) -> Forecast:
         setting = Setting(stage, launched_processes() or stage.processes, "cpu")
         other += held // (setting.processes if setting.shards_parameters else 1)
     found = forecast_training(stage, model, teacher_bytes=taught, trained=logits, other_bytes=other)
-    notes = (*found.notes, *stage.form.uneven(model), *lesson_notes(stage, model))
-    return replace(found, layers=len(layers), notes=notes)
+    found = replace(found, layers=len(layers), notes=(*found.notes, *stage.form.uneven(model)))
+    return forecast_taught(found, stage, model)
 
 
 def run_sparse(stage: SparseTrain, model: ModelSource, context: StageContext) -> StageResult:

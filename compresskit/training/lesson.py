@@ -6,7 +6,7 @@ The table stands here, below the families of methods, since stages of more than 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from compresskit.data.spec import DataSpec
@@ -17,7 +17,7 @@ from compresskit.training.fields import TrainingFields
 
 if TYPE_CHECKING:
     from compresskit.modeling import ModelSource
-    from compresskit.stage import Outlook, StageContext
+    from compresskit.stage import Forecast, Outlook, StageContext
     from compresskit.training.job import Part
 
 
@@ -81,6 +81,11 @@ class Lesson(Protocol):
     @staticmethod
     def held_bytes(stage: Taught, model: Outlook) -> int:
         """What every process holds for it in memory."""
+        ...
+
+    @staticmethod
+    def before_bytes(stage: Taught, model: Outlook) -> int:
+        """What one process holds at most for what is done before training, when no student is there yet."""
         ...
 
     @staticmethod
@@ -197,9 +202,15 @@ def lesson_bytes(stage: Taught, model: Outlook) -> int:
     return LESSONS["teacher"].held_bytes(stage, model) if has_teacher(stage) else 0
 
 
-def lesson_notes(stage: Taught, model: Outlook) -> tuple[str, ...]:
-    """What to tell of a teacher in the plan; nothing where text alone is learnt from."""
-    return LESSONS["teacher"].notes(stage, model) if has_teacher(stage) else ()
+def forecast_with(lesson: Lesson, found: Forecast, stage: Taught, model: Outlook) -> Forecast:
+    """The forecast of a training, with what is to be told of ``lesson``, and what comes before it."""
+    peak = max(found.memory_bytes, lesson.before_bytes(stage, model))
+    return replace(found, memory_bytes=peak, notes=(*found.notes, *lesson.notes(stage, model)))
+
+
+def forecast_taught(found: Forecast, stage: Taught, model: Outlook) -> Forecast:
+    """:func:`forecast_with` a teacher; as it is where text alone is learnt from."""
+    return forecast_with(LESSONS["teacher"], found, stage, model) if has_teacher(stage) else found
 
 
 def lesson_parts(stage: Taught, model: ModelSource, context: StageContext) -> tuple[Part, Part | None]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from math import ceil
 from pathlib import Path
 
 from compresskit.data.corpus import open_corpus
 from compresskit.data.spec import DataSpec
 from compresskit.distill.placements.cache import SAMPLED
 from compresskit.errors import InputError
-from compresskit.modeling import load_tokenizer
+from compresskit.kernels.chunking import loss_bytes
+from compresskit.modeling import ModelSource, load_tokenizer
 from compresskit.progress import size
+from compresskit.training.fields import TrainingFields
 
 READ_CHARACTERS = 32_000_000
 TOKENISED_CHARACTERS = 200_000
@@ -47,6 +50,45 @@ def expected_tokens(spec: DataSpec, tokenizer: Path, trust_remote_code: bool) ->
     except InputError:
         return None  # what is wrong with the source is told by itself
     return round(tokens * characters / max(some, 1)), characters <= READ_CHARACTERS
+
+
+def building_bytes(teacher: ModelSource, vocabulary: int, tokens: int, device: str, *, models: int) -> int:
+    """What filling a cache holds at its peak: the teacher, one pass of it, and logits.
+
+    Args:
+        teacher: opened.
+        vocabulary: ids it shares with the student.
+        tokens: of a pass.
+        device: ``cpu`` or ``cuda``.
+        models: whose logits are alive at once.
+    """
+    text = teacher.config.get_text_config()
+    width = getattr(text, "hidden_size", 0) or 0
+    inner = getattr(text, "intermediate_size", None) or 4 * width
+    # Of one block at a time: the state it adds to, its norm, queries, keys, values and output, and the FFN's.
+    states = tokens * (6 * width + 3 * inner) * teacher.compute_dtype.itemsize
+    return teacher.bytes + states + loss_bytes(tokens, vocabulary, 0, device, models=models)
+
+
+def read_in_words(expected: tuple[int, bool], row_tokens: int, fields: TrainingFields) -> str:
+    """How many rows a cache will hold, and how many of them are read: a sentence for a plan.
+
+    Args:
+        expected: of :func:`expected_tokens`.
+        row_tokens: of a row.
+        fields: how long is trained.
+    """
+    tokens, whole = expected
+    rows = max(1, -(-tokens // row_tokens))
+    items = fields.steps * fields.batch_size if fields.steps else ceil(fields.epochs * rows)
+    more = "" if whole else " or more"
+    said = f"It holds all rows, about {rows:,}{more} of {row_tokens:,} tokens"
+    if items >= rows:
+        return f"{said}, and the steps read each of them."
+    return (
+        f"{said}, of which the steps read {items:,}: it serves longer runs on the same data, too. Limit the "
+        "documents of the data to make it smaller."
+    )
 
 
 def in_words(keep: str, token_bytes: int, expected: tuple[int, bool] | None, teacher_bytes: int) -> str:

@@ -73,6 +73,18 @@ def packed_faults(teacher: ModelSource, where: str, cure: str = "Use replicate."
     return [Fault(where, "a teacher whose weights are not packed", "a packed one", cure)]
 
 
+def row_tokens(stage: Taught, model: Outlook) -> int:
+    """Tokens of a row that ``stage`` trains on.
+
+    Raises:
+        InputError: neither it nor the model says how many.
+    """
+    from compresskit.modeling import context_length
+    from compresskit.training.outlook import LONGEST_ROW
+
+    return getattr(stage, "context_length", None) or min(context_length(model.config), LONGEST_ROW)
+
+
 def processes_of(stage: Taught) -> int:
     """In how many processes ``stage`` will train."""
     from compresskit.training.rules import launched_processes
@@ -99,6 +111,10 @@ def with_blocks(teaching: Teaching) -> dict[str, Any]:
 @runtime_checkable
 class Preparatory(Protocol):
     """A placement whose provider works before training starts."""
+
+    def before_bytes(self, stage: Taught, model: Outlook, teaching: Teaching) -> int:
+        """What the process that works then holds at its peak, of the device it works on."""
+        ...
 
     def notes(self, stage: Taught, model: Outlook, teaching: Teaching) -> tuple[str, ...]:
         """Sentences for a plan."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from compresskit.distill import LOSSES
-from compresskit.distill.placements.base import Teaching, packed_faults, with_blocks
+from compresskit.distill.placements.base import Teaching, packed_faults, row_tokens, with_blocks
 from compresskit.errors import Fault
 from compresskit.options import Within
 
@@ -95,10 +95,18 @@ class Cache:
         rows, width = teacher.shape(head)
         return rows * width * teacher.compute_dtype.itemsize
 
+    def before_bytes(self, stage: Taught, model: Outlook, teaching: Teaching) -> int:
+        """See ``Preparatory``: the whole teacher, a pass of it, and the logits of a chunk of its tokens."""
+        from compresskit.distill.cache.foresee import building_bytes
+
+        tokens = max(PASS_TOKENS, row_tokens(stage, model))
+        models = 2 if self.keep == HIDDEN else 1  # what is kept makes logits too, where both are compared
+        return building_bytes(teaching.teacher, teaching.vocabulary, tokens, model.device, models=models)
+
     def notes(self, stage: Taught, model: Outlook, teaching: Teaching) -> tuple[str, ...]:
-        """See ``Preparatory``: the size on disk, and what making it takes."""
+        """See ``Preparatory``: the size on disk, what making it takes, and how much of it is read."""
         from compresskit.distill.cache.choose import keep_of
-        from compresskit.distill.cache.foresee import expected_tokens, in_words
+        from compresskit.distill.cache.foresee import expected_tokens, in_words, read_in_words
 
         kept = keep_of(
             teaching.teacher,
@@ -109,7 +117,11 @@ class Cache:
             precision=self.precision,
         )
         tokens = expected_tokens(stage.data or model.data, model.tokenizer, model.trust_remote_code)
-        return (in_words(self.keep, kept.most_bytes(), tokens, teaching.teacher.bytes),)
+        said = (in_words(self.keep, kept.most_bytes(), tokens, teaching.teacher.bytes),)
+        if tokens is None:
+            return said
+        fields: Any = stage  # every stage that is taught trains
+        return (*said, read_in_words(tokens, row_tokens(stage, model), fields))
 
     def part(self, teaching: Teaching) -> Part:
         """See ``Placement.part``."""

@@ -6,7 +6,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from compresskit.distill.placements.base import Teaching, processes_of
+from compresskit.distill.placements.base import Teaching, processes_of, row_tokens
 from compresskit.errors import Fault, InputError
 from compresskit.options import Within
 
@@ -133,12 +133,8 @@ class Server:
 
 def _length_faults(stage: Taught, model: Outlook, limit: Any, where: str) -> list[Fault]:
     """Whether a row, and the one token that a server insists on making, fit into the server's context."""
-    from compresskit.modeling import context_length
-    from compresskit.training.outlook import LONGEST_ROW
-
-    asked = getattr(stage, "context_length", None)
     try:
-        row = asked or min(context_length(model.config), LONGEST_ROW)
+        row = row_tokens(stage, model)
     except InputError:
         return []  # told of the student itself
     if not isinstance(limit, int) or row < limit:

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import outlook, tiny_llama
 
 from compresskit.data.spec import DataSpec
+from compresskit.distill.placements.cache import PASS_TOKENS
 from compresskit.distill.stage import Distill
 from compresskit.distill.teacher import Replica
 from compresskit.modeling import ModelSource, open_model
 from compresskit.quant.qat import Qat
+from compresskit.sparse.train import SparseTrain
 from compresskit.stage import StageContext, StageResult
 from compresskit.training.watch import LossLog
 
@@ -94,7 +97,7 @@ def test_of_several_sources_every_row_is_asked_for(
     stage = Distill(teacher=str(teacher), teacher_placement="cache", **FEW | {"steps": None, "epochs": 2.5})
     made = run(stage, student, data, tmp_path / "mixed", tmp_path / "cache").metrics
     assert made["final_loss"] < made["first_loss"]
-    noted = stage.forecast(outlook(student, data=data)).notes[-1]
+    noted = stage.forecast(outlook(student, data=data)).notes[-2]
     megabytes = float(noted.split("about ")[1].split(" MB")[0])
     assert megabytes == pytest.approx(made["teacher"]["bytes"] / 1e6, rel=0.25)
 
@@ -185,7 +188,8 @@ def test_a_plan_tells_the_size_and_needs_no_teacher_while_training(
     student: ModelSource, teacher: Path, text: DataSpec, tmp_path: Path
 ) -> None:
     held = outlook(student, data=text, original=teacher)
-    live = Distill(**FEW).forecast(held).memory_bytes
+    many = {"batch_size": 4096}  # so that training takes more than the pass that makes the cache
+    live = Distill(**FEW | many).forecast(held).memory_bytes
     for placement, each, kept in (
         ({"k": 8}, 8 * (2 + 2) + 2, 0),
         ({"keep": "hidden"}, 32 * 2, 258 * 32 * 4),
@@ -193,13 +197,63 @@ def test_a_plan_tells_the_size_and_needs_no_teacher_while_training(
     ):
         stage = Distill(teacher_placement={"method": "cache", **placement}, **FEW)
         found = stage.forecast(held)
-        assert f"{each:,} bytes on disk for each supervised token" in found.notes[-1]
+        assert f"{each:,} bytes on disk for each supervised token" in found.notes[-2]
         made = run(
             replace(stage, teacher=str(teacher)), student, text, tmp_path / str(each), tmp_path / "cache"
         )
         told = made.metrics["teacher"]
-        megabytes = float(found.notes[-1].split("about ")[1].split(" MB")[0])
+        megabytes = float(found.notes[-2].split("about ")[1].split(" MB")[0])
         assert megabytes == pytest.approx(told["tokens"] * each / 1e6, abs=0.15)
-        assert found.memory_bytes == live - open_model(str(teacher)).bytes + kept
+        trained = replace(stage, **many).forecast(held).memory_bytes
+        assert trained == live - open_model(str(teacher)).bytes + kept
     qat = Qat(loss="forward_kl", teacher_placement="cache", scheme="w8a8", **FEW)
     assert "for each supervised token" in " ".join(qat.forecast(held).notes)
+
+
+def test_a_plan_has_room_for_the_pass_that_makes_the_cache(
+    student: ModelSource, text: DataSpec, tmp_path: Path
+) -> None:
+    """One process has the whole teacher then, however little of it is there while the student trains."""
+    kinds: dict[str, Any] = {"hidden_size": 64, "tie_word_embeddings": False, "dtype": torch.bfloat16}
+    teachers = [
+        open_model(str(tiny_llama(tmp_path / f"deep-{blocks}", num_hidden_layers=blocks, **kinds)))
+        for blocks in (40, 80)
+    ]
+    more = teachers[1].bytes - teachers[0].bytes
+    assert more > 1_000_000
+    held = outlook(student, data=text)
+    for stage in (
+        Distill(**FEW),
+        Qat(loss="forward_kl", scheme="w8a8", **FEW),
+        SparseTrain(method="gradual", loss="forward_kl", pattern="2:4", **FEW),
+    ):
+        live = stage.forecast(held).memory_bytes
+        for keep, models in (("top_k", 1), ("hidden", 2)):
+            cached = [
+                replace(
+                    stage, teacher=str(one.directory), teacher_placement={"method": "cache", "keep": keep}
+                )
+                for one in teachers
+            ]
+            one, two = (other.forecast(held).memory_bytes for other in cached)
+            assert two - one == more, "what is left is the same pass of the same width"
+            tokens = PASS_TOKENS
+            logits = models * tokens * 258 * 4
+            blocks = tokens * (64 + 64 + 64) * 2
+            assert one > teachers[0].bytes + logits + blocks
+            assert one > live
+
+
+@pytest.mark.parametrize("batch_size", [2, 32])
+def test_a_plan_tells_how_many_rows_are_made_and_read(
+    batch_size: int, student: ModelSource, teacher: Path, text: DataSpec, tmp_path: Path
+) -> None:
+    few = FEW | {"steps": 4, "batch_size": batch_size}
+    stage = Distill(teacher=str(teacher), teacher_placement="cache", **few)
+    noted = stage.forecast(outlook(student, data=text)).notes[-1]
+    made = run(stage, student, text, tmp_path, tmp_path / "cache").metrics["teacher"]
+    rows = int(noted.split("about ")[1].split(" ")[0].replace(",", ""))
+    assert rows == pytest.approx(made["rows"], abs=2)
+    assert f" of {few['context_length']} tokens, " in noted
+    assert noted.endswith("the steps read each of them.") == (batch_size == 32)
+    assert ("the steps read 8: " in noted) == (batch_size == 2)
