@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -148,6 +150,46 @@ def test_with_the_same_tokenizer_it_is_the_teacher_itself(name: str, temperature
     got, true = loss(hidden, head, labels, told), loss(hidden, head, labels, plain.signal(inputs))
     torch.testing.assert_close(got["forward_kl"], true["forward_kl"], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(got["agreement"], true["agreement"])
+
+
+class Telling:
+    """A provider that is not quite its teacher, and keeps what it is shown."""
+
+    hidden = None
+
+    def load(self) -> None:
+        pass
+
+    def signal(self, inputs: Mapping[str, Tensor]) -> Signal:
+        raise AssertionError
+
+    def told(self, rows: Any, device: torch.device) -> tuple[str, ...]:
+        self.rows, self.device = [rows[i] for i in range(len(rows))], device
+        return ("It is far.",)
+
+
+def test_what_the_teacher_inside_tells_is_told_of_rows_in_its_own_tokens(place: Path) -> None:
+    tokenizer: Any = byte_tokenizer()
+    rows = [{k: t[0] for k, t in batch(tokenizer, [text], 24).items()} for text in TEXTS[:3]]
+    device = torch.device("cpu")
+    assert aligned(place, "bytes", "marked").told(rows, device) == (), "the teacher itself is heard"
+    provider = aligned(place, "bytes", "marked")
+    provider.__dict__["_provider"] = inside = Telling()
+    assert provider.told(rows, device) == ("It is far.",)
+    assert inside.device == device
+    assert len(inside.rows) == len(rows)
+    assert len({len(row["labels"]) for row in inside.rows}) == 1, "they make a batch"
+    for row, shown in zip(rows, inside.rows, strict=True):
+        ends = [*(row["position_ids"] == 0).nonzero()[1:, 0].tolist(), 24]
+        ids: list[int] = []
+        positions: list[int] = []
+        for start, end in itertools.pairwise([0, *ends]):
+            text = tokenizer.decode(row["input_ids"][start:end], skip_special_tokens=True).rstrip("\ufffd")
+            ids += marked_tokenizer()(text)["input_ids"]
+            positions += range(len(ids) - len(positions))
+        assert shown["input_ids"][: len(ids)].tolist() == ids
+        assert shown["position_ids"][: len(ids)].tolist() == positions
+        assert shown["labels"].tolist() == ids + [-100] * (len(shown["labels"]) - len(ids))
 
 
 def _last_ids(tokenizer: Any, roles_of: Any) -> dict[bytes, int]:

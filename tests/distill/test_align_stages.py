@@ -140,3 +140,12 @@ def test_the_same_tokenizer_on_both_sides_may_be_aligned_too(
 def test_a_stage_without_a_teacher_has_no_alignment() -> None:
     with pytest.raises(TypeError):
         Finetune(alignment="spans")  # type: ignore[call-arg]
+
+
+def test_a_teacher_in_few_bits_says_how_far_it_is_through_an_alignment_too(
+    student: Any, teacher: str, text: DataSpec, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    stage = Distill(teacher=teacher, teacher_placement="4bit", alignment="spans", **FEW)
+    result, _ = run(stage, student, text, tmp_path / "a")
+    assert sum(warning.startswith("The teacher in 4 bits is ") for warning in result.warnings) == 1

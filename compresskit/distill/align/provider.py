@@ -17,10 +17,12 @@ from compresskit.distill.align import ALIGNMENTS
 from compresskit.distill.align.base import Alignment, Matched
 from compresskit.distill.align.boundaries import NOWHERE, Match, common, render, walk
 from compresskit.distill.align.spelling import Spelling, spelling_of, twins
+from compresskit.distill.few_bits import sample
 from compresskit.errors import Fault, ModelError
 from compresskit.modeling import load_tokenizer
 from compresskit.training.job import Part
-from compresskit.training.objective import Hidden, Signal, TeacherProvider
+from compresskit.training.objective import IGNORED, Approximate, Hidden, Signal, TeacherProvider
+from compresskit.training.order import Rows
 
 
 class _Document(NamedTuple):
@@ -111,6 +113,22 @@ class Aligned:
         """See ``TeacherProvider.load``; the tokenizers too."""
         self._provider.load()
         _ = self._spellings, self._twins, self._openings
+
+    def told(self, rows: Rows, device: torch.device) -> tuple[str, ...]:
+        """See ``Approximate.told``: what the provider inside tells, of a few rows in the teacher's tokens."""
+        if not isinstance(self._provider, Approximate):
+            return ()
+        read = []
+        for index in sample(len(rows)):
+            row = rows[index]
+            (starts,) = _starts(row["position_ids"][None])
+            read.append([document.ids for _, document in self._documents(row["input_ids"].tolist(), starts)])
+        ids_BU, positions_BU = _packed(read)
+        own_B1 = torch.tensor([[sum(map(len, documents))] for documents in read])
+        labels_BU = ids_BU.masked_fill(torch.arange(ids_BU.shape[1]) >= own_B1, IGNORED)
+        batch = {"input_ids": ids_BU, "position_ids": positions_BU, "labels": labels_BU}
+        theirs = [{name: tensor[i] for name, tensor in batch.items()} for i in range(len(read))]
+        return self._provider.told(theirs, device)
 
     def signal(self, inputs: Mapping[str, Tensor]) -> Signal:
         """What the teacher says where its tokens end with the student's.
