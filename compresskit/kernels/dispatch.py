@@ -29,6 +29,8 @@ OPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "fragment_expand": {"cpu": ("reference",), "cuda": ("reference",)},
     "gap_linear": {"cpu": ("reference",), "cuda": ("cuda", "reference")},
     "gap_expand": {"cpu": ("reference",), "cuda": ("reference",)},
+    "tile_linear": {"cpu": ("reference",), "cuda": ("cuda", "reference")},
+    "tile_expand": {"cpu": ("reference",), "cuda": ("cuda", "reference")},
 }
 
 _used: dict[str, str] = {}

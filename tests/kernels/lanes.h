@@ -24,6 +24,7 @@ static inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 
 #define __restrict__
 #define INLINE static inline
+#define INLINE_MEMBER inline
 #define KERNEL(threads, blocks) extern "C" void
 #define DYNAMIC_SHARED(name) unsigned char* name = lanes::shared
 
@@ -141,10 +142,12 @@ static inline T __shfl_xor_sync(unsigned, T value, unsigned mask) {
   memcpy(&value, all[threadIdx.x % 32 ^ mask].word, sizeof value);
   return value;
 }
-static inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+static inline unsigned multiply_add(unsigned a, unsigned b, unsigned c) { return a * b + c; }
+static inline unsigned select_bytes(unsigned low, unsigned high, unsigned selector) {
   const unsigned long long bytes = (unsigned long long)high << 32 | low;
   unsigned out = 0;
   for (int i = 0; i < 4; i++) out |= (unsigned)(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  if (selector & 0x8888) lanes::fault = "a selector that spreads signs";
   return out;
 }
 static inline float __uint_as_float(unsigned bits) { float value; memcpy(&value, &bits, 4); return value; }

@@ -20,6 +20,7 @@ from compresskit.kernels.cuda.launch import Argument, Machine
 
 COMPILER = which("g++")
 HOPPER = Machine(capability=(9, 0), multiprocessors=132, shared_bytes=233472, block_shared_bytes=232448)
+ADA = Machine(capability=(8, 9), multiprocessors=1, shared_bytes=102400, block_shared_bytes=101376)
 SMALL = Machine(capability=(8, 6), multiprocessors=1, shared_bytes=65536, block_shared_bytes=51200)
 """No GPU is so small: inputs come in several chunks, and strips one after another."""
 
@@ -49,7 +50,7 @@ def starter(machine: Machine) -> Callable[..., None]:
     ) -> None:
         assert 0 <= shared_bytes <= machine.block_shared_bytes
         assert all(size > 0 for size in grid)
-        if "__CUDA_ARCH__" in (HERE / f"{stem}.cu").read_text():
+        if "tile.cuh" in (HERE / f"{stem}.cu").read_text():
             defines = {**defines, "__CUDA_ARCH__": 100 * machine.capability[0]}
         play(stem, defines, grid, threads, shared_bytes, arguments)
 

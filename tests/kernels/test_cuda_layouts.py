@@ -19,11 +19,11 @@ from compresskit.kernels.cuda.launch import Machine
 from compresskit.kernels.packed import LAYOUTS
 from compresskit.kernels.packed.base import Case
 from compresskit.registry import locate
-from tests.kernels.lanes import HOPPER, gpu
+from tests.kernels.lanes import ADA, HOPPER, SMALL, gpu, starter
 
 __all__ = ["gpu"]
 CPU = torch.device("cpu")
-NAMES = ("fragment", "gap")
+NAMES = ("fragment", "gap", "tile")
 FLOAT16 = (torch.bfloat16, torch.float16)
 SHAPES = [(1, 1), (3, 8), (5, 13), (16, 64), (7, 130), (33, 200), (40, 1090)]
 TWO_FOUR = ("fragment",)
@@ -120,6 +120,7 @@ def test_the_reference_multiplies(name: str, dtype: torch.dtype) -> None:
 PLAYED = {
     "fragment": [(1, 3), (8, 9), (16, 30), (64, 65)],
     "gap": [(1,), (2, 5)],
+    "tile": [(1, 3), (8, 9), (16,)],
 }
 
 
@@ -130,8 +131,9 @@ def test_a_kernel_played_lane_by_lane_gives_the_exact_product(
     gpu: Machine, name: str, tokens: tuple[int, ...]
 ) -> None:
     check(name, "cuda", tokens, torch.bfloat16, shapes=[(1, 1), (33, 200), (40, 1090)])
+    check(name, "cuda", tokens[-1:], torch.bfloat16, shapes=[(50, 2300)])
     if name not in TWO_FOUR:
-        for zeros in ("rows", "far", "none"):
+        for zeros in ("rows", "far", "none")[: 2 if gpu is SMALL else 3]:
             check(name, "cuda", tokens[:1], torch.bfloat16, shapes=[(7, 530)], zeros=zeros)
 
 
@@ -205,6 +207,33 @@ def test_a_2_4_layout_must_know_the_pattern() -> None:
     layout = LAYOUTS["fragment"]()
     assert "nothing says" in layout.refusal(case("fragment", group=None))
     assert "of 8 consecutive inputs 4 are kept" in layout.refusal(case("fragment", group=(4, 8)))
+
+
+@pytest.mark.parametrize("dtype", FLOAT16, ids=str)
+def test_many_tokens_make_the_weight_dense(gpu: Machine, dtype: torch.dtype) -> None:
+    from compresskit.kernels.cuda.tile_expand import tile_expand
+
+    for shape, zeros in (((1, 1), "half"), ((33, 200), "rows"), ((40, 1090), "half"), ((7, 530), "far")):
+        dense = weight_of("tile", shape, dtype, zeros)
+        packed = LAYOUTS["tile"]().pack(pack(dense), CPU)
+        assert torch.equal(tile_expand(*packed, shape[1], torch.float32), dense.float())
+    check("tile", "cuda", (17, 70), dtype, shapes=[(33, 200)])
+
+
+def test_a_weight_without_zeros_still_fits_a_small_gpu(gpu: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "machine", lambda index: ADA)
+    monkeypatch.setattr(launch, "start", starter(ADA))
+    check("tile", "cuda", (16, 17), torch.bfloat16, shapes=[(7, 530)], zeros="none")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_types_that_no_kernel_multiplies_are_refused(name: str) -> None:
+    layout = LAYOUTS[name]()
+    packed = layout.pack(pack(weight_of(name, (3, 8), torch.float16)), CPU)
+    run = locate(f"compresskit.kernels.cuda.{layout.op}:{layout.op}")
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(ValueError, match="both must be bf16 or fp16"):
+            run(torch.ones(1, 8, dtype=dtype), *packed, None)
 
 
 def test_gap_is_for_few_tokens_and_inputs_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,8 @@ WARPS = 8
 THREADS = WARPS * 32
 STRIP = 16
 STRIDE_BYTES = 20 * 4
+PIECE = 8
+"""Inputs in 16 bytes."""
 FLOAT16 = {torch.bfloat16: 1, torch.float16: 0}
 """Type -> whether it is BF16, as the sources want to be told."""
 
@@ -61,10 +63,11 @@ def split(
     resident = 2
     if room < min(steps, round_steps):  # one large block rather than many small chunks
         room, resident = (machine.block_shared_bytes - fixed_bytes) // step_bytes, 1
-    chunks = -(-steps // max(1, min(room, steps)))
-    chunk_steps = -(-steps // chunks)
-    rounded = -(-chunk_steps // round_steps) * round_steps
-    chunk_steps = min(steps, rounded if rounded <= room else chunk_steps)
+    chunk_steps = max(1, min(room, steps))
+    if chunk_steps < steps:
+        even = -(-steps // -(-steps // chunk_steps))
+        rounded = -(-even // round_steps) * round_steps
+        chunk_steps = rounded if rounded <= room else even
     chunks = -(-steps // chunk_steps)
     return Split(
         blocks=max(1, min(strips, -(-machine.multiprocessors * resident // chunks))),
@@ -72,6 +75,16 @@ def split(
         chunk_steps=chunk_steps,
         shared_bytes=fixed_bytes + chunk_steps * step_bytes,
     )
+
+
+def check_types(op: str, inputs: Tensor, values: Tensor) -> None:
+    """Refuse inputs of another type than the values'.
+
+    Raises:
+        ValueError: they differ, or are no 16-bit floats.
+    """
+    if inputs.dtype != values.dtype or inputs.dtype not in FLOAT16:
+        raise ValueError(f"{op}: inputs are {inputs.dtype}, values {values.dtype}; both must be bf16 or fp16")
 
 
 def in_turns(
@@ -84,7 +97,7 @@ def in_turns(
     """``run(inputs_NI, bias_O, out_NO)`` on at most ``most`` tokens at a time, for inputs of any shape.
 
     Args:
-        inputs: (..., I), any strides; ``run`` gets contiguous rows of an even width that begin at 16 bytes.
+        inputs: (..., I), any strides; ``run`` gets whole pieces of 16 bytes, and aligned so.
         outputs: O.
         bias_O: of any type, or None.
         most: tokens.
@@ -94,8 +107,7 @@ def in_turns(
         (..., O) in the inputs' type.
     """
     rows_NI = inputs.reshape(-1, inputs.shape[-1])
-    if rows_NI.shape[1] % 2:
-        rows_NI = torch.nn.functional.pad(rows_NI, (0, 1))
+    rows_NI = torch.nn.functional.pad(rows_NI, (0, -rows_NI.shape[1] % PIECE))
     rows_NI = rows_NI.contiguous()
     if rows_NI.data_ptr() % 16:
         rows_NI = rows_NI.clone()

@@ -18,6 +18,7 @@ constexpr u32 ALL_LANES = 0xffffffffu;
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(128) u8 name[]
 #define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 #define INLINE __device__ __forceinline__
+#define INLINE_MEMBER __device__ __forceinline__
 
 INLINE u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
 
@@ -32,6 +33,19 @@ INLINE u32 load_once(const u32* from) {
   u32 v;
   asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(from));
   return v;
+}
+
+// a * b + c, and bytes of two words by a selector: as one instruction each, which compilers else take apart.
+INLINE u32 multiply_add(u32 a, u32 b, u32 c) {
+  u32 sum;
+  asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+  return sum;
+}
+
+INLINE u32 select_bytes(u32 low, u32 high, u32 selector) {
+  u32 bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selector));
+  return bytes;
 }
 
 INLINE float wide(u16 value) {

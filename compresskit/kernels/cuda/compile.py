@@ -17,7 +17,7 @@ from compresskit.errors import EngineError, Fault
 from compresskit.kernels.cache import content, kept, key_of
 
 HERE = Path(__file__).parent
-HEADER = "common.cuh"
+HEADERS = ("common.cuh", "tile.cuh")
 OLDEST = (8, 0)
 OWN_FEATURES = {(9, 0): "sm_90a"}
 CURE = "Install compresskit[cuda], or choose another implementation."
@@ -81,7 +81,7 @@ def cubin(stem: str, defines: Mapping[str, int], target: str) -> bytes:
         EngineError: it cannot be compiled; the message has the compiler's words.
         OutputError: the cache cannot be written to.
     """
-    key = key_of(_source(stem), _source(HEADER), *_options(defines, target), version())
+    key = key_of(_source(stem), *map(_source, HEADERS), *_options(defines, target), version())
     path = kept(f"{stem}-{target}-{key}.cubin", lambda: translate(stem, defines, target)[0])
     code = content(path)
     return code if code is not None else translate(stem, defines, target)[0]
@@ -111,8 +111,9 @@ def parsed_usage(log: str) -> dict[str, Usage]:
 
 def translate(stem: str, defines: Mapping[str, int], target: str) -> tuple[bytes, str]:
     """Machine code and the compiler's words, past the cache; see :func:`cubin`."""
-    headers, names = [_source(HEADER).encode()], [HEADER.encode()]
-    program = _call("nvrtcCreateProgram", _source(stem).encode(), f"{stem}.cu".encode(), 1, headers, names)
+    texts, names = [[word.encode() for word in words] for words in (map(_source, HEADERS), HEADERS)]
+    source = (_source(stem).encode(), f"{stem}.cu".encode())
+    program = _call("nvrtcCreateProgram", *source, len(HEADERS), texts, names)
     options = [option.encode() for option in _options(defines, target)]
     try:
         _call("nvrtcCompileProgram", program, len(options), options)

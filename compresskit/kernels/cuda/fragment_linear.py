@@ -10,6 +10,7 @@ from compresskit.kernels.cuda.chunks import (
     STRIDE_BYTES,
     THREADS,
     WARPS,
+    check_types,
     in_turns,
     put_together,
     room_for_parts,
@@ -32,7 +33,11 @@ def fragment_linear(
         inputs: (..., I) on a GPU, of the values' type.
         values_ST64x8, places_ST32, rows_O0: the packed weight.
         bias_O: of any type, or None.
+
+    Raises:
+        ValueError: inputs and values differ in type.
     """
+    check_types("fragment_linear", inputs, values_ST64x8)
     strips, steps = places_ST32.shape[:2]
 
     def run(inputs_NI: Tensor, bias_O: Tensor | None, out_NO: Tensor) -> None:

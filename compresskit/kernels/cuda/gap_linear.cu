@@ -38,7 +38,7 @@ INLINE void stage(u32* staged, const u16* x, u32 pitch, u32 inputs, u32 width) {
     }
 }
 
-INLINE u32 place_of(u32 first, u32 sums, int i) { return first + __byte_perm(sums, 0, 0x4440 | i) + i; }
+INLINE u32 place_of(u32 first, u32 sums, int i) { return first + select_bytes(sums, 0, 0x4440 | i) + i; }
 
 // Adds what a lane's 8 weights give; place is where the row stands, and moves on.
 INLINE void add(float (&sums)[TOKENS], const Ahead& now, u32& place, const u32* staged, u32 pitch) {
@@ -53,7 +53,7 @@ INLINE void add(float (&sums)[TOKENS], const Ahead& now, u32& place, const u32* 
   for (int i = 0; i < 8; i++) {
     const u32 input = i < 4 ? place_of(first, low, i) : place_of(second, high, i - 4);
     const u32 column = input >> SPREAD_BITS;
-    const u32 x = staged[input * pitch - column * (SPREAD * pitch - 1)];
+    const u32 x = staged[multiply_add(column, 1 - SPREAD * pitch, input * pitch)];
     const float value = wide((u16)(words[i / 2] >> i % 2 * 16));
 #if TOKENS == 1
     sums[0] = fmaf(value, __uint_as_float(x), sums[0]);

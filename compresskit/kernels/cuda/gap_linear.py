@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from compresskit.kernels.cuda import launch
-from compresskit.kernels.cuda.chunks import FLOAT16, in_turns
+from compresskit.kernels.cuda.chunks import FLOAT16, check_types, in_turns
 
 MOST_TOKENS = 2
 WARPS = 12
@@ -31,7 +31,11 @@ def gap_linear(
         inputs: (..., I) on a GPU, of the values' type.
         values_G8, gaps_G, starts, width_I0: the packed weight.
         bias_O: of any type, or None.
+
+    Raises:
+        ValueError: inputs and values differ in type.
     """
+    check_types("gap_linear", inputs, values_G8)
     width, outputs = width_I0.shape[0], starts.shape[0] - 1
     spread_bits = SPREAD_BITS[values_G8.numel() < DENSEST * outputs * width]
     shared_bytes = _pitch(width, spread_bits) * 4 << spread_bits

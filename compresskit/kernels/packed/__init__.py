@@ -17,5 +17,6 @@ LAYOUTS: Registry[Layout] = Registry(
         "two_four": "compresskit.kernels.packed.two_four:TwoFour",
         "fragment": "compresskit.kernels.packed.fragment:Fragment",
         "gap": "compresskit.kernels.packed.gap:Gap",
+        "tile": "compresskit.kernels.packed.tile:Tile",
     },
 )
