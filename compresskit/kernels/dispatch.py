@@ -20,10 +20,10 @@ from compresskit.errors import EngineError, Fault
 OPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "linear_cross_entropy": {"cpu": ("reference",), "cuda": ("reference",)},
     "linear_divergence": {"cpu": ("reference",), "cuda": ("reference",)},
-    "bitmap_linear": {"cpu": ("reference",), "cuda": ("reference",)},
-    "bitmap_expand": {"cpu": ("reference",), "cuda": ("reference",)},
-    "two_four_linear": {"cpu": ("reference",), "cuda": ("reference",)},
-    "two_four_expand": {"cpu": ("reference",), "cuda": ("reference",)},
+    "bitmap_linear": {"cpu": ("cpu", "reference"), "cuda": ("reference",)},
+    "bitmap_expand": {"cpu": ("cpu", "reference"), "cuda": ("reference",)},
+    "two_four_linear": {"cpu": ("cpu", "reference"), "cuda": ("reference",)},
+    "two_four_expand": {"cpu": ("cpu", "reference"), "cuda": ("reference",)},
     "dense_linear": {"cpu": ("reference",), "cuda": ("reference",)},
     "fragment_linear": {"cpu": ("reference",), "cuda": ("cuda", "reference")},
     "fragment_expand": {"cpu": ("reference",), "cuda": ("reference",)},
@@ -51,7 +51,7 @@ def choose(op: str, device: str) -> str:
         why = refusal(name, op)
         if not why:
             return name
-        _note(f"{op} does without its {name} implementation, which would be faster: {why}.")
+        note(f"{op} does without its {name} implementation, which would be faster: {why}.")
     raise EngineError(
         Fault(op, f"one of {', '.join(choices)} on {device}", "none of them", "See the warnings.")
     )
@@ -71,6 +71,12 @@ def implementation(op: str, device: str) -> Callable[..., Any]:
     return function
 
 
+def reference(op: str) -> Callable[..., Any]:
+    """The function that specifies ``op``."""
+    function: Callable[..., Any] = getattr(import_module(f"compresskit.kernels.reference.{op}"), op)
+    return function
+
+
 def forget() -> None:
     """Begin a new record for :func:`used` and :func:`passed_over`: of one run, not of those before it."""
     _used.clear()
@@ -87,8 +93,8 @@ def passed_over() -> tuple[str, ...]:
     return tuple(_passed_over)
 
 
-def _note(sentence: str) -> None:
-    """Keep it, and warn of it when it is new."""
+def note(sentence: str) -> None:
+    """Keep ``sentence`` for :func:`passed_over`, and warn of it when it is new."""
     if sentence not in _passed_over:
         _passed_over[sentence] = None
         warnings.warn(sentence, stacklevel=4)

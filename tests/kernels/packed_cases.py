@@ -6,6 +6,8 @@ Shapes: O = outputs, I = inputs, N = tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,10 +83,20 @@ def exact(inputs: Tensor, packed: Bitmap, bias_O: Tensor | None) -> Tensor:
     return linear(inputs.double(), scaled, None if bias_O is None else bias_O.double())
 
 
+def fields_of(packed: Bitmap) -> dict[str, Any]:
+    return {field.name: getattr(packed, field.name) for field in fields(packed)}
+
+
 def tolerance(inputs: Tensor, packed: Bitmap, bias_O: Tensor | None) -> Tensor:
-    """Three times what torch errs at most in fp32, rounded to the inputs' type; a unit of it at the least."""
+    """Three times what torch errs at most in fp32, rounded to the inputs' type, or what additions may err.
+
+    That is a unit of the result and one of fp32 for the sum of all products' sizes: torch itself adds up
+    in another order for other shapes and strides.
+    """
     true = exact(inputs, packed, bias_O)
     bias_O = None if bias_O is None else bias_O.float()
     torchs = linear(inputs.float(), unpack(packed, torch.float32), bias_O).to(inputs.dtype)
     error = (torchs.double() - true).abs().max() if true.numel() else torch.zeros(())
-    return 3 * error + torch.finfo(inputs.dtype).eps * true.abs().clamp_min(1e-30)
+    sizes = exact(inputs.abs(), Bitmap(**{**fields_of(packed), "values_K": packed.values_K.abs()}), None)
+    adding = torch.finfo(torch.float32).eps * sizes
+    return 3 * error + adding + torch.finfo(inputs.dtype).eps * true.abs().clamp_min(1e-30)

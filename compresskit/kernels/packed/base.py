@@ -12,6 +12,8 @@ from compresskit.kernels.bitmap import Bitmap
 
 Packed = tuple[Tensor, ...]
 """The tensors of a layout; only its own file knows what they mean."""
+SLACK_BYTES = 64
+"""After the last value, where vectors are read from the middle of a row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

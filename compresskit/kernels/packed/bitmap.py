@@ -17,11 +17,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from compresskit.kernels.bitmap import Bitmap, kept_per_row
-from compresskit.kernels.packed.base import Case, Packed
+from compresskit.kernels.packed.base import SLACK_BYTES, Case, Packed
 from compresskit.kernels.packed.rules import check_width, gradients, runner, type_refusal
 
 WORD_BITS = 64
-SLACK_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)

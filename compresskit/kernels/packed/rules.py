@@ -6,14 +6,13 @@ Shapes: O = outputs, I = inputs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from compresskit.kernels.bitmap import VALUE_TYPES
-from compresskit.kernels.dispatch import implementation
+from compresskit.kernels.dispatch import implementation, reference
 from compresskit.kernels.packed.base import Case
 
 INPUT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -46,8 +45,7 @@ def check_width(op: str, inputs: Tensor, words: int, word_inputs: int) -> None:
 def runner(op: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
     """The function that computes ``op``; in float64, which is for checks, that is the reference."""
     if dtype == torch.float64:
-        found: Callable[..., Tensor] = getattr(import_module(f"compresskit.kernels.reference.{op}"), op)
-        return found
+        return reference(op)
     return implementation(op, device.type)
 
 

@@ -11,8 +11,8 @@ So the weight is the sum of values at their places whichever it is, and of a gro
 belongs to the lower of two different places (p and p + 1; 0 and 3; 0 and 1), as hardware that takes two of
 four wants it.
 
-Shapes: O = outputs, I = inputs, W = words of a row = ceil(I / 64), V = values of a row = 32 W, G = groups of
-inputs that share a scale.
+Shapes: O = outputs, I = inputs, W = words of a row = ceil(I / 64), S = 32 W values of each row and the slack,
+G = groups of inputs that share a scale.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from torch.nn.functional import pad
 
 from compresskit.errors import Fault, PatternError
 from compresskit.kernels.bitmap import Bitmap, pack_bits, unpack_bits
-from compresskit.kernels.packed.base import Case, Packed
+from compresskit.kernels.packed.base import SLACK_BYTES, Case, Packed
 from compresskit.kernels.packed.rules import check_width, gradients, runner, type_refusal
 
 WORD_INPUTS = 64
+WORD_VALUES = 32
 GROUP = 4
 
 
@@ -37,7 +38,8 @@ GROUP = 4
 class TwoFour:
     """The tensors are, in this order:
 
-    * values_OV: two for every four inputs.
+    * values_S: two for every four inputs, row by row, then ``SLACK_BYTES`` of zeros: a kernel may read 64
+      bytes from where any value begins.
     * places_OW: int64; bits ``4 g`` and ``4 g + 1`` of a word are the place of its group g's first value,
       the next two that of its second.
     * scales_OG: fp32, of int8 values; (O, 0) for other values.
@@ -77,7 +79,7 @@ class TwoFour:
         bytes_OB = places_OF[:, ::2] | places_OF[:, 1::2] << GROUP
         scales_OG = torch.empty(len(keep_OI), 0) if weight.scales_OG is None else weight.scales_OG
         made = (
-            values_OF2.flatten(1),
+            pad(values_OF2.flatten(), (0, SLACK_BYTES // values_OF2.itemsize)),
             bytes_OB.contiguous().view(torch.int64),
             scales_OG.float().contiguous(),
         )
@@ -85,13 +87,12 @@ class TwoFour:
 
     def unpack(self, packed: Packed, in_features: int) -> Bitmap:
         """What was packed, equal to the bit, on the CPU."""
-        values_OV, places_OW, scales_OG = (tensor.cpu() for tensor in packed)
+        values_S, places_OW, scales_OG = (tensor.cpu() for tensor in packed)
+        values_OF2 = row_values(values_S, places_OW)
         low_OF, high_OF = unpack_places(places_OW)
         first_OF, second_OF = _slots(low_OF, high_OF)
-        dense_OF4 = values_OV.new_zeros(*low_OF.shape, GROUP)
-        dense_OF4.scatter_(
-            -1, torch.stack((first_OF, second_OF), -1), values_OV.reshape(len(values_OV), -1, 2)
-        )
+        dense_OF4 = values_S.new_zeros(*low_OF.shape, GROUP)
+        dense_OF4.scatter_(-1, torch.stack((first_OF, second_OF), -1), values_OF2)
         keep_OF4 = torch.zeros(dense_OF4.shape, dtype=torch.bool)
         keep_OF4.scatter_(
             -1, torch.stack((low_OF, high_OF), -1), (low_OF <= high_OF)[..., None].expand(-1, -1, 2)
@@ -111,6 +112,12 @@ class TwoFour:
         """
         out: Tensor = two_four_linear(inputs, *packed, bias_O)
         return out
+
+
+def row_values(values_S: Tensor, places_OW: Tensor) -> Tensor:
+    """The values of every group of four, (O, 16 W, 2), without the slack."""
+    outs, words = places_OW.shape
+    return values_S[: outs * words * WORD_VALUES].view(outs, -1, 2)
 
 
 def unpack_places(places_OW: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,7 +145,7 @@ def _slots(low_OF: Tensor, high_OF: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("compresskit::two_four_linear", mutates_args=())
 def two_four_linear(
-    inputs: Tensor, values_OV: Tensor, places_OW: Tensor, scales_OG: Tensor, bias_O: Tensor | None
+    inputs: Tensor, values_S: Tensor, places_OW: Tensor, scales_OG: Tensor, bias_O: Tensor | None
 ) -> Tensor:
     """The op of this layout; see :class:`TwoFour` for the arguments.
 
@@ -147,27 +154,27 @@ def two_four_linear(
     """
     check_width("two_four_linear", inputs, places_OW.shape[1], WORD_INPUTS)
     run = runner("two_four_linear", inputs.device, inputs.dtype)
-    return run(inputs, values_OV, places_OW, scales_OG, bias_O)
+    return run(inputs, values_S, places_OW, scales_OG, bias_O)
 
 
 @two_four_linear.register_fake
-def _(inputs: Tensor, values_OV: Tensor, *rest: Any) -> Tensor:
-    return inputs.new_empty((*inputs.shape[:-1], values_OV.shape[0]))
+def _(inputs: Tensor, values_S: Tensor, *rest: Any) -> Tensor:
+    return inputs.new_empty((*inputs.shape[:-1], rest[0].shape[0]))
 
 
 @torch.library.custom_op("compresskit::two_four_expand", mutates_args=())
 def two_four_expand(
-    values_OV: Tensor, places_OW: Tensor, scales_OG: Tensor, in_features: int, dtype: torch.dtype
+    values_S: Tensor, places_OW: Tensor, scales_OG: Tensor, in_features: int, dtype: torch.dtype
 ) -> Tensor:
     """The dense weight (O, I) in ``dtype``, int8 values multiplied by their scales."""
-    run = runner("two_four_expand", values_OV.device, dtype)
-    return run(values_OV, places_OW, scales_OG, in_features, dtype)
+    run = runner("two_four_expand", values_S.device, dtype)
+    return run(values_S, places_OW, scales_OG, in_features, dtype)
 
 
 @two_four_expand.register_fake
-def _(values_OV: Tensor, *rest: Any) -> Tensor:
-    in_features, dtype = rest[-2:]
-    return values_OV.new_empty((values_OV.shape[0], in_features), dtype=dtype)
+def _(values_S: Tensor, *rest: Any) -> Tensor:
+    places_OW, _, in_features, dtype = rest
+    return values_S.new_empty((places_OW.shape[0], in_features), dtype=dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

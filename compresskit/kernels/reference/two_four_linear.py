@@ -10,8 +10,8 @@ from compresskit.kernels.reference.two_four_expand import two_four_expand
 
 
 def two_four_linear(
-    inputs: Tensor, values_OV: Tensor, places_OW: Tensor, scales_OG: Tensor, bias_O: Tensor | None
+    inputs: Tensor, values_S: Tensor, places_OW: Tensor, scales_OG: Tensor, bias_O: Tensor | None
 ) -> Tensor:
     """``inputs @ weight.T + bias``, (..., O): the weight made dense, in fp32 at least, and multiplied."""
-    weight_OI = two_four_expand(values_OV, places_OW, scales_OG, inputs.shape[-1], accumulator(inputs.dtype))
+    weight_OI = two_four_expand(values_S, places_OW, scales_OG, inputs.shape[-1], accumulator(inputs.dtype))
     return wide_linear(inputs, weight_OI, bias_O)
