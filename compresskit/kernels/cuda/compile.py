@@ -73,7 +73,7 @@ def cubin(stem: str, defines: Mapping[str, int], target: str) -> bytes:
     """Machine code of ``<stem>.cu`` for ``target``, from disk or made now.
 
     Args:
-        stem: name of the source.
+        stem: name of the source, or its path without the suffix.
         defines: names the source wants to be told, e.g. ``{"BF16": 1}``.
         target: of :func:`architecture`.
 
@@ -82,7 +82,7 @@ def cubin(stem: str, defines: Mapping[str, int], target: str) -> bytes:
         OutputError: the cache cannot be written to.
     """
     key = key_of(_source(stem), *map(_source, HEADERS), *_options(defines, target), version())
-    path = kept(f"{stem}-{target}-{key}.cubin", lambda: translate(stem, defines, target)[0])
+    path = kept(f"{Path(stem).name}-{target}-{key}.cubin", lambda: translate(stem, defines, target)[0])
     code = content(path)
     return code if code is not None else translate(stem, defines, target)[0]
 
@@ -133,7 +133,7 @@ def _options(defines: Mapping[str, int], target: str) -> list[str]:
 
 @cache
 def _source(name: str) -> str:
-    return (HERE / (name if "." in name else f"{name}.cu")).read_text()
+    return (HERE / name).with_suffix(Path(name).suffix or ".cu").read_text()
 
 
 def _log(program: Any) -> str:

@@ -9,6 +9,7 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def start(
     """Start the kernel ``stem`` of ``<stem>.cu`` on the GPU of its first argument.
 
     Args:
-        stem: name of the source, and of its kernel.
+        stem: name of the source, and of its kernel; or the path of the source without the suffix.
         defines: what the source wants to be told.
         grid: blocks, in two dimensions.
         threads: of a block.
@@ -124,7 +125,7 @@ def _loaded(stem: str, defines: tuple[tuple[str, int], ...], index: int, shared_
 def _module_function(stem: str, defines: tuple[tuple[str, int], ...], index: int) -> Any:
     torch.cuda.current_stream().synchronize()  # makes the context of torch the current one
     code = cubin(stem, dict(defines), architecture(machine(index).capability))
-    return _driver("cuModuleGetFunction", _driver("cuModuleLoadData", code), stem.encode())
+    return _driver("cuModuleGetFunction", _driver("cuModuleLoadData", code), Path(stem).name.encode())
 
 
 def _largest(kernel: Any, attribute: Any) -> int:
