@@ -20,9 +20,9 @@ from compresskit.errors import EngineError, Fault
 OPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "linear_cross_entropy": {"cpu": ("reference",), "cuda": ("reference",)},
     "linear_divergence": {"cpu": ("reference",), "cuda": ("reference",)},
-    "bitmap_linear": {"cpu": ("cpu", "reference"), "cuda": ("reference",)},
+    "bitmap_linear": {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")},
     "bitmap_expand": {"cpu": ("cpu", "reference"), "cuda": ("reference",)},
-    "two_four_linear": {"cpu": ("cpu", "reference"), "cuda": ("reference",)},
+    "two_four_linear": {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")},
     "two_four_expand": {"cpu": ("cpu", "reference"), "cuda": ("reference",)},
     "dense_linear": {"cpu": ("reference",), "cuda": ("reference",)},
     "fragment_linear": {"cpu": ("reference",), "cuda": ("cuda", "reference")},

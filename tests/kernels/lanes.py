@@ -19,7 +19,8 @@ from compresskit.kernels.cuda.compile import HERE
 from compresskit.kernels.cuda.launch import Argument, Machine
 
 COMPILER = which("g++")
-HOPPER = Machine(capability=(9, 0), multiprocessors=132, shared_bytes=233472, block_shared_bytes=232448)
+HOPPER = Machine(capability=(9, 0), multiprocessors=1, shared_bytes=233472, block_shared_bytes=232448)
+"""With one multiprocessor, so that its blocks have several strips to do."""
 ADA = Machine(capability=(8, 9), multiprocessors=1, shared_bytes=102400, block_shared_bytes=101376)
 SMALL = Machine(capability=(8, 6), multiprocessors=1, shared_bytes=65536, block_shared_bytes=51200)
 """No GPU is so small: inputs come in several chunks, and strips one after another."""
