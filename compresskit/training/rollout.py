@@ -116,6 +116,11 @@ def on_policy_batches(
     return made
 
 
+def tokens_of(batches: Sequence[Batch]) -> int:
+    """Of prompts and responses as ``on_policy_batches`` gives them; padding is none."""
+    return sum(int(_ends(batch["labels"]).sum()) for batch in batches)
+
+
 def prompts_of(policy: OnPolicy, batch: Batch) -> list[Tensor]:
     """What the student goes on from, a prompt a row, each of 1 token at least.
 
@@ -226,6 +231,12 @@ class _Decoder:
             logits_BV: Tensor = self._head(read[0][:, -1:])[:, 0].float()
         softcap = softcap_of(model)
         return {"logits": softcap * torch.tanh(logits_BV / softcap) if softcap else logits_BV}
+
+
+def _ends(labels_BT: Tensor) -> Tensor:
+    """Where the last token to learn of each row ends, (B,)."""
+    places_T = torch.arange(1, labels_BT.shape[1] + 1, device=labels_BT.device)
+    return places_T.where(labels_BT != IGNORED, 0).amax(-1)
 
 
 def _left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from compresskit.training.finite import bad_gradient, culprit, first_named, not_
 from compresskit.training.hold import hold_zeros
 from compresskit.training.objective import LOSS, TeacherProvider
 from compresskit.training.order import FED, Collate, Ordered, Rows, stack, supervised
-from compresskit.training.rollout import OnPolicy, Student, eos_ids, on_policy_batches
+from compresskit.training.rollout import OnPolicy, Student, eos_ids, on_policy_batches, tokens_of
 from compresskit.training.rules import Setting
 from compresskit.training.watch import Watch
 from compresskit.training.zeroing import Zeroing, change_zeros
@@ -95,6 +95,7 @@ class StageTrainer(Trainer):
         self._watch, self._identity = watch, identity
         self._collate = collate
         self._parts: dict[str, Tensor] = {}
+        self._own_tokens: int | None = None
         self._evaluates_first, self._best, self._on_policy = evaluates_first, best, on_policy
         self.access = access
         self.resources = ExitStack()
@@ -163,6 +164,7 @@ class StageTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The batches of one step and their supervised tokens; of one that is on-policy the model's own."""
         batches, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._own_tokens = None
         policy, step, seed = self._on_policy, self.state.global_step, int(self.args.seed)
         if policy is not None and policy.is_due(step, seed):
             model = cast(nn.Module, self.model)
@@ -170,6 +172,7 @@ class StageTrainer(Trainer):
             rank = self.args.process_index
             batches = on_policy_batches(policy, batches, student, step=step, seed=seed, rank=rank)
             tokens = self._get_num_items_in_batch(batches, device)
+            self._own_tokens = int(_summed(torch.tensor(tokens_of(batches), device=device)))
         return batches if self._asking is None else self._asking.ahead(batches), tokens
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
@@ -243,7 +246,8 @@ class StageTrainer(Trainer):
             skipped = bool(self.accelerator.optimizer_step_was_skipped)
             norm = float(logs.get("grad_norm", 0.0))
             step = self.state.global_step
-            self._watch.step(step, logs["loss"], logs["learning_rate"], norm, skipped, parts)
+            rate, own = logs["learning_rate"], self._own_tokens
+            self._watch.step(step, logs["loss"], rate, norm, skipped, parts, own)
         if self._watch is not None and "eval_loss" in logs:
             self._watch.evaluation(self.state.global_step, logs["eval_loss"])
 

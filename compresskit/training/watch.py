@@ -22,8 +22,8 @@ LOSSES = "losses.jsonl"
 class LossLog:
     """``losses.jsonl``: one object per optimiser step, and one per evaluation.
 
-    A step has step, loss (nats per supervised token), learning_rate, grad_norm, tokens (so far), seconds (so
-    far, of this start), kernels (op -> implementation), skipped (fp16 only) and parts (what the objective
+    A step has step, loss (nats per supervised token), learning_rate, grad_norm, tokens (read so far), seconds
+    (so far, of this start), kernels (op -> implementation), skipped (fp16 only) and parts (what the objective
     named of its loss, each per supervised token); an evaluation has step and validation_loss.
     """
 
@@ -58,6 +58,10 @@ class LossLog:
         records = [r["parts"] for r in self.read() if "parts" in r][-last:]
         names = sorted({name for parts in records for name in parts})
         return {name: sum(parts[name] for parts in records) / len(records) for name in names}
+
+    def tokens(self) -> int:
+        """Read so far, over all starts."""
+        return int(next((r["tokens"] for r in reversed(self.read()) if "tokens" in r), 0))
 
     def seconds(self) -> float:
         """How long the steps of the last start took."""
@@ -100,7 +104,7 @@ class Watch:
         title: of the progress line.
         steps: of the whole run.
         done: steps already behind, after a restart.
-        tokens_per_step: input tokens of one optimiser step over all processes.
+        tokens_per_step: input tokens of one optimiser step on the data, over all processes.
         trackers: that are told, too.
         memory_bytes: what this process holds now.
     """
@@ -118,7 +122,8 @@ class Watch:
     ) -> None:
         self.log, self.progress = log, Progress(title, steps, unit="steps", done=done)
         self._trackers, self._memory_bytes = trackers, memory_bytes
-        self._done, self._tokens = done, tokens_per_step
+        self._tokens_per_step, self._since = tokens_per_step, 0
+        self._before = log.tokens()
         self._start = time.monotonic()
 
     def step(
@@ -129,22 +134,24 @@ class Watch:
         grad_norm: float,
         skipped: bool,
         parts: Mapping[str, float] = MappingProxyType({}),
+        tokens: int | None = None,
     ) -> None:
-        """One optimiser step is done."""
+        """One optimiser step is done, of so many ``tokens``; None is one on the data."""
         seconds = time.monotonic() - self._start
+        self._since += self._tokens_per_step if tokens is None else tokens
         record = {
             "step": step,
             "loss": loss,
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
-            "tokens": step * self._tokens,
+            "tokens": self._before + self._since,
             "seconds": round(seconds, 3),
             "kernels": used(),
         }
         if parts:
             record["parts"] = dict(parts)
         self.log.write(record | ({"skipped": True} if skipped else {}))
-        rate, memory = (step - self._done) * self._tokens / max(seconds, 1e-9), self._memory_bytes()
+        rate, memory = self._since / max(seconds, 1e-9), self._memory_bytes()
         agrees = f", {100 * parts['agreement']:.0f}% as the teacher" if "agreement" in parts else ""
         self.progress.advance(1, f"loss {loss:.4f}{agrees}, {rate:,.0f} tokens/s, {memory / 1e9:.2f} GB")
         if self._trackers is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from compresskit.distill.stage import Distill
 from compresskit.errors import RecipeError
 from compresskit.modeling import open_model
 from compresskit.recipe import Recipe, recipe_from
+from compresskit.training.rollout import OnPolicy
+from compresskit.training.watch import LOSSES, LossLog
 
 POLICY = {"fraction": 0.5, "max_new_tokens": 8}
 
@@ -117,6 +120,22 @@ def test_a_student_learns_on_policy(
     assert result.metrics["final_loss"] != other.metrics["final_loss"]
     before, after = (result.metrics[f"validation_loss{end}"] for end in ("_before", ""))
     assert after < before  # type: ignore[operator]
+
+
+def test_tokens_that_are_counted_are_those_that_were_read(
+    source: Any, teacher: str, text: DataSpec, tmp_path: Path
+) -> None:
+    """Of a step on the data whole rows, of another one prompts of a quarter row and what was said."""
+    stage = Distill(teacher=teacher, on_policy={**POLICY, "max_new_tokens": 3}, **FEW)
+    run(stage, source, text, tmp_path / "a")
+    ends = [0, *(r["tokens"] for r in LossLog(tmp_path / "a" / "scratch" / LOSSES).read() if "tokens" in r)]
+    rows, policy = FEW["batch_size"], OnPolicy(fraction=0.5)
+    for step, (before, after) in enumerate(pairwise(ends)):
+        if policy.is_due(step, 0):
+            assert rows * 2 <= after - before <= rows * 9
+        else:
+            assert after - before == rows * 24
+    assert len(ends) == FEW["steps"] + 1
 
 
 def test_ids_that_are_no_text_are_not_said(text: DataSpec, tmp_path: Path) -> None:

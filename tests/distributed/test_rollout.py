@@ -25,6 +25,7 @@ from compresskit.training.rollout import (
     on_policy_batches,
     prompts_of,
     sample,
+    tokens_of,
 )
 from compresskit.training.run import Run
 
@@ -148,6 +149,7 @@ def test_a_student_that_always_says_one_token_is_taught_that_token() -> None:
         [-100] * 7 + [33] * 3,
     ]
     assert made["position_ids"].tolist() == [list(range(10))] * 2
+    assert tokens_of([made, made]) == 2 * (6 + 10)
 
 
 def test_a_response_ends_with_eos_and_nothing_is_learnt_after_it() -> None:

@@ -98,6 +98,11 @@ def test_the_loss_log_survives_a_kill(tmp_path: Path) -> None:
     log.cut_after(2)
     assert [r["step"] for r in log.read()] == [1, 2]
     assert log.read()[1]["tokens"] == 20
+    resumed = Watch(log, title="t", steps=4, done=2, tokens_per_step=10, memory_bytes=lambda: 0)
+    resumed.progress = type(watch.progress)("t", 4, stream=io.StringIO())
+    resumed.step(3, 0.0, 0.1, 1.0, skipped=False, tokens=4)
+    resumed.step(4, 0.0, 0.1, 1.0, skipped=False)
+    assert [r["tokens"] for r in log.read()] == [10, 20, 24, 34]
 
 
 def setting(config: Path | None = None) -> Setting:
