@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from compresskit.distill.align.boundaries import NOWHERE, common, render, walk
 from compresskit.distill.align.provider import Aligned
-from compresskit.distill.align.spelling import spelling_of, twins
+from compresskit.distill.align.spelling import beginnings, spelling_of, twins
 from compresskit.distill.divergences import Divergences
 from compresskit.distill.teacher import Replica
 from compresskit.modeling import load_model
@@ -129,6 +130,21 @@ def test_twins_spell_the_same_and_a_tokenizer_is_its_own_twin() -> None:
     assert dict(twins(roles, theirs))[257] == 2, "one EOS for both"
 
 
+def test_tokens_that_begin_others_by_hand() -> None:
+    """A teacher of bytes says a space before " and", " ca" and " an"; of them " and" goes on from " an"."""
+    marked, plain = marked_tokenizer(), byte_tokenizer()
+    found = beginnings(marked, plain)
+    begin = {"\u0120", "a", "b", "c", "n"}
+    assert {one for one in plain.get_vocab() if found.teachers[plain.get_vocab()[one]]} == begin
+    ids = marked.get_vocab()
+    goes_on = {one for one, index in ids.items() if found.students[index]}
+    assert goes_on == {"\u2581", "\u2581a", "\u2581an", "a", "b", "c", "n"}
+    for same in (marked, plain):
+        itself = beginnings(same, same)
+        assert not any(itself.teachers)
+        assert not any(itself.students)
+
+
 @pytest.mark.parametrize("name", ["bytes", "marked"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_with_the_same_tokenizer_it_is_the_teacher_itself(name: str, temperature: float, place: Path) -> None:
@@ -199,10 +215,40 @@ def _last_ids(tokenizer: Any, roles_of: Any) -> dict[bytes, int]:
     return {piece: i for i, piece in enumerate(made.pieces) if piece}
 
 
+def merged(tokenizer: Any, piece: bytes, *, marks: bool) -> list[str]:
+    """The tokens of a piece of text: the first merge of the list wherever it fits, then the next."""
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    symbols = [chr(byte) for byte in piece]
+    for a, b in merges:
+        a, b = ((one.replace("\u2581" if marks else "\u0120", " ")) for one in (a, b))
+        made: list[str] = []
+        for symbol in symbols:
+            if made and (made[-1], symbol) == (a, b):
+                made[-1] += symbol
+            else:
+                made.append(symbol)
+        symbols = made
+    return symbols
+
+
+def begun(student: Any, teacher: Any, names: tuple[str, str], lead: str) -> tuple[set[str], set[str]]:
+    """What the teacher's first tokens of the student's longer ones spell, and which of those begin others."""
+    ours, theirs = (student, names[0] == "marked"), (teacher, names[1] == "marked")
+    said = {}
+    for piece in _last_ids(student, teacher):
+        spelt, special = piece.decode("latin-1"), piece in (b"<bos>", b"<eos>", b"<s>", b"</s>")
+        if not special and merged(ours[0], piece, marks=ours[1]) == [spelt]:
+            said[spelt] = merged(theirs[0], lead.encode() + piece, marks=theirs[1])
+    firsts = {tokens[0] for tokens in said.values() if len(tokens) > 1}
+    return firsts, {
+        u for u, mine in said.items() for other in said.values() if other[: len(mine)] == mine != other
+    }
+
+
 def slow(
     place: Path, student: Any, teacher: Any, name: str, ids: list[int]
-) -> dict[int, tuple[int, float, dict[int, float], bool]]:
-    """Of one document: the token that is told -> its id, probability, and those of the other known ids."""
+) -> dict[int, tuple[int, float | None, dict[int, float], bool]]:
+    """Of one document: the token that is told -> its id, probability (of a beginning none), and all known."""
 
     def spelt(tokenizer: Any, tokens: list[int]) -> list[bytes]:
         made = spelling_of(tokenizer)
@@ -225,6 +271,8 @@ def slow(
         exact = [(k, False) for k, end in enumerate(ends) if end == text]
         return exact or [(k, True) for k, end in enumerate(ends) if end + b" " == text]
 
+    names = ("marked" if student.vocab_size > 270 else "other", name)
+    beginning = {lead: begun(student, teacher, names, lead) for lead in ("", " ")}
     found = {}
     for j in range(len(ids) - 1):
         here, there = lead + b"".join(ours_spelt[: j + 1]), lead + b"".join(ours_spelt[: j + 2])
@@ -233,6 +281,8 @@ def slow(
             continue
         (k, space), (end, space_after) = at[0], to[0]
         span = range(k + 1, end + 1)
+        firsts, longer = beginning[" " if space else ""]
+        is_open = ours_spelt[j + 1].decode("latin-1") in longer
         given = float(p[k, opens].sum()) if space else 1.0
         product = math.prod(float(p[i - 1, theirs[i]]) for i in span) / given
         product *= float(p[end, opens].sum()) if space_after else 1.0
@@ -241,14 +291,16 @@ def slow(
             if space and not piece.startswith(b" "):
                 continue
             spelt_there = piece[1:] if space else piece
-            if spelt_there in vocabulary:
+            if spelt_there in vocabulary and piece.decode("latin-1") not in firsts:
                 known[vocabulary[spelt_there]] = float(p[k, t]) / given
         first = vocabulary.get(theirs_spelt[k + 1][1:] if space else theirs_spelt[k + 1])
-        if first != ids[j + 1] or len(span) > 1 or space_after:
-            if first is not None:
+        if is_open:
+            known.pop(ids[j + 1], None)
+        elif first != ids[j + 1] or len(span) > 1 or space_after:
+            if first in known:
                 known[first] -= product
             known[ids[j + 1]] = known.get(ids[j + 1], 0.0) + product
-        found[j + 1] = (ids[j + 1], known[ids[j + 1]], known, space)
+        found[j + 1] = (ids[j + 1], known.get(ids[j + 1]), known, space)
     return found
 
 
@@ -275,7 +327,10 @@ def test_spans_are_products_of_probabilities(student: str, teacher: str, top: in
         for place_of, (token, probability, known, _) in expected.items():
             listed, p = says.ids_BTK[0, place_of - 1].tolist(), says.log_p_BTO[0, place_of - 1].exp()
             assert len(set(listed)) == len(listed)
-            assert float(p[listed.index(token)]) == pytest.approx(probability, rel=1e-9)
+            if probability is None:
+                assert token not in listed
+            else:
+                assert float(p[listed.index(token)]) == pytest.approx(probability, rel=1e-9)
             assert float(p.sum()) == pytest.approx(1.0, rel=1e-9)
             for one, chance in zip(listed, p.tolist(), strict=False):
                 assert chance == pytest.approx(known[one], rel=1e-9, abs=1e-30)

@@ -1,7 +1,8 @@
 """The contract of alignments.
 
 Shapes: B = rows, T = the student's tokens of a row, U = the teacher's, M = matches, S = ids that spell the
-same in both vocabularies, R = ids of the teacher's that spell the same but for a space before it.
+same in both vocabularies, R = ids of the teacher's that spell the same but for a space before it, V = the
+teacher's vocabulary, W = the student's, 2 = without a space and with one.
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ class Matched:
         space_M: int64, 1 where the student has read a space that the teacher has not, -1 the other way round.
         next_M: int64, the teacher's token that ends with the student's next one; -1 where there is none.
         next_space_M: int64, of that as ``space_M``.
-        twins_S2: ids that spell the same, the student's and the teacher's.
-        spaced_R2: ids of which the teacher's spells a space more, before the same.
+        twins_S2: ids that spell the same, the student's and the teacher's, but for those of the teacher's
+            with which it begins to spell longer tokens of the student's.
+        spaced_R2: ids of which the teacher's spells a space more, before the same; but for those, too.
         opens_V: bool, of the teacher's ids: whether it begins with a space.
+        open_2W: bool, of the student's ids: whether the teacher's spelling of it begins that of a longer one;
+            read after the same text, and where the student has read a space more.
         students: ids of the student's vocabulary.
         teachers: of the teacher's.
     """
@@ -45,6 +49,7 @@ class Matched:
     twins_S2: Tensor
     spaced_R2: Tensor
     opens_V: Tensor
+    open_2W: Tensor
     students: int
     teachers: int
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from compresskit.distill.align import ALIGNMENTS
 from compresskit.distill.align.base import Alignment, Matched
 from compresskit.distill.align.boundaries import NOWHERE, Match, common, render, walk
-from compresskit.distill.align.spelling import Spelling, spelling_of, twins
+from compresskit.distill.align.spelling import Spelling, beginnings, spelling_of, twins
 from compresskit.distill.few_bits import sample
 from compresskit.errors import Fault, ModelError
 from compresskit.modeling import load_tokenizer
@@ -78,24 +78,31 @@ class Aligned:
         return load_tokenizer(self.teacher_tokenizer, trust_remote_code=self.trust_remote_code)
 
     @cached_property
+    def _students_tokenizer(self) -> Any:
+        return load_tokenizer(self.student_tokenizer, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
     def _spellings(self) -> tuple[Spelling, Spelling]:
         """Of the student and of the teacher."""
-        ours = load_tokenizer(self.student_tokenizer, trust_remote_code=self.trust_remote_code)
-        found = spelling_of(ours, roles_of=self._tokenizer), spelling_of(self._tokenizer)
+        ours, theirs = self._students_tokenizer, self._tokenizer
+        found = spelling_of(ours, roles_of=theirs), spelling_of(theirs)
         if found[0] is None or found[1] is None:
             cure = "Use byte-level or sentencepiece tokenizers."
             raise ModelError(Fault("alignment", "tokens that are pieces of the text", "others", cure))
         return found[0], found[1]
 
     @cached_property
-    def _twins(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids that spell the same, (S, 2), the same but for a space, (R, 2), and which begin with one."""
-        found = [
-            torch.tensor(twins(*self._spellings, space=space), dtype=torch.int64).reshape(-1, 2)
-            for space in (False, True)
-        ]
+    def _twins(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``twins_S2``, ``spaced_R2``, ``opens_V`` and ``open_2W`` of ``Matched``."""
+        found, open_2W = [], torch.zeros(2, self.students, dtype=torch.bool)
+        for space in (False, True):
+            begun = beginnings(self._students_tokenizer, self._tokenizer, space=space)
+            pairs = [p for p in twins(*self._spellings, space=space) if not begun.teachers[p[1]]]
+            found.append(torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2))
+            known = torch.tensor(begun.students[: self.students])
+            open_2W[int(space), : len(known)] = known
         opens = [(piece or b"").startswith(b" ") for piece in self._spellings[1].pieces]
-        return found[0], found[1], torch.tensor(opens)
+        return found[0], found[1], torch.tensor(opens), open_2W
 
     @cached_property
     def _openings(self) -> int:
@@ -153,7 +160,7 @@ class Aligned:
             raise ValueError("an alignment needs a teacher that gives whole distributions")
         matches = torch.tensor(_matches(rows), dtype=torch.int64, device=device).reshape(-1, 6)
         row_M, ours_M, theirs_M, space_M, next_M, next_space_M = matches.unbind(-1)
-        twins_S2, spaced_R2, opens_V = (table.to(device) for table in self._twins)
+        twins_S2, spaced_R2, opens_V, open_2W = (table.to(device) for table in self._twins)
         matched = Matched(
             ids_BT=ids_BT,
             theirs_BU=theirs_BU.to(device),
@@ -166,6 +173,7 @@ class Aligned:
             twins_S2=twins_S2,
             spaced_R2=spaced_R2,
             opens_V=opens_V,
+            open_2W=open_2W,
             students=self.students,
             teachers=said.head.weight_VD.shape[0],
         )

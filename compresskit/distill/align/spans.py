@@ -5,6 +5,11 @@ probability of that token, and all others are one outcome. The student's next to
 if it ends where one of the teacher's does too: the product of the probabilities of the teacher's tokens that
 spell it (the chain rule), which is taken from the first of them. Elsewhere nothing is said.
 
+A token of the teacher's with which it begins to spell longer tokens of the student's says little of the
+student's token of the same spelling: a teacher of letters says "b" before any word in b, a student of words
+hardly ever. So it belongs to the other outcomes, and so does the student's next token where the teacher's
+spelling of it begins that of a longer one.
+
 Where the student has read a space that the teacher writes before its next word, all of this is under the
 condition that a space follows; and a token of the student's that ends with such a space counts that one may.
 
@@ -186,11 +191,12 @@ def _with_next(said: _Said, matched: Matched, spans: _Spans) -> tuple[Tensor, Te
     # Where the teacher's one token is the student's, its probability is there already.
     size_M = spans.owner_N.bincount(minlength=len(label_M)) - 1
     is_same_M = (size_M == 1) & (first_M == label_M) & ~spans.next_space_M
-    moved_M = said.spelt_M.masked_fill(is_same_M, 0)
+    is_open_M = matched.open_2W[spans.space_M.long(), label_M]
+    moved_M = said.spelt_M.masked_fill(is_same_M | is_open_M, 0)
     is_first_MK, is_label_MK = said.ids_MK == first_M[:, None], said.ids_MK == label_M[:, None]
     rest_M = said.rest_M - moved_M.masked_fill(is_first_MK.any(-1), 0)
     p_MK = said.p_MK + moved_M[:, None] * (is_label_MK.to(said.p_MK) - is_first_MK.to(said.p_MK))
-    absent_M = ~is_label_MK.any(-1)
+    absent_M = ~is_label_MK.any(-1) & ~is_open_M
     rest_M = rest_M + (p_MK[:, -1] - said.own_M).masked_fill(~absent_M, 0)
     ids_MK = said.ids_MK.clone()
     p_MK[:, -1] = torch.where(absent_M, said.own_M + moved_M, p_MK[:, -1])

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 SPACE_MARK = "\u2581"
@@ -95,6 +95,59 @@ def twins(student: Spelling, teacher: Spelling, *, space: bool = False) -> list[
         if same:
             found.append((index, same.pop()))
     return sorted(found)
+
+
+class Beginnings(NamedTuple):
+    """What of a teacher's tokens begins longer ones of the student's.
+
+    Attributes:
+        teachers: of its ids: whether the student has a token that it spells with that one and more. Its
+            probability is divided among that token, others, and the student's of the same spelling.
+        students: of the student's ids: whether the teacher spells it by what begins another one.
+    """
+
+    teachers: list[bool]
+    students: list[bool]
+
+
+def beginnings(student: Any, teacher: Any, *, space: bool = False) -> Beginnings:
+    """Tokens whose spelling says too little of what follows, of two tokenizers that have spellings.
+
+    Args:
+        student: its tokenizer.
+        teacher: of its own.
+        space: of tokens before which the teacher reads a space that the student has read already.
+    """
+    ours, theirs = spelling_of(student, roles_of=teacher), spelling_of(teacher)
+    assert ours is not None
+    assert theirs is not None
+    cut_ours, cut_theirs = _cutter(student), _cutter(teacher)
+    spelt: list[tuple[int, ...]] = []
+    for index, piece in enumerate(ours.pieces):
+        # What its own tokenizer never says, such as special tokens and spare bytes, begins nothing.
+        is_said = piece and index not in student.added_tokens_decoder and cut_ours(piece) == (index,)
+        spelt.append(cut_theirs(b" " + piece if space else piece) if piece and is_said else ())
+    begun = {ids[:length] for ids in spelt for length in range(1, len(ids))}
+    return Beginnings(
+        [(index,) in begun for index in range(len(theirs.pieces))], [ids in begun for ids in spelt]
+    )
+
+
+def _cutter(tokenizer: Any) -> Callable[[bytes], tuple[int, ...]]:
+    """What makes tokens of a piece of text, before which nothing is put; none of half a character."""
+    of_bytes, model = _kind(tokenizer) == "bytes", tokenizer.backend_tokenizer.model
+    written = {byte: character for character, byte in _byte_characters().items()}
+
+    def cut(spelt: bytes) -> tuple[int, ...]:
+        if of_bytes:
+            text = "".join(written[byte] for byte in spelt)
+        else:
+            text = spelt.decode(errors="ignore").replace(" ", SPACE_MARK)
+            if len(text.encode()) < len(spelt):
+                return ()
+        return tuple(token.id for token in model.tokenize(text))
+
+    return cut
 
 
 def _kind(tokenizer: Any) -> str | None:
