@@ -47,7 +47,8 @@ class FewBits(Replica):
 
     @cached_property
     def _model(self) -> nn.Module:
-        dtype = self._source.compute_dtype
+        # bitsandbytes has no products in float64, and returns whatever lay in memory.
+        dtype = min(self._source.compute_dtype, torch.float32, key=lambda one: one.itemsize)
 
         def replace(name: str, weight_OI: Tensor, bias_O: Tensor | None) -> nn.Module:
             return_memory()  # what the layer before passed through on its way
