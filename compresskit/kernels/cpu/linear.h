@@ -1,17 +1,19 @@
-/* The entry points of a layout whose words say which of 64 inputs are kept, and whose values follow row by row.
+/* The entry points of a layout whose words say which of 64 inputs are kept, and whose values follow row by
+ * row.
  *
- * Of whoever compiles it: VALUE_TYPE. Of whoever includes it: MASK(word), the mask bits of a word, and first_value(job, row), where the values of
- * a row begin.
+ * Of whoever compiles it: VALUE_TYPE. Of whoever includes it: MASK(word), the mask bits of a word, and
+ * first_value(job, row), where the values of a row begin.
  */
 #include <stdlib.h>
 
 #include "job.h"
 #include "vectors.h"
 
-#define ROWS 32
+#define ROWS 8
 #define CACHE_BYTES (32 << 10)
-#define AHEAD_BYTES 1024
-#define PREFETCH(values) __builtin_prefetch((const char *)(values) + AHEAD_BYTES)
+/* How long before it is needed a value is asked for: where rows are read to their ends, and where in parts. */
+#define FAR_BYTES 4096
+#define NEAR_BYTES 1024
 #define UNROLL _Pragma("GCC unroll 16")
 #if LANES == 16
 #define MOST_TOKENS 16
@@ -26,6 +28,16 @@ static int block_size(int64_t tokens) {
     int size = 1;
     while (size < tokens && size < MOST_TOKENS) size *= 2;
     return size;
+}
+
+/* What the first ``count`` words of a row need; the rest of it is asked for while these are read. */
+static void prefetch_row(const Job *job, int64_t row, int64_t count) {
+    const int64_t begin = first_value(job, row);
+    const int64_t bytes = (first_value(job, row + 1) - begin) * VALUE_BYTES * count / job->words_per_row;
+    const char *values = (const char *)job->values + begin * VALUE_BYTES;
+    const char *words = (const char *)(job->words + row * job->words_per_row);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(values + at);
+    for (int64_t at = 0; at < 8 * count; at += 64) __builtin_prefetch(words + at);
 }
 
 /* The scale of each of the inputs from ``first`` on, for groups of a width that cuts words. */

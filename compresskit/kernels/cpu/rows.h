@@ -1,9 +1,9 @@
 /* The product of rows of a packed weight with tokens, for one type of values; included once for each.
  *
- * Of whoever includes it: NAME; VALUE, their C type; STEP, VECTORS and DECODE (see vectors.h); WEIGHT, a vector
- * of weights; NUMBER, the type of arranged inputs, WIDTH of which a vector takes; ADD(sum, weight, inputs);
- * HAS_SCALES; ARRANGE(job, first, to), which writes the inputs from ``first`` on as NUMBERs; and MASK(word), the mask bits
- * of 64 inputs.
+ * Of whoever includes it: NAME; VALUE, their C type; STEP, VECTORS and DECODE (see vectors.h); WEIGHT, a
+ * vector of weights; NUMBER, the type of arranged inputs, WIDTH of which a vector takes; ADD(sum, weight,
+ * inputs); HAS_SCALES; ARRANGE(job, first, count, to), which writes some inputs as NUMBERs; and MASK(word),
+ * the mask bits of 64 inputs.
  *
  * Inputs are taken in blocks that stay in the first cache, and of up to 16 tokens, whose sums stay in
  * registers while a row's weights are decoded once for all of them.
@@ -17,9 +17,11 @@
 /* Adds the products of 64 inputs; a sum has several chains of additions, so that none waits for the last. */
 INLINE const VALUE *OWN(word)(
     const int tokens, const int each, const int chain, vec *sums, uint64_t mask, const VALUE *values,
-    const NUMBER *inputs, const float *scales
+    const NUMBER *inputs, const float *scales, int64_t ahead
 ) {
     const int chains = CHAINS(tokens);
+    __builtin_prefetch((const char *)values + ahead);
+    if (VALUE_BYTES == 4) __builtin_prefetch((const char *)values + ahead + 64);
     UNROLL for (int step = 0; step < 64 / STEP; step++) {
         WEIGHT weights[VECTORS];
         uint64_t part = mask >> step * STEP % 64 & ~(uint64_t)0 >> (64 - STEP);
@@ -44,7 +46,7 @@ INLINE const VALUE *OWN(word)(
 /* Sums over ``count`` words of one row, added to out[token]; ``per_scale`` words have one scale. */
 INLINE const VALUE *OWN(row)(
     const int tokens, const int each, const uint64_t *words, int64_t count, int64_t per_scale,
-    const VALUE *values, const NUMBER *inputs, const float *scales, float *out
+    const VALUE *values, const NUMBER *inputs, const float *scales, float *out, int64_t ahead
 ) {
     const int chains = CHAINS(tokens);
     for (int64_t w = 0, until; w < count; w = until, scales++) {
@@ -52,19 +54,19 @@ INLINE const VALUE *OWN(row)(
         UNROLL for (int i = 0; i < tokens * chains; i++) sums[i] = zeros();
         until = count - w < per_scale ? count : w + per_scale;
         for (; tokens == 1 && w + 1 < until; w += 2) {
-            PREFETCH(values);
             values = OWN(word)(
-                tokens, each, 0, sums, MASK(words[w]), values, inputs + 64 * w, scales + 64 * w
+                tokens, each, 0, sums, MASK(words[w]), values, inputs + 64 * w, scales + 64 * w, ahead
             );
             values = OWN(word)(
                 tokens, each, PER_WORD, sums, MASK(words[w + 1]), values, inputs + 64 * w + 64,
-                scales + 64 * w + 64
+                scales + 64 * w + 64, ahead
             );
         }
-        for (; w < until; w++)
+        for (; w < until; w++) {
             values = OWN(word)(
-                tokens, each, 0, sums, MASK(words[w]), values, inputs + 64 * tokens * w, scales + 64 * w
+                tokens, each, 0, sums, MASK(words[w]), values, inputs + 64 * tokens * w, scales + 64 * w, ahead
             );
+        }
         float scale = HAS_SCALES && !each ? *scales : 1;
         UNROLL for (int t = 0; t < tokens; t++) {
             vec sum = sums[t * chains];
@@ -90,7 +92,8 @@ static inline __attribute__((always_inline)) void OWN(block)(
     const int grouped = HAS_SCALES && !each && job->groups > 1;
     const int64_t per_group = grouped ? job->ins / job->groups / 64 : wide, unit = grouped ? per_group : 1;
     const int64_t fits = CACHE_BYTES / (tokens * 64 * (int64_t)sizeof(NUMBER)) / unit * unit;
-    const int64_t words = tokens == 1 || fits > wide ? wide : fits ? fits : unit;
+    const int64_t words = tokens <= 2 || fits > wide ? wide : fits ? fits : unit;
+    const int64_t ahead = words == wide ? FAR_BYTES : NEAR_BYTES;
     const VALUE *values[ROWS];
     float out[ROWS][16] = {{0}};
     for (int64_t row = first; row < last; row++) values[row - first] = (const VALUE *)job->values + first_value(job, row);
@@ -99,11 +102,13 @@ static inline __attribute__((always_inline)) void OWN(block)(
         const NUMBER *inputs = (const NUMBER *)job->arranged + token * width + 64 * tokens * w;
         for (int64_t row = first; row < last; row++) {
             const float *scales = spread;
+            if (!w && words < wide && row + 1 < job->outs) prefetch_row(job, row + 1, count);
             if (HAS_SCALES && !each) scales = job->scales + row * job->groups + w / per_group;
             if (HAS_SCALES && each) spread_scales(job, row, spread, 64 * w, 64 * (w + count));
             values[row - first] = OWN(row)(
                 tokens, each, job->words + row * wide + w, count, per_group, values[row - first], inputs,
-                HAS_SCALES && each ? spread + 64 * w : scales, out[row - first]
+                HAS_SCALES && each ? spread + 64 * w : scales, out[row - first],
+                ahead
             );
         }
     }

@@ -1,0 +1,109 @@
+"""The records of packed kernels as a table, and the benchmark that makes them. No torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import compresskit
+from compresskit.errors import Fault, InputError, WorkerError
+from compresskit.measure.record import read_records
+
+KIND = "kernels-cpu"
+PROJECT = Path(compresskit.__file__).parents[1]
+
+HEADINGS = (
+    "shape",
+    "zeros",
+    "batch",
+    "candidate",
+    "ms",
+    "quartiles",
+    "GB/s",
+    "x dense",
+    "x torch bf16",
+    "x torch int8",
+    "limit",
+    "of limit",
+)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """``rows`` of a record of kind ``kernels-cpu``, aligned; what does not apply is a dash.
+
+    Args:
+        rows: with the keys ``shape``, ``zeros``, ``tokens``, ``candidate``, ``ms`` (its three quartiles),
+            ``GB_per_s``, ``ratio``, ``over_torch_bf16``, ``over_torch_int8``, ``limit``, ``limit_fraction``.
+
+    Returns:
+        A line for each row, below the headings.
+    """
+    lines = [HEADINGS, *(_line(row) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
+    return "\n".join(
+        "  ".join(
+            text.ljust(width) if i < 4 else text.rjust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _line(row: Mapping[str, Any]) -> tuple[str, ...]:
+    first, median, third = row["ms"]
+    fraction = row["limit_fraction"]
+    return (
+        row["shape"],
+        row["zeros"] if ":" in row["zeros"] else f"{float(row['zeros']):.0%}",
+        str(row["tokens"]),
+        row["candidate"],
+        f"{median:.3f}",
+        f"{first:.3f} to {third:.3f}",
+        f"{row['GB_per_s']:.1f}",
+        *(_ratio(row[name]) for name in ("ratio", "over_torch_bf16", "over_torch_int8", "limit")),
+        "-" if fraction is None else f"{fraction:.0%}",
+    )
+
+
+def _ratio(number: float | None) -> str:
+    return "-" if number is None else f"{number:.2f}"
+
+
+def recorded(files: Sequence[Path] = ()) -> str:
+    """The newest record in ``files``, or in the project's results, as text.
+
+    Raises:
+        InputError: there is none.
+    """
+    results = PROJECT / "benchmarks" / "results"
+    places = files or sorted(results.glob(f"{KIND}-*.json"))
+    records = [record for path in places for record in read_records(path) if record.kind == KIND]
+    if not records:
+        got = ", ".join(map(str, files)) or f"none in {results}"
+        cure = "Make one with --run, in a checkout of the project."
+        raise InputError(Fault("kernels", f"a record of kind {KIND}", got, cure))
+    newest = max(records, key=lambda record: record.measured_at)
+    where = f"{newest.processor}, {newest.threads} threads, {newest.measured_at}"
+    return "\n".join([where, *newest.notes, table(newest.values["rows"])])
+
+
+def run() -> str:
+    """Time the kernels now, which takes minutes, and append the record; what is printed meanwhile is shown.
+
+    Raises:
+        InputError: the benchmark is not here; it comes with a checkout, not with the installed package.
+        WorkerError: it failed.
+    """
+    script = PROJECT / "benchmarks" / "kernels" / "cpu.py"
+    if not script.is_file():
+        cure = "Run it in a checkout of the project."
+        raise InputError(Fault("kernels --run", "the project's benchmarks", f"no {script}", cure))
+    command = [sys.executable, "-m", "benchmarks.run", "kernels.cpu"]
+    done = subprocess.run(command, cwd=PROJECT, check=False)
+    if done.returncode:
+        cure = "See its output above."
+        raise WorkerError(Fault("benchmarks.run kernels.cpu", "exit code 0", str(done.returncode), cure))
+    return recorded()
