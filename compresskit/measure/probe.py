@@ -24,6 +24,7 @@ Json = Any
 
 def probe_latency(job: Json) -> Json:
     """Samples of prefill and decode time, after ``warmup`` unrecorded rounds; the collector is off."""
+    from compresskit.kernels.dispatch import passed_over
     from compresskit.measure.load import empty_model, load_model
 
     directory, trust = Path(job["directory"]), job["trust_remote_code"]
@@ -39,6 +40,7 @@ def probe_latency(job: Json) -> Json:
         "decode_ms": [s[1] for s in samples] if runner.causal else [],
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": str(getattr(model.config, "_attn_implementation", "unknown")),
+        "passed_over": list(passed_over()),
     }
 
 

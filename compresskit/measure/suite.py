@@ -242,7 +242,7 @@ def _measure_latency(subject: Subject) -> Record:
     quartiles = {"prefill_ms": spread(answer["prefill_ms"])}
     if answer["decode_ms"]:
         quartiles["decode_ms"] = spread(answer["decode_ms"])
-    notes = []
+    notes = list(answer["passed_over"])
     if not answer["decode_ms"]:
         notes.append("This model does not predict the next token: only a forward pass was timed.")
     load = max(load_before, load_average())

@@ -130,6 +130,7 @@ def test_models_in_turn(llama_dir: Path, bert_dir: Path, monkeypatch: pytest.Mon
         asked.append(Path(job["directory"]).name)
         times = [float(len(asked))] * job["repetitions"]
         more = {"load_ms": 1.0, "dtype": "float32", "attention": "sdpa"}
+        more["passed_over"] = ["An op does without its kernel."]
         return {"prefill_ms": times, "decode_ms": times if job["causal"] else [], **more}
 
     monkeypatch.setattr("compresskit.measure.suite.run_probe", probe)
@@ -140,6 +141,7 @@ def test_models_in_turn(llama_dir: Path, bert_dir: Path, monkeypatch: pytest.Mon
     assert got[1].values["prefill_ms"] == 4.0
     assert all(r.repetitions == 3 and r.settings["rounds_per_process"] == 2 for r in got)
     assert all(record_from(r.to_json(), "latency") for r in got)
+    assert all("An op does without its kernel." in r.notes for r in got)
 
 
 def test_decoding_uses_the_cache_and_every_step(llama_dir: Path) -> None:
