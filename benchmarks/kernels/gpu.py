@@ -34,8 +34,7 @@ from torch.nn.functional import linear
 from compresskit.kernels import dispatch
 from compresskit.kernels.bitmap import Bitmap, pack_bits
 from compresskit.kernels.cuda import launch
-from compresskit.kernels.cuda.compile import architecture, usage
-from compresskit.kernels.cuda.variants import variants
+from compresskit.kernels.cuda.compile import architecture
 from compresskit.kernels.packed import LAYOUTS
 from compresskit.kernels.packed.base import Case
 
@@ -282,19 +281,6 @@ def table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def registers() -> dict[str, Any]:
-    """Kernel as compiled for this GPU -> registers and spills."""
-    target = architecture(torch.cuda.get_device_capability())
-    found: dict[str, Any] = {}
-    for stem, defines in variants():
-        name = " ".join([stem, *(f"{key}={value}" for key, value in defines.items())])
-        try:
-            found[name] = {kernel: asdict(taken) for kernel, taken in usage(stem, defines, target).items()}
-        except Exception as error:  # told, and the next one compiled
-            found[name] = str(error)[:300]
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--only", nargs="+", choices=[*FAMILIES, "rates"], default=["rates", *FAMILIES])
@@ -331,9 +317,10 @@ def write(lines: list[dict[str, Any]], options: argparse.Namespace) -> str:
     }
     values = {line["cell"]: {k: v for k, v in line.items() if k != "cell"} for line in lines}
     try:
+        from benchmarks.kernels.registers import taken
         from benchmarks.run import RESULTS, append_record
 
-        values["registers"] = registers()
+        values["registers"] = taken(architecture(torch.cuda.get_device_capability()))
         name = torch.cuda.get_device_name()
         path = append_record(
             "kernels-gpu",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ def token_blocks(tokens: int, most: int) -> int:
     return min(most, 1 << (-(-tokens // 8) - 1).bit_length())
 
 
+@cache
 def split(
     machine: Machine, *, strips: int, steps: int, step_bytes: int, fixed_bytes: int, round_steps: int
 ) -> Split:
@@ -107,7 +109,8 @@ def in_turns(
         (..., O) in the inputs' type.
     """
     rows_NI = inputs.reshape(-1, inputs.shape[-1])
-    rows_NI = torch.nn.functional.pad(rows_NI, (0, -rows_NI.shape[1] % PIECE))
+    if rows_NI.shape[1] % PIECE:
+        rows_NI = torch.nn.functional.pad(rows_NI, (0, -rows_NI.shape[1] % PIECE))
     rows_NI = rows_NI.contiguous()
     if rows_NI.data_ptr() % 16:
         rows_NI = rows_NI.clone()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -95,12 +96,12 @@ def start(
         shared_bytes: of a block.
         arguments: tensors as pointers, None as a null pointer, integers as 32 bits without a sign.
     """
-    device = next(a for a in arguments if isinstance(a, Tensor)).device
+    index = next(a for a in arguments if isinstance(a, Tensor)).device.index or 0
     values = tuple(_value(argument) for argument in arguments)
     types = tuple(ctypes.c_uint32 if isinstance(a, int) else ctypes.c_void_p for a in arguments)
-    with torch.cuda.device(device):
+    with nullcontext() if index == torch.cuda.current_device() else torch.cuda.device(index):
         stream = torch.cuda.current_stream().cuda_stream
-        kernel = _loaded(stem, tuple(sorted(defines.items())), torch.cuda.current_device(), shared_bytes)
+        kernel = _loaded(stem, tuple(defines.items()), index, shared_bytes)
         _driver("cuLaunchKernel", kernel, *grid, 1, threads, 1, 1, shared_bytes, stream, (values, types), 0)
 
 
@@ -112,12 +113,16 @@ def _value(argument: Argument) -> int:
 
 @cache
 def _loaded(stem: str, defines: tuple[tuple[str, int], ...], index: int, shared_bytes: int) -> Any:
-    """The kernel on the GPU ``index``, allowed ``shared_bytes`` of shared memory."""
+    """The kernel on the GPU ``index``, allowed ``shared_bytes`` of shared memory and as much as there is."""
     from cuda.bindings import driver
 
     kernel = _module_function(stem, defines, index)
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _driver("cuFuncSetAttribute", kernel, attribute, max(shared_bytes, _largest(kernel, attribute)))
+    most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    allowed: int = _driver("cuFuncGetAttribute", most, kernel)
+    _driver("cuFuncSetAttribute", kernel, most, max(shared_bytes, allowed))
+    if shared_bytes:  # rather than cache: what is read once is not to be cached
+        share = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        _driver("cuFuncSetAttribute", kernel, share, 100)
     return kernel
 
 
@@ -128,17 +133,20 @@ def _module_function(stem: str, defines: tuple[tuple[str, int], ...], index: int
     return _driver("cuModuleGetFunction", _driver("cuModuleLoadData", code), Path(stem).name.encode())
 
 
-def _largest(kernel: Any, attribute: Any) -> int:
-    allowed: int = _driver("cuFuncGetAttribute", attribute, kernel)
-    return allowed
+@cache
+def _function(name: str) -> tuple[Any, Any]:
+    """A function of the driver, which is begun, and its word for success."""
+    from cuda.bindings import driver
+
+    driver.cuInit(0)
+    return getattr(driver, name), driver.CUresult.CUDA_SUCCESS
 
 
 def _driver(name: str, *arguments: Any) -> Any:
     """One function of the CUDA driver; its result without the status, which must be success."""
-    from cuda.bindings import driver
-
-    status, *results = getattr(driver, name)(*arguments)
-    if status != driver.CUresult.CUDA_SUCCESS:
+    function, success = _function(name)
+    status, *results = function(*arguments)
+    if status != success:
         cure = "Choose another implementation, or report this."
         raise EngineError(Fault(f"CUDA's {name}", "success", status.name, cure))
     return results[0] if results else None
