@@ -24,6 +24,8 @@ OPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "bitmap_expand": {"cpu": ("cpu", "reference"), "cuda": ("reference",)},
     "two_four_linear": {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")},
     "two_four_expand": {"cpu": ("cpu", "reference"), "cuda": ("reference",)},
+    "block_linear": {"cpu": ("reference",), "cuda": ("triton", "reference")},
+    "block_expand": {"cpu": ("reference",), "cuda": ("reference",)},
     "dense_linear": {"cpu": ("reference",), "cuda": ("reference",)},
     "fragment_linear": {"cpu": ("reference",), "cuda": ("cuda", "reference")},
     "fragment_expand": {"cpu": ("reference",), "cuda": ("reference",)},

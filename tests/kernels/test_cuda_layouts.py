@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from compresskit.errors import PatternError
-from compresskit.kernels import dispatch
+from compresskit.kernels import dispatch, triton
 from compresskit.kernels.bitmap import Bitmap, pack
 from compresskit.kernels.cuda import launch
 from compresskit.kernels.cuda.launch import Machine
@@ -24,6 +24,7 @@ from tests.kernels.lanes import ADA, HOPPER, SMALL, gpu, starter
 __all__ = ["gpu"]
 CPU = torch.device("cpu")
 NAMES = ("fragment", "gap", "tile")
+ALL = (*NAMES, "block")
 FLOAT16 = (torch.bfloat16, torch.float16)
 SHAPES = [(1, 1), (3, 8), (5, 13), (16, 64), (7, 130), (33, 200), (40, 1090)]
 TWO_FOUR = ("fragment",)
@@ -63,7 +64,7 @@ def case(name: str, **changes: Any) -> Case:
 
 
 @pytest.mark.parametrize("dtype", FLOAT16, ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_what_a_layout_packs_comes_back(name: str, dtype: torch.dtype) -> None:
     layout = LAYOUTS[name]()
     for shape in SHAPES:
@@ -77,7 +78,7 @@ def test_what_a_layout_packs_comes_back(name: str, dtype: torch.dtype) -> None:
             assert not back.faults("weight")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_a_kept_negative_zero_stays_kept(name: str) -> None:
     bitmap = Bitmap(
         mask_OB=torch.ones(1, 1, dtype=torch.uint8), values_K=torch.tensor([-0.0]).half(), in_features=5
@@ -111,7 +112,7 @@ def check(name: str, implementation: str, tokens: tuple[int, ...], dtype: torch.
 
 
 @pytest.mark.parametrize("dtype", FLOAT16, ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_the_reference_multiplies(name: str, dtype: torch.dtype) -> None:
     for zeros in ("half", "rows", "far", "none"):
         check(name, "reference", (0, 1, 3, 70), dtype, zeros=zeros)
@@ -158,7 +159,7 @@ def op_of(name: str, shape: tuple[int, int]) -> tuple[Any, tuple[Tensor, ...], T
     return getattr(torch.ops.compresskit, layout.op), layout.pack(pack(dense), CPU), dense
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_ops_are_what_torch_expects_of_an_op(name: str) -> None:
     op, tensors, _ = op_of(name, (7, 130))
     for x in (whole((3, 130), 3, 4).float(), whole((2, 3, 130), 3, 4).float().requires_grad_()):
@@ -168,7 +169,7 @@ def test_ops_are_what_torch_expects_of_an_op(name: str) -> None:
     torch.library.opcheck(expand.default, (*tensors, 130, torch.bfloat16))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_gradients_compiled_models_and_widths(name: str) -> None:
     op, tensors, dense = op_of(name, (6, 20))
     x, bias = whole((3, 20), 3, 4).double().requires_grad_(), whole((6,), 3, 5).double().requires_grad_()
@@ -257,6 +258,24 @@ def test_gaps_lie_as_the_docstring_says() -> None:
     assert values.tolist() == [[5, 6, 0, 0, 7, 0, 0, 0]]
     assert [int(gaps[0]) >> 8 * i & 15 for i in range(4)] == [0, 1, 15, 15]
     assert [int(gaps[0]) >> 8 * i + 4 & 15 for i in range(4)] == [5, 0, 0, 0]
+
+
+def test_block_is_for_zeros_that_fill_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = LAYOUTS["block"]()
+    assert layout.refusal(case("block")) == "nothing says that zeros fill blocks"
+    assert "no multiple of 16x16" in layout.refusal(case("block", block=(8, 16)))
+    assert "the device is cpu" in layout.refusal(case("block", block=(16, 32), device="cpu"))
+    assert "int8" in layout.refusal(case("block", block=(16, 32), values=torch.int8))
+    monkeypatch.setattr(triton, "refusal", lambda op: "triton is not installed")
+    dispatch.refusal.cache_clear()
+    assert layout.refusal(case("block", block=(16, 16))) == "triton is not installed"
+    dispatch.refusal.cache_clear()
+    dense = torch.zeros(20, 70)
+    dense[17, 33] = 5
+    values, columns, starts, extents = layout.pack(pack(dense), CPU)
+    assert values.shape == (1, 16, 16)
+    assert (values[0, 1, 1], columns.tolist(), starts.tolist()) == (5, [2], [0, 0, 1])
+    assert extents.shape == (20, 5, 0)
 
 
 def test_a_kernel_that_cannot_be_had_is_passed_over_aloud(monkeypatch: pytest.MonkeyPatch) -> None:

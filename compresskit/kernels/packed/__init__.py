@@ -15,6 +15,7 @@ LAYOUTS: Registry[Layout] = Registry(
         "dense": "compresskit.kernels.packed.dense:Dense",
         "bitmap": "compresskit.kernels.packed.bitmap:BitmapRows",
         "two_four": "compresskit.kernels.packed.two_four:TwoFour",
+        "block": "compresskit.kernels.packed.block:Block",
         "fragment": "compresskit.kernels.packed.fragment:Fragment",
         "gap": "compresskit.kernels.packed.gap:Gap",
         "tile": "compresskit.kernels.packed.tile:Tile",

@@ -26,6 +26,7 @@ class Case:
         inputs: type of the inputs and of the result.
         zero_fraction: of the weight.
         group: (N, M) where no M consecutive inputs keep more than N; None where nothing is known.
+        block: (rows, columns) of the blocks that zeros fill whole; None where nothing is known.
         device: ``cpu`` or ``cuda``.
         tokens: rows of the input.
     """
@@ -36,6 +37,7 @@ class Case:
     inputs: torch.dtype
     zero_fraction: float
     group: tuple[int, int] | None = None
+    block: tuple[int, int] | None = None
     device: str = "cpu"
     tokens: int = 1
 

@@ -66,7 +66,7 @@ def bitmap_linear(
         bias_O: of any type, or None.
     """
     groups = scales_OG.shape[1]
-    flags = flags_of(inputs, values_S, scales_OG, bias_O)
+    flags = {**flags_of(inputs, values_S, bias_O), "HAS_SCALES": groups > 0}
 
     def run(division: Division, inputs_NI: Tensor, out_NO: Tensor, tiles: dict[str, Any]) -> None:
         width = inputs_NI.shape[1]

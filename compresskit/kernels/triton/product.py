@@ -93,12 +93,11 @@ def divided(
     return out_NO.reshape(*inputs.shape[:-1], outputs)
 
 
-def flags_of(inputs: Tensor, values: Tensor, scales_OG: Tensor, bias_O: Tensor | None) -> dict[str, Any]:
+def flags_of(inputs: Tensor, values: Tensor, bias_O: Tensor | None) -> dict[str, Any]:
     """What kernels are compiled for besides tile sizes; the interpreter takes bf16 for its bits in a dot."""
     same = inputs.dtype == values.dtype and inputs.element_size() == 2
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return {
-        "HAS_SCALES": scales_OG.shape[1] > 0,
         "HAS_BIAS": bias_O is not None,
         "NARROW": same and not (interpreted and inputs.dtype == torch.bfloat16),
     }

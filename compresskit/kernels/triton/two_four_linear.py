@@ -51,22 +51,22 @@ def two_four_kernel(
 
 
 def two_four_linear(
-    inputs: Tensor, values_OV: Tensor, places_OW: Tensor, scales_OG: Tensor, bias_O: Tensor | None
+    inputs: Tensor, values_S: Tensor, places_OW: Tensor, scales_OG: Tensor, bias_O: Tensor | None
 ) -> Tensor:
     """``inputs @ weight.T + bias``, (..., O) in the inputs' type; sums are taken in fp32.
 
     Args:
         inputs: (..., I).
-        values_OV, places_OW, scales_OG: the packed weight.
+        values_S, places_OW, scales_OG: the packed weight.
         bias_O: of any type, or None.
     """
     groups = scales_OG.shape[1]
-    flags = flags_of(inputs, values_OV, scales_OG, bias_O)
+    flags = {**flags_of(inputs, values_S, bias_O), "HAS_SCALES": groups > 0}
 
     def run(division: Division, inputs_NI: Tensor, out_NO: Tensor, tiles: dict[str, Any]) -> None:
         width = inputs_NI.shape[1]
         sizes = (*out_NO.shape, width, places_OW.shape[1], groups, width // max(1, groups))
-        tensors = (inputs_NI, values_OV, places_OW, scales_OG, bias_O, out_NO)
+        tensors = (inputs_NI, values_S, places_OW, scales_OG, bias_O, out_NO)
         two_four_kernel[division.grid](*tensors, *sizes, **tiles, **flags)
 
-    return divided(inputs, values_OV.shape[0], run)
+    return divided(inputs, places_OW.shape[0], run)
