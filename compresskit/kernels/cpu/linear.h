@@ -9,7 +9,7 @@
 #include "job.h"
 #include "vectors.h"
 
-#define ROWS 8
+#define ROWS 16
 #define CACHE_BYTES (32 << 10)
 /* How long before it is needed a value is asked for: where rows are read to their ends, and where in parts. */
 #define FAR_BYTES 4096
@@ -30,14 +30,10 @@ static int block_size(int64_t tokens) {
     return size;
 }
 
-/* What the first ``count`` words of a row need; the rest of it is asked for while these are read. */
-static void prefetch_row(const Job *job, int64_t row, int64_t count) {
-    const int64_t begin = first_value(job, row);
-    const int64_t bytes = (first_value(job, row + 1) - begin) * VALUE_BYTES * count / job->words_per_row;
-    const char *values = (const char *)job->values + begin * VALUE_BYTES;
-    const char *words = (const char *)(job->words + row * job->words_per_row);
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(values + at);
-    for (int64_t at = 0; at < 8 * count; at += 64) __builtin_prefetch(words + at);
+/* Asks for the next bytes of what is read in order while rows are read in parts, which no processor foresees. */
+INLINE const char *prefetch(const char *from, int64_t bytes) {
+    for (const char *at = from; at < from + bytes + 63; at += 64) __builtin_prefetch(at, 0, 2);
+    return from + bytes;
 }
 
 /* The scale of each of the inputs from ``first`` on, for groups of a width that cuts words. */

@@ -11,6 +11,7 @@
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
 #define OWN(name) JOIN(name, NAME)
+#define LINES (VALUE_BYTES == 4 ? 3 : 2)
 #define PER_WORD (64 / STEP * VECTORS)
 #define CHAINS(tokens) ((tokens) == 1 ? 8 : (tokens) < MOST_TOKENS ? MOST_TOKENS / (tokens) : 1)
 
@@ -20,8 +21,9 @@ INLINE const VALUE *OWN(word)(
     const NUMBER *inputs, const float *scales, int64_t ahead
 ) {
     const int chains = CHAINS(tokens);
-    __builtin_prefetch((const char *)values + ahead);
-    if (VALUE_BYTES == 4) __builtin_prefetch((const char *)values + ahead + 64);
+    /* Values of one word may take one line more than on average, and what is left out here is waited for. */
+    UNROLL for (int line = 0; line < LINES; line++)
+        __builtin_prefetch((const char *)values + ahead + 64 * line);
     UNROLL for (int step = 0; step < 64 / STEP; step++) {
         WEIGHT weights[VECTORS];
         uint64_t part = mask >> step * STEP % 64 & ~(uint64_t)0 >> (64 - STEP);
@@ -94,6 +96,10 @@ static inline __attribute__((always_inline)) void OWN(block)(
     const int64_t fits = CACHE_BYTES / (tokens * 64 * (int64_t)sizeof(NUMBER)) / unit * unit;
     const int64_t words = tokens <= 2 || fits > wide ? wide : fits ? fits : unit;
     const int64_t ahead = words == wide ? FAR_BYTES : NEAR_BYTES;
+    const int64_t until = last + (last - first) < job->outs ? last + (last - first) : job->outs;
+    const int64_t visits = (wide + words - 1) / words * (last - first);
+    const int64_t next_bytes = (first_value(job, until) - first_value(job, last)) * VALUE_BYTES / visits;
+    const char *next = (const char *)job->values + first_value(job, last) * VALUE_BYTES;
     const VALUE *values[ROWS];
     float out[ROWS][16] = {{0}};
     for (int64_t row = first; row < last; row++) values[row - first] = (const VALUE *)job->values + first_value(job, row);
@@ -102,7 +108,7 @@ static inline __attribute__((always_inline)) void OWN(block)(
         const NUMBER *inputs = (const NUMBER *)job->arranged + token * width + 64 * tokens * w;
         for (int64_t row = first; row < last; row++) {
             const float *scales = spread;
-            if (!w && words < wide && row + 1 < job->outs) prefetch_row(job, row + 1, count);
+            if (words < wide && !token) next = prefetch(next, next_bytes);
             if (HAS_SCALES && !each) scales = job->scales + row * job->groups + w / per_group;
             if (HAS_SCALES && each) spread_scales(job, row, spread, 64 * w, 64 * (w + count));
             values[row - first] = OWN(row)(
@@ -195,5 +201,6 @@ static void OWN(linear)(const Job *job, Parallel parallel) {
 #undef OWN
 #undef JOIN
 #undef JOIN_
+#undef LINES
 #undef PER_WORD
 #undef CHAINS
