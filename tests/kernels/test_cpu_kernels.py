@@ -115,21 +115,25 @@ def test_every_path_expands_to_the_bit(
 
 
 @pytest.mark.parametrize("path", paths())
-def test_numbers_of_every_size_are_read_and_written_right(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Denormal, largest, infinite and no numbers, by a weight that is one number on its diagonal."""
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_numbers_of_every_size_are_read_and_rounded_right(
+    dtype: torch.dtype, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every number of two bytes by a weight of one number; 1.5 makes halves to round."""
     monkeypatch.setenv(library.CHOSEN_PATH, path)
     linear, _, layout = functions("bitmap")
-    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
-    for dtype, scale in ((torch.float32, 1.0), (torch.float16, 1.0), (torch.float32, 1 / 3)):
-        tensors = layout.pack(weight_of(torch.tensor([[scale]], dtype=dtype)), CPU)
-        got = linear(every[:64, None], *tensors, None)  # a kernel's
-        for first in range(0, len(every), 64):
-            x = every[first : first + 64, None]
-            got, expected = linear(x, *tensors, None), (x.float() * tensors[1][0].float()).half()
-            assert torch.equal(got.isnan(), expected.isnan())
-            assert torch.equal(got.nan_to_num(0), expected.nan_to_num(0))
-            wide, expected = linear(x.float(), *tensors, None), x.float() * tensors[1][0].float()
-            assert torch.equal(wide.nan_to_num(0), expected.nan_to_num(0))
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    for factor in (1.0, 1 / 3, 1.5):
+        tensors = layout.pack(weight_of(torch.tensor([[factor]])), CPU)
+        for first in range(0, len(every), 1 << 14):
+            x = every[first : first + (1 << 14), None]
+            wide = x.float() * torch.tensor(factor)
+            for got, expected in (
+                (linear(x, *tensors, None), wide.to(dtype)),
+                (linear(x.float(), *tensors, None), wide),
+            ):
+                assert torch.equal(got.isnan(), expected.isnan())
+                assert torch.equal(got.nan_to_num(0), expected.nan_to_num(0))
 
 
 def weight_of(dense: torch.Tensor) -> Any:

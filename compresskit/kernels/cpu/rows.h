@@ -172,7 +172,7 @@ static void OWN(arrange)(const Job *job, int64_t first, int64_t last) {
     }
 }
 
-/* What fills the last block. */
+/* What fills the last block: nobody reads its sums, but odd numbers in it could make them slow. */
 static void OWN(fill)(const Job *job) {
     int64_t block = job->tokens / MOST_TOKENS * MOST_TOKENS, used = job->tokens - block;
     int64_t size = used ? block_size(used) : 0;
