@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -93,7 +94,9 @@ def candidates(weight: Tensor, zeros: str, x: Tensor, options: argparse.Namespac
     eighths = torch.ops.aten._weight_int8pack_mm
     yield Candidate(INT8, eight.nbytes, lambda: closed(eighths, narrow, eight.clone(), ones))
     if not options.no_csr:
-        rows = weight.to_sparse_csr()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch says of CSR that it is young
+            rows = weight.to_sparse_csr()
         nbytes = sum(t.nbytes for t in (rows.values(), rows.col_indices(), rows.crow_indices()))
         yield Candidate(CSR, nbytes, lambda: closed(linear, x, rows.clone()), slow=True)
     for name in ("bitmap", "two_four") if zeros == "2:4" else ("bitmap",):

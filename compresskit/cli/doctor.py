@@ -50,7 +50,7 @@ def doctor(as_json: bool) -> None:
             f"  {name} {packages[name]}" if packages[name] else f"  {name} missing; it would give {gives}"
         )
     compiler = shutil.which("cc") or shutil.which("gcc")
-    click.echo(f"C compiler: {compiler or 'none; not needed'}")
+    click.echo(f"C compiler: {compiler or 'none; with one, sparse weights are multiplied faster on the CPU'}")
     missing = [name for name in REQUIRED if packages[name] is None]
     if as_json:
         click.echo(json.dumps({"packages": packages, "devices": devices, "compiler": compiler}))
