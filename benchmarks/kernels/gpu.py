@@ -76,7 +76,10 @@ FAMILIES: dict[str, tuple[str, tuple[float, ...], tuple[int, ...]]] = {
 def cells(family: str, quick: bool) -> Iterator[Cell]:
     """Of one family; ``quick`` has small shapes alone."""
     layout, fractions, batches = FAMILIES[family]
-    shapes = ((257, 520), (1024, 4096)) if quick else SHAPES[2:3] if family == "prefill" else SHAPES
+    shapes = {"prefill": SHAPES[2:3], "triton-bitmap": SHAPES[1:3], "triton-two-four": SHAPES[1:3]}.get(
+        family, SHAPES
+    )
+    shapes = ((257, 520), (1024, 4096)) if quick else shapes
     for outputs, inputs in shapes:
         for fraction in fractions:
             for tokens in batches:

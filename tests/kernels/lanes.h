@@ -155,6 +155,14 @@ static inline unsigned __float_as_uint(float value) { unsigned bits; memcpy(&bit
 static inline float fmaf_(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 #define fmaf fmaf_
 
+static inline unsigned shared_address(const void* pointer) {
+  return (unsigned)((const unsigned char*)pointer - lanes::shared);
+}
+static inline unsigned load_shared(unsigned address) {
+  unsigned word;
+  memcpy(&word, lanes::shared + address, 4);
+  return word;
+}
 template <class T> static inline T load_once(const T* from) { return *from; }
 
 static inline float wide(unsigned short value) {

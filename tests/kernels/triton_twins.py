@@ -33,6 +33,7 @@ TYPES = (
     (torch.int8, torch.bfloat16),
     (torch.int8, torch.float32),
 )
+CODES = {"cubin": GPUTarget("cuda", 90, 32), "hsaco": GPUTarget("hip", "gfx942", 64)}
 SHAPES = ((1, 1), (5, 13), (16, 64), (33, 200))
 
 
@@ -88,8 +89,8 @@ def compile_all() -> None:
             signature = {name: known[name] for name in kernel.arg_names}
             constants = {(list(signature).index(name),): value for name, value in flags.items()}
             source = ASTSource(kernel, signature, constants)
-            made = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-            assert made.asm["cubin"][:4] == b"\x7fELF"
+            for code, target in CODES.items():
+                assert triton.compile(source, target=target).asm[code][:4] == b"\x7fELF"
 
 
 if __name__ == "__main__":

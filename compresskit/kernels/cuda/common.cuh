@@ -22,6 +22,12 @@ constexpr u32 ALL_LANES = 0xffffffffu;
 
 INLINE u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
 
+INLINE u32 load_shared(u32 address) {
+  u32 word;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address));
+  return word;
+}
+
 INLINE uint4 load_once(const uint4* from) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -135,6 +141,9 @@ INLINE void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "
 
 #endif  // HOST_LANES
 
+// Which warp of the block this is; said so that the compiler knows it to be the same for all of its lanes.
+INLINE u32 warp_of_block() { return __shfl_sync(ALL_LANES, threadIdx.x / WARP, 0); }
+
 // Sums of a strip of 16 outputs, one warp's share of the inputs each, put together and written.
 //
 // A warp holds of 8 tokens: sums[0], [1] of output lane / 4 and tokens 2 * (lane % 4), + 1; [2], [3] of output
@@ -151,7 +160,7 @@ struct Result {
 
 template <int BLOCKS, int WARPS>
 INLINE void put_together(float (&sums)[BLOCKS][4], float* room, u32 strip, u32 chunk, const Result& result) {
-  const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  const u32 lane = threadIdx.x % WARP, warp = warp_of_block();
   float* mine = room + warp * (BLOCKS * 8 * STRIDE);
 #pragma unroll
   for (int b = 0; b < BLOCKS; b++)

@@ -50,7 +50,7 @@ fragment_linear(const uint4* __restrict__ values, const u32* __restrict__ places
   DYNAMIC_SHARED(shared);
   float* room = (float*)shared;
   uint4* staged = (uint4*)(shared + WARPS * BLOCKS * 8 * STRIDE * 4);
-  const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  const u32 lane = threadIdx.x % WARP, warp = warp_of_block();
   const u32 begin = blockIdx.y * chunk_steps;
   const u32 count = steps - begin < chunk_steps ? steps - begin : chunk_steps;
   const u32 share = (count + WARPS * AHEAD - 1) / (WARPS * AHEAD) * AHEAD;  // steps of a warp in a strip

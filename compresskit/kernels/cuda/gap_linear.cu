@@ -41,7 +41,7 @@ INLINE void stage(u32* staged, const u16* x, u32 pitch, u32 inputs, u32 width) {
 INLINE u32 place_of(u32 first, u32 sums, int i) { return first + select_bytes(sums, 0, 0x4440 | i) + i; }
 
 // Adds what a lane's 8 weights give; place is where the row stands, and moves on.
-INLINE void add(float (&sums)[TOKENS], const Ahead& now, u32& place, const u32* staged, u32 pitch) {
+INLINE void add(float (&sums)[TOKENS], const Ahead& now, u32& place, u32 staged, u32 row_bytes) {
   const u32 low = (now.gaps & 0x0f0f0f0fu) * 0x01010101u, high = (now.gaps >> 4 & 0x0f0f0f0fu) * 0x01010101u;
   const u32 zeros = low >> 24;
   const u32 length = threadIdx.x % WARP < now.left ? zeros + (high >> 24) + 8 : 0;
@@ -53,7 +53,7 @@ INLINE void add(float (&sums)[TOKENS], const Ahead& now, u32& place, const u32* 
   for (int i = 0; i < 8; i++) {
     const u32 input = i < 4 ? place_of(first, low, i) : place_of(second, high, i - 4);
     const u32 column = input >> SPREAD_BITS;
-    const u32 x = staged[multiply_add(column, 1 - SPREAD * pitch, input * pitch)];
+    const u32 x = load_shared(multiply_add(column, 4 - SPREAD * row_bytes, multiply_add(input, row_bytes, staged)));
     const float value = wide((u16)(words[i / 2] >> i % 2 * 16));
 #if TOKENS == 1
     sums[0] = fmaf(value, __uint_as_float(x), sums[0]);
@@ -71,7 +71,7 @@ gap_linear(const uint4* __restrict__ values, const u32* __restrict__ gaps, const
   DYNAMIC_SHARED(shared);
   u32* staged = (u32*)shared;
   const u32 lane = threadIdx.x % WARP, stride = gridDim.x * WARPS;
-  u32 row = threadIdx.x / WARP * gridDim.x + blockIdx.x;  // neighbours on different multiprocessors
+  u32 row = warp_of_block() * gridDim.x + blockIdx.x;  // neighbours on different multiprocessors
 
   // What is read next: group `at` of row `ahead`; the row after it is known one row early.
   u32 ahead = row, at = 0, end = 0, next_at = 0, next_end = 0;
@@ -87,8 +87,9 @@ gap_linear(const uint4* __restrict__ values, const u32* __restrict__ gaps, const
     slot.gaps = 0;
     slot.left = end - at;
     if (lane < slot.left) {
-      slot.values = load_once(values + at + lane);
-      slot.gaps = load_once(gaps + at + lane);
+      const u32 group = at + lane;
+      slot.values = load_once(values + group);
+      slot.gaps = load_once(gaps + group);
     }
     at += WARP;
     if (at >= end) {
@@ -110,10 +111,10 @@ gap_linear(const uint4* __restrict__ values, const u32* __restrict__ gaps, const
 #pragma unroll
     for (int j = 0; j < AHEAD; j++) {
       if (row >= outputs) break;
-      const Ahead now = ring[j];
+      add(sums, ring[j], place, shared_address(staged), pitch * 4);
+      const bool is_last = ring[j].left <= WARP;
       fetch(ring[j]);
-      add(sums, now, place, staged, pitch);
-      if (now.left <= WARP) {
+      if (is_last) {
 #pragma unroll
         for (int token = 0; token < TOKENS; token++) {
           float sum = sums[token];

@@ -24,7 +24,7 @@ tile_expand(const u8* __restrict__ packets, const u32* __restrict__ starts, u16*
             u32 steps, u32 count, u32 inputs, u32 outputs) {
   DYNAMIC_SHARED(slots);
   u64* barriers = (u64*)(slots + WARPS * SLOTS * slot_bytes);
-  const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  const u32 lane = threadIdx.x % WARP, warp = warp_of_block();
   const bool aligned = inputs % 8 == 0;
   Ring<SLOTS> ring = {packets, starts, slots + warp * SLOTS * slot_bytes, barriers + warp * 4, slot_bytes};
   ring.begin();

@@ -32,7 +32,7 @@ tile_linear(const u8* __restrict__ packets, const u32* __restrict__ starts, cons
   u8* slots = shared + WARPS * BLOCKS * 8 * STRIDE * 4;
   u64* barriers = (u64*)(slots + WARPS * SLOTS * slot_bytes);
   u8* staged = (u8*)(barriers + WARPS * 4);
-  const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  const u32 lane = threadIdx.x % WARP, warp = warp_of_block();
   const u32 begin = blockIdx.y * chunk_steps;
   const u32 count = steps - begin < chunk_steps ? steps - begin : chunk_steps;
   const u32 row_bytes = chunk_steps * STEP_INPUTS * 2 + 16;
