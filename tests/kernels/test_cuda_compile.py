@@ -35,6 +35,7 @@ def test_every_kernel_is_compiled_for_every_gpu_and_keeps_its_registers(variant:
         code, log = compiler.translate(*variant, target)
         (usage,) = compiler.parsed_usage(log).values()
         assert code[:4] == b"\x7fELF"
+        assert "warning" not in log, log
         assert 16 <= usage.registers <= 255
         assert (usage.stack_bytes, usage.spill_store_bytes, usage.spill_load_bytes) == (0, 0, 0), target
 

@@ -26,8 +26,8 @@ INLINE void decode_four(const u8* values, u32 offset, u32 word, u32 shift, u32& 
   const u32 second = multiply_add(b0, 2, offset), third = second + b1, fourth = third + b2;
   const u32 v0 = value_at(values, offset), v1 = value_at(values, second);
   const u32 v2 = value_at(values, third), v3 = value_at(values, fourth);
-  low = select_bytes(v0, v1, multiply_add(b1, 0x1900, multiply_add(b0, -0x12, 0x2222)));
-  high = select_bytes(v2, v3, multiply_add(b3, 0x640, multiply_add(b2, -0x09, 0x2222)));
+  low = select_bytes(v0, v1, multiply_add(b1, 0x1900, multiply_add(b0, 0u - 0x12u, 0x2222)));
+  high = select_bytes(v2, v3, multiply_add(b3, 0x640, multiply_add(b2, 0u - 0x09u, 0x2222)));
 }
 
 // A tile as four operands of multiply. offset is where its values begin, and moves on to the next tile's.
