@@ -1,4 +1,4 @@
-"""CUDA's kernels on a GPU: against float64, on fresh random numbers, into memory that held NaN."""
+"""CUDA's kernels and the twins in Triton on a GPU: against float64, on fresh random numbers, into memory that held NaN."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compresskit.kernels import dispatch
+from compresskit.kernels import dispatch, triton
 from compresskit.kernels.bitmap import Bitmap, pack_bits
 from compresskit.kernels.cuda import launch
 from compresskit.kernels.cuda.tile_expand import tile_expand
@@ -20,7 +20,8 @@ from compresskit.kernels.packed import LAYOUTS
 WHY_NOT = launch.unavailable()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "a GPU is here")]
 NAMES = ("fragment", "gap", "tile")
-TWO_FOUR = ("fragment",)
+TWINS = ("bitmap", "two_four", "block")
+TWO_FOUR = ("fragment", "two_four")
 FLOAT16 = (torch.bfloat16, torch.float16)
 SHAPES = [(1, 1), (3, 8), (5, 13), (16, 64), (33, 200), (130, 1090), (1000, 4099), (4096, 4096), (512, 14336)]
 TOKENS = (0, *range(1, 18), 31, 33, 63, 64, 65, 130)
@@ -87,6 +88,23 @@ def test_few_zeros_and_many(name: str, kept: float) -> None:
     for tokens in (1, 2, 7, 16):
         x = torch.randn(tokens, 2050, device="cuda").bfloat16()
         assert_right(layout.linear(x, tensors, None), x, weight, None)
+
+
+@pytest.mark.skipif(bool(triton.refusal("")), reason=triton.refusal("") or "triton is here")
+@pytest.mark.parametrize("dtype", (*FLOAT16, torch.float32), ids=str)
+@pytest.mark.parametrize("name", TWINS)
+def test_twins_in_triton(name: str, dtype: torch.dtype) -> None:
+    for shape in SHAPES[:7]:
+        weight = weight_of(name, shape, dtype)
+        if name == "block":
+            weight *= (torch.arange(shape[1], device="cuda") // 16 % 3 == 0).to(dtype)
+        layout, tensors = packed(name, weight)
+        dispatch.forget()
+        for tokens in (0, 1, 2, 16, 33):
+            x = torch.randn(tokens, shape[1], device="cuda").to(dtype)
+            bias = torch.randn(shape[0], device="cuda").to(dtype) if tokens % 2 else None
+            assert_right(layout.linear(x, tensors, bias), x, weight, bias)
+        assert dispatch.used()[layout.op] == "triton"
 
 
 @pytest.mark.parametrize("name", NAMES)
