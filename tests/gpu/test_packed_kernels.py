@@ -1,4 +1,4 @@
-"""CUDA's kernels and the twins in Triton on a GPU: against float64, on fresh random numbers, into memory that held NaN."""
+"""CUDA kernels and twins in Triton on a GPU: against float64, on fresh numbers, into memory that held NaN."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_few_zeros_and_many(name: str, kept: float) -> None:
 
 
 @pytest.mark.skipif(bool(triton.refusal("")), reason=triton.refusal("") or "triton is here")
-@pytest.mark.parametrize("dtype", (*FLOAT16, torch.float32), ids=str)
+@pytest.mark.parametrize("dtype", [*FLOAT16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", TWINS)
 def test_twins_in_triton(name: str, dtype: torch.dtype) -> None:
     for shape in SHAPES[:7]:
