@@ -8,13 +8,15 @@
     print(ck.report(artifact))
     model = ck.load("out")
 
-Names are imported when first used, so that importing the package imports no torch.
+Names are imported when first used, so that importing the package imports no torch. Once it is imported, plain
+``AutoModel*.from_pretrained`` loads what `compresskit export --to bitmask` wrote.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from compresskit.registration import install
 from compresskit.registry import locate
 
 if TYPE_CHECKING:
@@ -74,6 +76,8 @@ __all__ = [
     "run",
 ]
 __version__ = "0.1.0"
+
+install()  # plain from_pretrained loads bitmask checkpoints from here on
 
 
 def __getattr__(name: str) -> Any:

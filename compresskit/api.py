@@ -186,12 +186,32 @@ def export(
     return warnings
 
 
-def load(directory: str | Path, *, dtype: str = "auto", device: str = "cpu") -> nn.Module:
+def load(
+    directory: str | Path, *, dtype: str = "auto", device: str = "cpu", layout: str = "", resident: str = ""
+) -> nn.Module:
     """The model in ``directory``, whole, ready to run; any Hugging Face directory will do.
 
-    With a trained adapter beside it, it comes as peft's model of the two.
+    With a trained adapter beside it, it comes as peft's model of the two. The packed layers of a bitmask
+    directory are timed on ``device``, and multiply by the layout that is fastest there, dense among them.
+
+    Args:
+        directory: of the model.
+        dtype: ``auto`` is what the configuration says, else what is stored.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:0``.
+        layout: of a bitmask directory: a name of ``compresskit.kernels.packed.LAYOUTS`` for every packed
+            layer, whatever is faster; empty times them, or takes what ``COMPRESSKIT_LAYOUT`` says.
+        resident: of a bitmask directory: ``fastest`` keeps dense weights too where these win in larger
+            batches; ``packed`` keeps only packed ones. Empty is ``COMPRESSKIT_RESIDENT``, else ``fastest``.
+
+    Raises:
+        ModelError: it cannot be loaded.
+        FormatError: packed weights contradict themselves.
+        InputError: no such device, layout or policy.
     """
-    model: nn.Module = with_adapter(load_model(directory, dtype=dtype, device=device), Path(directory))
+    packed = {"layout": layout, "resident": resident}
+    model: nn.Module = with_adapter(
+        load_model(directory, dtype=dtype, device=device, packed=packed), Path(directory)
+    )
     return model
 
 

@@ -28,12 +28,13 @@ from compresskit.training.trainable import TRAINABLES
 ROOT = Path(compresskit.__file__).parent
 FAMILIES = {"quant", "sparse", "distill"}
 ORDER = (
-    {"errors"},
+    {"errors", "registration"},
     {"registry", "progress", "yaml12", "timing"},
     {"fields", "kernels"},
     {"options"},
     {"data", "targets", "formats"},
     {"modeling"},
+    {"hf_quantizer"},
     {"calibration"},
     {"stage"},
     {"training"},

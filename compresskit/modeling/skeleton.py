@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.modeling_utils import set_zero3_state
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from compresskit.errors import Fault, InputError, ModelError
+from compresskit.errors import CompressKitError, Fault, InputError, ModelError
+from compresskit.formats.bitmask import METHOD
 from compresskit.modeling.quiet import hush, without_bars
 from compresskit.registry import nearest
 
@@ -150,6 +152,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str = "cpu",
     trust_remote_code: bool = False,
+    packed: Mapping[str, str] | None = None,
 ) -> PreTrainedModel:
     """The whole model, as plain ``from_pretrained`` gives it, in evaluation mode.
 
@@ -158,22 +161,29 @@ def load_model(
         dtype: ``auto`` is what the configuration says, else what is stored.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:0``.
         trust_remote_code: whether code in the directory may run; a source brings its own answer.
+        packed: ``layout`` and ``resident`` of a bitmask checkpoint: see ``compresskit.kernels.choice.Wish``.
 
     Returns:
         The module with its weights on ``device``.
 
     Raises:
         ModelError: transformers cannot load it, or weights are missing.
+        FormatError: packed weights contradict themselves.
+        InputError: ``packed`` is for a checkpoint that is not, or what it asks for cannot be.
     """
     directory = model.directory if not isinstance(model, (str, Path)) else Path(model)
     trust = trust_remote_code or (not isinstance(model, (str, Path)) and model.trust_remote_code)
     config = load_config(directory, trust_remote_code=trust)
     cls: Any = model_class(config, directory, trust_remote_code=trust)
+    place = resolve_device(device)
+    asked = _asked_of(config, directory, packed or {}, place)
     try:
         with without_bars():
             loaded, info = cls.from_pretrained(
-                directory, dtype=dtype, output_loading_info=True, trust_remote_code=trust
+                directory, dtype=dtype, output_loading_info=True, trust_remote_code=trust, **asked
             )
+    except CompressKitError:
+        raise
     except Exception as error:  # transformers raises many kinds
         raise ModelError(
             Fault(
@@ -193,8 +203,23 @@ def load_model(
             )
         )
     hush(loaded)
-    found: PreTrainedModel = loaded.to(resolve_device(device)).eval()
+    found: PreTrainedModel = loaded.to(place).eval()
     return found
+
+
+def _asked_of(config: Any, directory: Path, packed: Mapping[str, str], place: torch.device) -> dict[str, Any]:
+    """Arguments for ``from_pretrained`` that tell packed layers where and how to compute."""
+    said = getattr(config, "quantization_config", None)
+    if isinstance(said, Mapping) and said.get("quant_method") == METHOD:
+        config.quantization_config = {**said, **packed, "device": str(place)}
+        return {"config": config}
+    if any(packed.values()):
+        cure = "Write it with `compresskit export --to bitmask`, or ask for no layout."
+        got = ", ".join(name for name, value in packed.items() if value)
+        raise InputError(
+            Fault(str(directory), "a bitmask checkpoint, whose layouts can be chosen", got, cure)
+        )
+    return {}
 
 
 def load_tokenizer(model: ModelSource | Path | str, *, trust_remote_code: bool = False) -> Any:

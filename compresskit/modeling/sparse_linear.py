@@ -1,0 +1,309 @@
+"""A linear layer whose weight has zeros: held packed on its device, multiplied by the fastest layout.
+
+Shapes: O = outputs, I = inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from compresskit.errors import Fault, FormatError
+from compresskit.formats.bitmask import MASK, SCALES, SHAPE, TYPES, VALUES, PackedLayer
+from compresskit.kernels.bitmap import Bitmap, unpack
+from compresskit.kernels.choice import Choice, Wish, choose
+from compresskit.kernels.contest import DENSE, EXPANDED, expand
+from compresskit.kernels.packed import LAYOUTS
+from compresskit.kernels.packed.base import Layout
+
+PARTS = (MASK, VALUES, SCALES)
+
+
+class SparseLinear(nn.Module):
+    """``inputs @ weight.T + bias`` for a weight of ``compresskit.kernels.bitmap.Bitmap``.
+
+    Its state is the neutral one, whatever is in memory: ``mask``, ``values``, ``scales`` of integers,
+    ``bias``, and ``weight``, the dense shape. Until :meth:`settle` these are buffers, into which a checkpoint
+    is read; from then on the layouts of :attr:`choice` are. On another device or in another type it is packed
+    anew.
+
+    Args:
+        layer: what its tensors are.
+        dtype: of inputs and outputs, and of values that are no integers.
+        bias: whether it adds one.
+        device: of the buffers; on ``meta`` they wait for a checkpoint.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        layer: PackedLayer,
+        *,
+        dtype: torch.dtype,
+        bias: bool = False,
+        device: torch.device | str = "meta",
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = layer.shape
+        self.layer, self.dtype = layer, TYPES[layer.dtype]
+        self.retype(dtype)
+        self.choice: Choice | None = None
+        self.wish: Wish | None = None
+        self._ways: dict[str, tuple[Layout | None, tuple[str, ...]]] = {}
+        self._kept = ""
+        self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device)) if bias else None
+        for part, (kind, shape) in layer.parts.items():
+            if part != SHAPE:
+                floats = kind.is_floating_point and part == VALUES
+                empty = torch.empty(shape, dtype=dtype if floats else kind, device=device)
+                self.register_buffer(part, empty)
+
+    @classmethod
+    def of(
+        cls,
+        weight: Bitmap,
+        bias_O: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        pattern: str = "",
+    ) -> SparseLinear:
+        """A layer with ``weight`` in its buffers, not yet settled.
+
+        Args:
+            weight: without a fault.
+            bias_O: or None.
+            dtype: of inputs and outputs; None is that of the values, which then may not be integers.
+            pattern: ``2:4`` and the like, where the zeros lie so.
+        """
+        kind = dtype or weight.values_K.dtype
+        scales = weight.scales_OG
+        layer = PackedLayer(
+            shape=(weight.out_features, weight.in_features),
+            kept=weight.values_K.numel(),
+            dtype=str(kind).removeprefix("torch."),
+            pattern=pattern,
+            bits=None if scales is None else 8,
+            group_size=None
+            if scales is None or scales.shape[1] == 1
+            else weight.in_features // scales.shape[1],
+        )
+        made = cls(layer, dtype=kind, bias=bias_O is not None, device=weight.mask_OB.device)
+        made._hold(weight)
+        if bias_O is not None:
+            made.bias = nn.Parameter(bias_O.detach().to(kind))
+        return made
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(iter(self._buffers.values())).device  # type: ignore[union-attr]
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight (O, I) in :attr:`dtype`, made anew each time: for reading, not for computing."""
+        if self.device.type == "meta":
+            return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
+        if DENSE in self._ways:
+            return self._get(self._ways[DENSE][1])[0]
+        return unpack(self.bitmap(), self.dtype).to(self.device)
+
+    def bitmap(self) -> Bitmap:
+        """The weight in the neutral form, to the bit as it was read; on the CPU once it is settled."""
+        if self._kept:
+            layout, names = self._ways[self._kept]
+            assert layout is not None  # of what is kept to be unpacked
+            return layout.unpack(self._get(names), self.in_features)
+        scales = self._buffers.get(SCALES)
+        mask, values = self._buffers[MASK], self._buffers[VALUES]
+        assert mask is not None
+        assert values is not None
+        return Bitmap(mask_OB=mask, values_K=values, in_features=self.in_features, scales_OG=scales)
+
+    def settle(self, wish: Wish | None = None, device: torch.device | None = None) -> Choice:
+        """Choose how to multiply on ``device``, and pack the weight so.
+
+        Args:
+            wish: of the user; None is as the environment says.
+            device: to compute on; None is where the buffers are.
+
+        Returns:
+            The choice, which :attr:`choice` is from now on.
+
+        Raises:
+            FormatError: mask and values contradict each other, or what the layer is said to be.
+            EngineError: the layout asked for cannot multiply such a layer.
+        """
+        device = device or self.device
+        weight = self.bitmap()
+        if faults := self.layer.faults(weight, "weight"):
+            raise FormatError(*faults)
+        choice = choose(weight, inputs=self.dtype, device=device, group=self.layer.group, wish=wish)
+        if self.bias is not None and self.bias.device != device:
+            self.bias.data = self.bias.data.to(device)
+        self._drop()
+        self.wish, self.choice = wish, choice
+        for name in choice.resident:
+            self._pack(name, weight, device)
+        self._kept = next((n for n in choice.resident if n != DENSE), "")
+        if not self._kept and weight.values_K.dtype == self.dtype:
+            self._kept = DENSE
+        if not self._kept:  # integers cannot be had back from the dense weight
+            self._hold(weight, device)
+        return choice
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(..., I) -> (..., O), in the inputs' type; under autocast in that of autocast."""
+        choice = self.choice
+        if choice is None:
+            raise RuntimeError("a SparseLinear multiplies only once it is settled: call settle()")
+        step = choice.at(inputs.numel() // self.in_features)
+        if step == DENSE:
+            return linear(inputs, self._buffers["dense_0"], self.bias)  # type: ignore[arg-type]
+        kind = inputs.device.type
+        if torch.is_autocast_enabled(kind):
+            narrow = torch.get_autocast_dtype(kind)
+            with torch.autocast(kind, enabled=False):
+                return self._product(step, inputs.to(self.dtype)).to(narrow)
+        if inputs.dtype != self.dtype:
+            raise RuntimeError(f"a SparseLinear of {self.dtype} was given inputs of {inputs.dtype}")
+        return self._product(step, inputs)
+
+    def extra_repr(self) -> str:
+        """Shape, zeros, and how it multiplies."""
+        said = f"in_features={self.in_features}, out_features={self.out_features}, "
+        said += f"bias={self.bias is not None}, zeros={self.layer.zero_fraction:.1%}"
+        return said + (f", {self.choice}" if self.choice else ", not settled")
+
+    def _product(self, step: str, inputs: Tensor) -> Tensor:
+        layout, names = self._ways[step.removesuffix(EXPANDED)]
+        assert layout is not None  # dense is done without one
+        packed = self._get(names)
+        if step.endswith(EXPANDED):
+            with torch.no_grad():
+                weight_OI = expand(layout, packed, self.in_features, inputs.dtype)
+            return linear(inputs, weight_OI, self.bias)
+        return layout.linear(inputs, packed, self.bias)
+
+    def _pack(self, name: str, weight: Bitmap, device: torch.device) -> None:
+        """Put one layout into buffers; dense weights of integers are multiplied by their scales here."""
+        layout: Layout = LAYOUTS[name]()
+        if name == DENSE and weight.values_K.dtype != self.dtype:
+            packed: tuple[Tensor, ...] = (unpack(weight, self.dtype).to(device),)
+        else:
+            packed = layout.pack(weight, device)
+        names = tuple(f"{name}_{index}" for index in range(len(packed)))
+        for each, tensor in zip(names, packed, strict=True):
+            self.register_buffer(each, tensor, persistent=False)
+        self._ways[name] = layout, names
+
+    def _get(self, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+        return tuple(self._buffers[name] for name in names)  # type: ignore[misc]
+
+    def _drop(self) -> None:
+        """Forget what is in the buffers, and how to multiply."""
+        for name in list(self._buffers):
+            delattr(self, name)
+        self._ways, self._kept, self.choice = {}, "", None
+
+    def _hold(self, weight: Bitmap, device: torch.device | None = None) -> None:
+        """The neutral form as buffers."""
+        parts = {MASK: weight.mask_OB, VALUES: weight.values_K, SCALES: weight.scales_OG}
+        for name, tensor in parts.items():
+            if tensor is not None:
+                self.register_buffer(name, tensor if device is None else tensor.to(device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
+        """As any module's; on another device or in another type the weight is packed anew."""
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        floats = probe.dtype if probe.is_floating_point() else self.dtype
+        if self.choice is None or (probe.device == self.device and floats == self.dtype):
+            scales = self._buffers.get(SCALES)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            if scales is not None:  # these are fp32 whatever the model is
+                self._buffers[SCALES] = scales.to(probe.device)
+            self.retype(floats)
+            return self
+        weight = self.bitmap()
+        wish = self.wish
+        self._drop()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if probe.device.type == "meta":
+            self._hold(weight, probe.device)
+            return self
+        if weight.values_K.is_floating_point():
+            weight = replace(weight, values_K=weight.values_K.to(floats))
+        self.retype(floats)
+        self._hold(weight)
+        self.settle(wish, probe.device)
+        return self
+
+    def retype(self, dtype: torch.dtype) -> None:
+        """From now on it takes inputs of ``dtype``."""
+        if dtype != self.dtype:
+            name = str(dtype).removeprefix("torch.")
+            if name not in TYPES:
+                cure = f"Use one of {', '.join(TYPES)}, or export the model to dense."
+                raise FormatError(Fault("SparseLinear", "a type that a layout holds", name, cure))
+            self.dtype, self.layer = dtype, replace(self.layer, dtype=name)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """The neutral form; on ``meta`` without the shape, which no checkpoint is read into."""
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
+        weight = self.bitmap()
+        parts = {MASK: weight.mask_OB, VALUES: weight.values_K, SCALES: weight.scales_OG}
+        if self.device.type != "meta":
+            parts[SHAPE] = torch.tensor(self.layer.shape)
+        destination.update({f"{prefix}{name}": part for name, part in parts.items() if part is not None})
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take the neutral form, checked; as many weights may be kept as it says."""
+        found = {part: state_dict.get(f"{prefix}{part}") for part in self.layer.parts}
+        if lost := [f"{prefix}{p}" for p, tensor in found.items() if tensor is None and p != SHAPE]:
+            missing_keys += lost if strict else []
+            return
+        weight = Bitmap(
+            mask_OB=found[MASK],  # type: ignore[arg-type]
+            values_K=found[VALUES],  # type: ignore[arg-type]
+            in_features=self.in_features,
+            scales_OG=found.get(SCALES),
+        )
+        layer = replace(self.layer, kept=weight.values_K.numel())
+        if faults := layer.faults(weight, prefix.rstrip(".")):
+            error_msgs += map(str, faults)
+            return
+        if self.bias is not None and f"{prefix}bias" in state_dict:
+            with torch.no_grad():
+                self.bias.copy_(state_dict[f"{prefix}bias"])
+        elif self.bias is not None and strict:
+            missing_keys.append(f"{prefix}bias")
+        was, wish, device, self.layer = self.choice, self.wish, self.device, layer
+        self._drop()
+        self._hold(weight, device)
+        if was is not None:
+            self.settle(wish, device)
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
+    """Every SparseLinear of ``model`` by its name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+
+
+def choices_of(model: nn.Module) -> dict[str, Choice]:
+    """How each SparseLinear of ``model`` multiplies; ``compresskit.kernels.choice.table`` prints it."""
+    return {name: layer.choice for name, layer in sparse_layers(model).items() if layer.choice is not None}
