@@ -13,6 +13,7 @@ from compresskit.artifact import MANIFEST, RECIPE, RECORDS, STAGES
 from compresskit.errors import Fault, ModelError
 from compresskit.formats.grid import GRIDS_FILE
 from compresskit.measure.load import empty_model, load_model
+from compresskit.modeling.sparse_linear import SparseLinear
 
 Json = Any
 
@@ -109,5 +110,5 @@ def linear_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {
         name: module.weight
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
+        if isinstance(module, nn.Linear | Conv1D | SparseLinear) and module is not head
     }
