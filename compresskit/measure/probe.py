@@ -26,6 +26,7 @@ def probe_latency(job: Json) -> Json:
     """Samples of prefill and decode time, after ``warmup`` unrecorded rounds; the collector is off."""
     from compresskit.kernels.dispatch import passed_over
     from compresskit.measure.load import empty_model, load_model
+    from compresskit.modeling.sparse_linear import choices_of
 
     directory, trust = Path(job["directory"]), job["trust_remote_code"]
     empty_model(directory, trust_remote_code=trust)  # imports the model's code, which is no part of loading
@@ -41,6 +42,7 @@ def probe_latency(job: Json) -> Json:
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": str(getattr(model.config, "_attn_implementation", "unknown")),
         "passed_over": list(passed_over()),
+        "layouts": {name: str(choice) for name, choice in choices_of(model).items()},
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -242,7 +243,7 @@ def _measure_latency(subject: Subject) -> Record:
     quartiles = {"prefill_ms": spread(answer["prefill_ms"])}
     if answer["decode_ms"]:
         quartiles["decode_ms"] = spread(answer["decode_ms"])
-    notes = list(answer["passed_over"])
+    notes = [*answer["passed_over"], *layout_notes(answer["layouts"])]
     if not answer["decode_ms"]:
         notes.append("This model does not predict the next token: only a forward pass was timed.")
     load = max(load_before, load_average())
@@ -266,8 +267,28 @@ def _measure_latency(subject: Subject) -> Record:
             "dtype": answer["dtype"],
             "attention": answer["attention"],
             "load_average": round(load, 2),
+            "layouts": answer["layouts"],
         },
     )
+
+
+def layout_notes(layouts: Mapping[str, str]) -> list[str]:
+    """How packed layers multiply, in a sentence for each way; blocks have a star for their number.
+
+    Args:
+        layouts: layer -> layout, or layouts by the tokens of a batch.
+    """
+    alike: dict[str, dict[str, int]] = {}
+    for layer, layout in layouts.items():
+        counts = alike.setdefault(layout, {})
+        name = re.sub(r"\.\d+(?=\.)", ".*", layer)
+        counts[name] = counts.get(name, 0) + 1
+    return [
+        f"Packed layers that multiply as {layout}: "
+        + ", ".join(f"{name} ({count})" for name, count in counts.items())
+        + "."
+        for layout, counts in alike.items()
+    ]
 
 
 def _measure_memory(subject: Subject) -> Record:

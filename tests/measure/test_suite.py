@@ -131,6 +131,7 @@ def test_models_in_turn(llama_dir: Path, bert_dir: Path, monkeypatch: pytest.Mon
         times = [float(len(asked))] * job["repetitions"]
         more = {"load_ms": 1.0, "dtype": "float32", "attention": "sdpa"}
         more["passed_over"] = ["An op does without its kernel."]
+        more["layouts"] = {"blocks.0.q": "bitmap", "blocks.1.q": "bitmap", "blocks.0.v": "1: gap, 2-4: dense"}
         return {"prefill_ms": times, "decode_ms": times if job["causal"] else [], **more}
 
     monkeypatch.setattr("compresskit.measure.suite.run_probe", probe)
@@ -142,6 +143,9 @@ def test_models_in_turn(llama_dir: Path, bert_dir: Path, monkeypatch: pytest.Mon
     assert all(r.repetitions == 3 and r.settings["rounds_per_process"] == 2 for r in got)
     assert all(record_from(r.to_json(), "latency") for r in got)
     assert all("An op does without its kernel." in r.notes for r in got)
+    assert all(r.settings["layouts"]["blocks.0.v"] == "1: gap, 2-4: dense" for r in got)
+    assert "Packed layers that multiply as bitmap: blocks.*.q (2)." in got[0].notes
+    assert "Packed layers that multiply as 1: gap, 2-4: dense: blocks.*.v (1)." in got[0].notes
 
 
 def test_decoding_uses_the_cache_and_every_step(llama_dir: Path) -> None:

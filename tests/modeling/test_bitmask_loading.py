@@ -60,6 +60,13 @@ def test_it_loads_says_the_same_and_is_saved_again(way: str, place: Path, tmp_pa
     assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
 
 
+def test_a_record_of_latency_names_the_layout_of_every_layer(place: Path) -> None:
+    (record,) = ck.bench(place / "packed", measures=("latency",))
+    assert len(record.settings["layouts"]) == 14
+    assert set(record.settings["layouts"].values()) == {"bitmap"}
+    assert any("model.layers.*.mlp.down_proj (2)" in note for note in record.notes), record.notes
+
+
 def test_another_type_and_no_head(place: Path, tmp_path: Path) -> None:
     wide = AutoModelForCausalLM.from_pretrained(place / "packed", dtype=torch.float32)
     dense = AutoModelForCausalLM.from_pretrained(place / "dense", dtype=torch.float32)
