@@ -1,7 +1,7 @@
 """Tokens a second and peak memory of ``generate`` at batch 1: a random Llama, dense and with zeros.
 
-    python -m benchmarks.decode --out decode.json
-    python -m benchmarks.decode --hidden 64 --intermediate 128 --layers 2 --tokens 4 --out small.json
+    python -m benchmarks.run decode
+    python -m benchmarks.run decode --hidden 64 --intermediate 128 --layers 2 --tokens 4
 
 Each model is written as a bitmask directory and runs in a process of its own, several times in turn with the
 others, so that a machine whose load drifts drifts for all of them. Tokens of the prompt are not counted.
@@ -16,9 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from statistics import median
 from typing import Any
+
+from benchmarks.run import RESULTS, append_record
+from compresskit.measure.record import spread
 
 KINDS = ("dense", "2:4", "50%", "60%", "70%")
 VOCABULARY = 32000
@@ -99,6 +102,7 @@ def run(directory: Path, given: argparse.Namespace) -> dict[str, Any]:
         "cuda_peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
         "disk_bytes": sum(p.stat().st_size for p in directory.glob("*.safetensors")),
         "load_s": load_s,
+        "parameters": model.num_parameters(),
         "tensor_bytes": sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
         "choices": table(choices_of(model)),
         "kernels": used(),
@@ -124,13 +128,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--resident", default="fastest")
     parser.add_argument("--kinds", nargs="+", default=KINDS)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--one", nargs=2, metavar=("WHAT", "DIR"), help=argparse.SUPPRESS)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--one", nargs=3, metavar=("WHAT", "DIR", "OUT"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        what, place = given.one[0], Path(given.one[1])
+        what, place, out = given.one[0], Path(given.one[1]), Path(given.one[2])
         answer = run(place, given) if what == "run" else make(what, place, given)
-        given.out.write_text(json.dumps(answer))
+        out.write_text(json.dumps(answer))
         return
     found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in given.kinds}
     with tempfile.TemporaryDirectory() as scratch:
@@ -139,19 +143,40 @@ def main() -> None:
         for _ in range(given.rounds):
             for index, kind in enumerate(given.kinds):
                 found[kind].append(_alone("run", Path(scratch) / str(index) / "model"))
-    given.out.write_text(
-        json.dumps({"settings": {**vars(given), "out": None}, "found": found}, indent=1) + "\n"
-    )
-    base = 0.0
-    for kind, answers in found.items():
-        rate = median(rate for answer in answers for rate in answer["tokens_per_s"])
-        base = base or rate
-        peak = max(answer["cuda_peak_bytes"] or answer["peak_bytes"] for answer in answers)
-        disk = answers[0]["disk_bytes"]
-        sys.stdout.write(
-            f"{kind:<6} {rate:8.2f} tokens/s  {rate / base:5.2f}x  peak {peak / 1e9:6.2f} GB  "
-            f"disk {disk / 1e9:6.2f} GB\n"
+    values, quartiles = summed_up(found)
+    settings = {name: value for name, value in vars(given).items() if name not in ("results", "one")}
+    subject = f"a random Llama of {found[given.kinds[0]][0]['parameters'] / 1e9:.2f}B parameters"
+    print(
+        append_record(
+            "decode",
+            values,
+            subject=subject,
+            results=given.results,
+            quartiles=quartiles,
+            settings=settings,
+            device=given.device,
+            repetitions=given.rounds * given.repetitions,
         )
+    )
+
+
+def summed_up(found: Mapping[str, list[dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Values and quartiles of the record: rates over all rounds, and what they are of the first kind's."""
+    values: dict[str, Any] = {}
+    quartiles: dict[str, Any] = {}
+    for kind, answers in found.items():
+        name = f"{kind}_tokens_per_s"
+        quartiles[name] = spread([rate for answer in answers for rate in answer["tokens_per_s"]])
+        values[name] = quartiles[name][1]
+        base = values[next(iter(values))]
+        kept = ("disk_bytes", "tensor_bytes", "load_s", "choices", "kernels", "passed_over")
+        values[kind] = {
+            "speedup": values[name] / base,
+            "peak_bytes": max(answer["cuda_peak_bytes"] or answer["peak_bytes"] for answer in answers),
+            **{one: answers[-1][one] for one in kept},
+        }
+        print(f"{kind:<6} {values[name]:8.2f} tokens/s  {values[kind]['speedup']:5.2f}x", flush=True)
+    return values, quartiles
 
 
 def _alone(what: str, place: Path) -> Any:
@@ -160,7 +185,7 @@ def _alone(what: str, place: Path) -> Any:
     if what != "run":
         place.mkdir()
     words = [word for word in sys.argv[1:] if word]
-    words += ["--one", what, str(place), "--out", str(out)]
+    words += ["--one", what, str(place), str(out)]
     subprocess.run([sys.executable, "-m", "benchmarks.decode", *words], check=True, env=dict(os.environ))
     return json.loads(out.read_text())
 
