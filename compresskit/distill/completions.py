@@ -181,8 +181,11 @@ def wait_s(backoff_s: float, attempt: int) -> float:
 
 
 def patience_s(timeout_s: float, retries: int, backoff_s: float) -> float:
-    """Seconds until a server that never answers counts as lost, at most."""
-    return (retries + 1) * timeout_s + sum(wait_s(backoff_s, attempt) for attempt in range(retries))
+    """Seconds until a server that never answers a request counts as lost, about."""
+    growing = min(retries, DOUBLINGS)
+    waits_s = sum(wait_s(backoff_s, attempt) for attempt in range(growing))
+    waits_s += (retries - growing) * wait_s(backoff_s, DOUBLINGS)
+    return (retries + 1) * timeout_s + waits_s
 
 
 def _reason(error: HTTPError) -> str:

@@ -332,7 +332,7 @@ def _sense_faults(where: str, plain: Mapping[str, Any]) -> list[Fault]:
     rows, inputs = plain["shape"]
     bits, size, pattern = plain.get("bits"), plain.get("group_size"), plain.get("pattern", "")
     keep, _, of = pattern.partition(":")
-    known = keep.isdecimal() and of.isdecimal() and 0 < int(keep) < int(of)
+    known = keep.isdecimal() and of.isdecimal() and 0 < int(keep) < int(of) <= inputs
     checks = (
         ("shape", "two sizes above 0", min(rows, inputs) > 0),
         ("kept", f"0 to {rows * inputs}", 0 <= plain["kept"] <= rows * inputs),

@@ -16,15 +16,24 @@ from typing import Any
 import torch
 
 from compresskit.errors import EngineError, Fault
-from compresskit.kernels import remembered
+from compresskit.kernels import dispatch, remembered
 from compresskit.kernels.bitmap import Bitmap
-from compresskit.kernels.contest import COPIES_BYTES, DENSE, EXPANDED, OVERHEAD_MS, Timer, Times, contest
+from compresskit.kernels.contest import (
+    COPIES_BYTES,
+    DENSE,
+    EXPANDED,
+    LEFT_OUT,
+    OVERHEAD_MS,
+    Timer,
+    Times,
+    contest,
+)
 from compresskit.kernels.packed import LAYOUTS
 from compresskit.kernels.packed.base import Case
 
 BOUNDS = (1, 4, 16, 64)
 CLASSES = ("1", "2-4", "5-16", "17-64", "65+")
-ENDS = ((1,), (2, 4), (5, 16), (17, 64), (65, 128))
+ENDS = ((1,), (2, 4), (5, 16), (17, 64), (65, 1024))
 """Tokens at which each class is timed."""
 RESIDENT = ("fastest", "packed")
 ALIKE = 1.05  # a second packed layout has to be faster than the first by more to be kept beside it
@@ -163,7 +172,8 @@ def choose(
     expanded = wish.resident == "packed"
     # Larger models than the copies can fill are all alike.
     read = min(wish.model_bytes, COPIES_BYTES.get(device.type, 0))
-    key = remembered.key_of(case, device, {"expanded": expanded, "bytes": read.bit_length()})
+    more = {"expanded": expanded, "bytes": read.bit_length(), **_kernels_of(weight, device)}
+    key = remembered.key_of(case, device, more)
     text = json.dumps(key, sort_keys=True)
     if text not in _known:
         _known[text] = remembered.read(key) or (None, ())
@@ -182,8 +192,8 @@ def choose(
             timer=timer,
         )
         _known[text] = times, notes
-        # What was cut short is timed again by the next process, which may have longer.
-        if all(tokens in times[DENSE] for tokens in points):
+        # What was cut short or failed is timed again by the next process, which may have longer, or more.
+        if all(tokens in times[DENSE] for tokens in points) and not any(LEFT_OUT in one for one in notes):
             notes += remembered.write(key, times, notes)
     return decide(times, wish.resident, notes)
 
@@ -212,6 +222,15 @@ def table(choices: Mapping[str, Choice]) -> str:
             lines.append(f"    {way}, ms by tokens: {said}")
     notes = dict.fromkeys(note for choice in choices.values() for note in choice.notes)
     return "\n".join([*lines, *(f"note: {note}" for note in notes)])
+
+
+def _kernels_of(weight: Bitmap, device: torch.device) -> dict[str, Any]:
+    """What computes each layout here, and by which scales; what cannot be had is noted for the report."""
+    return {
+        "by": {name: dispatch.choose(LAYOUTS[name]().op, device.type) for name in LAYOUTS},
+        "path": os.environ.get("COMPRESSKIT_CPU_PATH", ""),
+        "groups": 0 if weight.scales_OG is None else weight.scales_OG.shape[1],
+    }
 
 
 def _forced(case: Case, name: str) -> Choice:

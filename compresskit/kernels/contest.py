@@ -24,6 +24,7 @@ from compresskit.kernels.packed.base import Case, Layout, Packed
 DENSE = "dense"
 EXPANDED = " expanded"
 """Of a name: the packed weight is made dense for the moment of the product."""
+LEFT_OUT = "is left out"
 OVERHEAD_MS = 0.002
 """What it costs to ask for a layout, which a dense layer does without."""
 HOPELESS = 4.0  # times slower than dense: not tried on more tokens
@@ -155,10 +156,10 @@ def _ways(
             packed = layout.pack(weight, device)
             error = _error(layout.linear(x, packed, None), expected)
         except Exception as problem:  # whatever a compiler, a driver or a kernel raises: dense is there
-            notes.append(f"Layout {name} is left out: {type(problem).__name__}: {_line(problem)}")
+            notes.append(f"Layout {name} {LEFT_OUT}: {type(problem).__name__}: {_line(problem)}")
             continue
         if error:
-            notes.append(f"Layout {name} is left out: its output is off by {error:.1e}.")
+            notes.append(f"Layout {name} {LEFT_OUT}: its output is off by {error:.1e}.")
             continue
         made[name] = _Way(_copies(packed, limit, _linear_of(layout)), layout.refusal)
         if expanded:

@@ -35,14 +35,15 @@ def probe_latency(job: Json) -> Json:
     load_ms = (time.perf_counter() - begin) * 1e3
     runner = _runner(model, job)
     (samples,) = sample([runner], warmup=job["warmup"], repetitions=job["repetitions"])
+    choices = choices_of(model)
     return {
         "load_ms": load_ms,
         "prefill_ms": [s[0] for s in samples],
         "decode_ms": [s[1] for s in samples] if runner.causal else [],
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": str(getattr(model.config, "_attn_implementation", "unknown")),
-        "passed_over": list(passed_over()),
-        "layouts": {name: str(choice) for name, choice in choices_of(model).items()},
+        "notes": list(dict.fromkeys((*passed_over(), *(n for c in choices.values() for n in c.notes)))),
+        "layouts": {name: str(choice) for name, choice in choices.items()},
     }
 
 

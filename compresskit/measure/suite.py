@@ -243,7 +243,7 @@ def _measure_latency(subject: Subject) -> Record:
     quartiles = {"prefill_ms": spread(answer["prefill_ms"])}
     if answer["decode_ms"]:
         quartiles["decode_ms"] = spread(answer["decode_ms"])
-    notes = [*answer["passed_over"], *layout_notes(answer["layouts"])]
+    notes = [*answer["notes"], *layout_notes(answer["layouts"])]
     if not answer["decode_ms"]:
         notes.append("This model does not predict the next token: only a forward pass was timed.")
     load = max(load_before, load_average())

@@ -162,6 +162,8 @@ class SparseLinear(nn.Module):
         choice = self.choice
         if choice is None:
             raise RuntimeError("a SparseLinear multiplies only once it is settled: call settle()")
+        if inputs.shape[-1] != self.in_features:
+            raise RuntimeError(f"a SparseLinear of {self.in_features} inputs was given {inputs.shape[-1]}")
         step = choice.at(inputs.numel() // self.in_features)
         if step == DENSE:
             return linear(inputs, self._buffers["dense_0"], self.bias)  # type: ignore[arg-type]
@@ -223,22 +225,25 @@ class SparseLinear(nn.Module):
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         floats = probe.dtype if probe.is_floating_point() else self.dtype
         if self.choice is None or (probe.device == self.device and floats == self.dtype):
-            scales = self._buffers.get(SCALES)
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            if scales is not None:  # these are fp32 whatever the model is
-                self._buffers[SCALES] = scales.to(probe.device)
             self.retype(floats)
+            scales, settled = self._buffers.get(SCALES), self.choice is not None
+            before = dict(self._buffers)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            if settled:  # nothing changes, but scales are fp32 whatever the model is
+                self._buffers.update(before)
+            elif scales is not None:
+                self._buffers[SCALES] = scales.to(probe.device)
             return self
         weight = self.bitmap()
         wish = self.wish
+        self.retype(floats)  # which may refuse, before anything is dropped
         self._drop()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if weight.values_K.is_floating_point():
+            weight = replace(weight, values_K=weight.values_K.to(floats))
         if probe.device.type == "meta":
             self._hold(weight, probe.device)
             return self
-        if weight.values_K.is_floating_point():
-            weight = replace(weight, values_K=weight.values_K.to(floats))
-        self.retype(floats)
         self._hold(weight)
         self.settle(wish, probe.device)
         return self

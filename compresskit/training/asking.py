@@ -63,14 +63,24 @@ class Asking:
 
     def _agreed(self, batches: Sequence[Batch]) -> list[Signal]:
         """What is said of ``batches``, once all ranks have their answers."""
-        signals, lost = [], None
+        signals, lost, broken = [], None, None
         try:
             signals = [self._said(batch) for batch in batches]
         except RunError as error:
             lost = error
+        except Exception as error:  # other ranks must not wait for one that fails in another way
+            broken, lost = error, RunError(f"{type(error).__name__}: {error}")
         if on_every_rank(lost is not None, self.device):
-            raise RunError(*_first(lost), self.keep()) from lost
+            faults = _first(lost)
+            raise RunError(*faults, self._kept()) from (broken or lost)
         return signals
+
+    def _kept(self) -> str:
+        """What :attr:`keep` says; a disk that takes nothing must not hide why the run ends."""
+        try:
+            return self.keep()
+        except OSError as error:
+            return f"No checkpoint of it could be written: {error}."
 
 
 def _first(lost: RunError | None) -> tuple[Fault | str, ...]:

@@ -51,7 +51,7 @@ class Share:
         return range(0, len(self.rows), self.size)
 
 
-def told(batches: int, *, shown: bool) -> Progress:
+def shown_progress(batches: int, *, shown: bool) -> Progress:
     """Progress of an evaluation, ``shown`` only where it takes a while."""
     stream = None if shown and batches >= LONG else _Silent()
     return Progress("Evaluating", batches, unit="batches", stream=stream)

@@ -22,7 +22,7 @@ from compresskit.training.access import ParamAccess
 from compresskit.training.asking import Asking, continuing
 from compresskit.training.best import Best
 from compresskit.training.engine import require_engine
-from compresskit.training.evaluation import Share, evaluation_at, is_owed, lowest_evaluation, told
+from compresskit.training.evaluation import Share, evaluation_at, is_owed, lowest_evaluation, shown_progress
 from compresskit.training.finite import bad_gradient, culprit, first_named, not_finite, on_every_rank
 from compresskit.training.hold import hold_zeros
 from compresskit.training.objective import LOSS, TeacherProvider
@@ -274,7 +274,7 @@ class StageTrainer(Trainer):
             rank=self.args.process_index,
             ranks=self.args.world_size,
         )
-        with torch.no_grad(), told(len(share), shown=self._watch is not None) as bar:
+        with torch.no_grad(), shown_progress(len(share), shown=self._watch is not None) as bar:
             for batch, counts in share:
                 inputs = self._prepare_inputs(batch)
                 loss = self._sums(model, inputs)[LOSS]

@@ -169,6 +169,31 @@ def test_the_key_has_all_that_times_depend_on(monkeypatch: pytest.MonkeyPatch) -
     assert remembered.key_of(case, CPU, {"bytes": 3}) != key
 
 
+def test_another_kernel_and_other_groups_of_scales_are_timed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(lambda name, _: 1.0)
+    whole, halves = (integers(groups) for groups in (1, 2))
+
+    def asked(weight: Bitmap) -> int:
+        choice._known.clear()
+        clock.asked.clear()
+        choose(weight, inputs=torch.float32, device=CPU, timer=clock)
+        return len(clock.asked)
+
+    assert asked(whole) > 0
+    assert asked(whole) == 0, "it lies on the disk"
+    assert asked(halves) > 0
+    monkeypatch.setenv("COMPRESSKIT_CPU_PATH", "portable")
+    assert asked(whole) > 0
+    monkeypatch.setattr("compresskit.kernels.dispatch.choose", lambda op, device: "reference")
+    assert asked(whole) > 0
+
+
+def integers(groups: int) -> Bitmap:
+    generator = torch.Generator().manual_seed(0)
+    keep = torch.rand(16, 128, generator=generator) >= 0.6
+    return pack(torch.randint(1, 100, (16, 128), dtype=torch.int8) * keep, torch.ones(16, groups))
+
+
 def test_two_processes_at_once_leave_a_whole_file(tmp_path: Path) -> None:
     code = (
         "import torch; from compresskit.kernels.bitmap import pack;"

@@ -130,7 +130,7 @@ def test_models_in_turn(llama_dir: Path, bert_dir: Path, monkeypatch: pytest.Mon
         asked.append(Path(job["directory"]).name)
         times = [float(len(asked))] * job["repetitions"]
         more = {"load_ms": 1.0, "dtype": "float32", "attention": "sdpa"}
-        more["passed_over"] = ["An op does without its kernel."]
+        more["notes"] = ["An op does without its kernel."]
         more["layouts"] = {"blocks.0.q": "bitmap", "blocks.1.q": "bitmap", "blocks.0.v": "1: gap, 2-4: dense"}
         return {"prefill_ms": times, "decode_ms": times if job["causal"] else [], **more}
 

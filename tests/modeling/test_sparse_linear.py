@@ -223,12 +223,28 @@ def test_other_types_and_devices(wish: Wish | None) -> None:
     if wish is not None:
         assert narrow(torch.zeros(1, 70, dtype=torch.bfloat16)).dtype == torch.bfloat16
     with pytest.raises(FormatError, match="expected a type that a layout holds, got float64"):
-        copy.deepcopy(made).double()
+        made.double()
+    assert same(made.bitmap(), weight())
     assert torch.equal(made.weight, unpack(weight()))
     gone = made.to("meta")
     assert gone.device.type == "meta"
     assert gone.weight.shape == (12, 70)
     assert set(gone.state_dict()) == {"mask", "values", "bias"}
+
+
+@pytest.mark.parametrize("wish", [None, BITMAP], ids=["neutral", "bitmap"])
+def test_the_type_it_has_already_leaves_scales_as_they_are(wish: Wish | None) -> None:
+    made = layer(integers(), wish, dtype=torch.bfloat16)
+    before = made.bitmap()
+    made.to(torch.bfloat16)
+    assert same(made.bitmap(), before)
+    assert made.state_dict()["scales"].dtype == torch.float32
+
+
+def test_inputs_of_another_width_are_refused() -> None:
+    for wish in (BITMAP, DENSE):
+        with pytest.raises(RuntimeError, match="of 70 inputs was given 96"):
+            layer(weight(), wish)(torch.zeros(2, 96))
 
 
 def test_it_survives_pickle() -> None:

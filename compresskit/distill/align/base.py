@@ -8,7 +8,7 @@ teacher's vocabulary, W = the student's, 2 = without a space and with one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -55,7 +55,13 @@ class Matched:
 
 
 class Alignment(Protocol):
-    """A frozen dataclass whose fields are its options."""
+    """A frozen dataclass whose fields are its options.
+
+    Attributes:
+        reads_twins: whether it looks at tables of tokens; elsewhere these are empty.
+    """
+
+    reads_twins: ClassVar[bool]
 
     def __call__(self, matched: Matched, teacher: Hidden, temperature: float) -> Signal:
         """What the teacher says of the student's tokens.

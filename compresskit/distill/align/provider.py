@@ -93,14 +93,25 @@ class Aligned:
 
     @cached_property
     def _twins(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``twins_S2``, ``spaced_R2``, ``opens_V`` and ``open_2W`` of ``Matched``."""
+        """``twins_S2``, ``spaced_R2``, ``opens_V`` and ``open_2W`` of ``Matched``.
+
+        Raises:
+            ModelError: the alignment reads them, and no token of the teacher's is one of the student's.
+        """
+        none_02 = torch.empty(0, 2, dtype=torch.int64)
         found, open_2W = [], torch.zeros(2, self.students, dtype=torch.bool)
+        if not self._alignment.reads_twins:
+            return none_02, none_02, torch.zeros(len(self._spellings[1].pieces), dtype=torch.bool), open_2W
         for space in (False, True):
             begun = beginnings(self._students_tokenizer, self._tokenizer, space=space)
             pairs = [p for p in twins(*self._spellings, space=space) if not begun.teachers[p[1]]]
             found.append(torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2))
             known = torch.tensor(begun.students[: self.students])
             open_2W[int(space), : len(known)] = known
+        if not len(found[0]):
+            cure = "Set alignment to uld, or choose a teacher of longer tokens."
+            expected = "a token of the teacher's that says as much as one of the student's"
+            raise ModelError(Fault(f"alignment {self.alignment}", expected, "none", cure))
         opens = [(piece or b"").startswith(b" ") for piece in self._spellings[1].pieces]
         return found[0], found[1], torch.tensor(opens), open_2W
 

@@ -9,6 +9,7 @@ Shapes: B = rows, T = the student's tokens of a row, M = matches, E = the teache
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -19,6 +20,8 @@ from compresskit.training.objective import Hidden, Signal
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sorted:
     """For the loss ``uld``, which compares probabilities by their rank."""
+
+    reads_twins: ClassVar[bool] = False
 
     def __call__(self, matched: Matched, teacher: Hidden, temperature: float) -> Signal:
         """See ``Alignment.__call__``.

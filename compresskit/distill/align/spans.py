@@ -24,7 +24,7 @@ a space and with one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +46,8 @@ class Spans:
     Attributes:
         top: of the ids that spell the same, list so many of the teacher's likeliest.
     """
+
+    reads_twins: ClassVar[bool] = True
 
     top: Annotated[int, Within(1)] = 32
 

@@ -82,9 +82,9 @@ def read_in_words(expected: tuple[int, bool], row_tokens: int, fields: TrainingF
     rows = max(1, -(-tokens // row_tokens))
     items = fields.steps * fields.batch_size if fields.steps else ceil(fields.epochs * rows)
     more = "" if whole else " or more"
-    said = f"It holds all rows, about {rows:,}{more} of {row_tokens:,} tokens"
+    said = f"It holds all rows of both splits, about {rows:,}{more} of {row_tokens:,} tokens"
     if items >= rows:
-        return f"{said}, and the steps read each of them."
+        return f"{said}; the steps read {items:,}."
     return (
         f"{said}, of which the steps read {items:,}: it serves longer runs on the same data, too. Limit the "
         "documents of the data to make it smaller."

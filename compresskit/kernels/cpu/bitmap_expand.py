@@ -17,7 +17,7 @@ def bitmap_expand(
     dtype: torch.dtype,
 ) -> Tensor:
     """The dense weight (O, I) in ``dtype``, as ``reference.bitmap_expand``."""
-    out_OI = torch.empty(words_OW.shape[0], in_features, dtype=dtype)
+    out_OI = torch.empty(words_OW.shape[0], in_features, dtype=dtype, device="cpu")
     weight = Rows(words_OW=words_OW, values=values_S, starts=starts, scales_OG=scales_OG)
     expand("bitmap_expand", weight, out_OI)
     return out_OI

@@ -20,6 +20,7 @@ from torch import Tensor
 from compresskit.errors import EngineError, Fault
 from compresskit.kernels.cpu.build import Unavailable, load
 from compresskit.kernels.dispatch import note
+from compresskit.kernels.packed.base import SLACK_BYTES
 
 EIGHT = ("-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi2")
 SIXTEEN = (*EIGHT, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
@@ -107,11 +108,13 @@ class Rows:
 def linear(op: str, inputs: Tensor, weight: Rows, bias_O: Tensor | None) -> Tensor:
     """``inputs @ weight.T + bias``, (..., O), by the kernel of ``op``; sums are taken in fp32."""
     width, outs = inputs.shape[-1], weight.words_OW.shape[0]
+    _require(op, weight, width, inputs, bias_O)
     rows_NI = inputs.reshape(-1, width).contiguous()
     tokens = rows_NI.shape[0]
-    out_NO = torch.empty(tokens, outs, dtype=inputs.dtype)
+    out_NO = torch.empty(tokens, outs, dtype=inputs.dtype, device="cpu")
     filled = -(-tokens // LARGEST_BLOCK) * LARGEST_BLOCK
-    arranged = torch.empty(filled * weight.words_OW.shape[1] * WORD)
+    numbers = filled * weight.words_OW.shape[1] * WORD
+    arranged = torch.empty(numbers, dtype=torch.float32, device="cpu")  # whatever the user's defaults are
     bias_O = None if bias_O is None else bias_O.contiguous()
     job = weight.job(
         inputs=rows_NI.data_ptr(),
@@ -129,8 +132,50 @@ def linear(op: str, inputs: Tensor, weight: Rows, bias_O: Tensor | None) -> Tens
 
 def expand(op: str, weight: Rows, out_OI: Tensor) -> None:
     """Write the dense weight into ``out_OI``, contiguous, in its type."""
+    _require(op, weight, out_OI.shape[1], out_OI, None)
     job = weight.job(outputs=out_OI.data_ptr(), ins=out_OI.shape[1], input_type=TYPES[out_OI.dtype])
     library(op, weight.values.dtype, path()).expand(ctypes.byref(job), parallel())
+
+
+def _require(op: str, weight: Rows, width: int, numbers: Tensor, bias_O: Tensor | None) -> None:
+    """Refuse what C would read or write past: it sees addresses alone.
+
+    Args:
+        op: to name.
+        weight: whose parts have to agree.
+        width: inputs of it.
+        numbers: the inputs, or the dense weight that is written.
+        bias_O: or None.
+
+    Raises:
+        ValueError: a tensor elsewhere, of another type, too short, or in strides.
+    """
+    words, values, starts, scales = weight.words_OW, weight.values, weight.starts, weight.scales_OG
+    outs, count = words.shape
+    parts = [part for part in (words, values, starts, scales) if part is not None]
+    if not all(part.is_cpu for part in (*parts, numbers)) or (bias_O is not None and not bias_O.is_cpu):
+        raise ValueError(f"{op}: all tensors have to be where the inputs are, on the CPU")
+    if not all(part.is_contiguous() for part in parts):
+        raise ValueError(f"{op}: parts of the weight are in strides")
+    given = (numbers.dtype, numbers.dtype if bias_O is None else bias_O.dtype)
+    if torch.int8 in given or not set(given) <= TYPES.keys() or values.dtype not in TYPES:
+        raise ValueError(f"{op}: no kernel for inputs of {given[0]}, a bias of {given[1]}, {values.dtype}")
+    if words.dtype != torch.int64 or scales.dtype != torch.float32 or len(scales) != outs:
+        raise ValueError(f"{op}: words are {words.dtype}, scales {scales.dtype} of {tuple(scales.shape)}")
+    groups = scales.shape[1]
+    if -(-width // WORD) != count or (groups and width % groups):
+        raise ValueError(f"{op}: {width} inputs, but {count} words of {WORD} a row and {groups} groups")
+    if (groups > 0) != (values.dtype == torch.int8):
+        raise ValueError(f"{op}: {groups} groups of scales beside values of {values.dtype}")
+    if bias_O is not None and bias_O.shape != (outs,):
+        raise ValueError(f"{op}: a bias of {tuple(bias_O.shape)} for {outs} outputs")
+    last = weight.offset + outs * count * WORD // 2
+    if starts is not None:
+        if starts.dtype != torch.int64 or starts.shape != (outs + 1,):
+            raise ValueError(f"{op}: starts are {starts.dtype} of {tuple(starts.shape)} for {outs} rows")
+        last = int(starts[-1])
+    if last * values.itemsize + SLACK_BYTES > values.nbytes:
+        raise ValueError(f"{op}: {last} values and {SLACK_BYTES} bytes after them, got {values.numel()}")
 
 
 @cache

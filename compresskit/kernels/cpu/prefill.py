@@ -26,9 +26,9 @@ def linear_or_expand(op: str, inputs: Tensor, weight: Rows, bias_O: Tensor | Non
     if inputs.numel() <= MOST_TOKENS * width or not exact:
         return linear(op, inputs, weight, bias_O)
     inputs_NI = inputs.reshape(-1, width).contiguous()
-    out_NO = torch.empty(len(inputs_NI), outs, dtype=inputs.dtype)
+    out_NO = torch.empty(len(inputs_NI), outs, dtype=inputs.dtype, device="cpu")
     rows = max(1, BLOCK_BYTES // (width * inputs.itemsize))
-    block = torch.empty(min(rows, outs), width, dtype=inputs.dtype)
+    block = torch.empty(min(rows, outs), width, dtype=inputs.dtype, device="cpu")
     bias_O = None if bias_O is None else bias_O.to(inputs.dtype)
     for first in range(0, outs, rows):
         last = min(first + rows, outs)

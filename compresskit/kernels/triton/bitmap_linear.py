@@ -34,7 +34,7 @@ def bitmap_kernel(
 ):
     """A program sums ROWS outputs of TOKENS tokens, a word of 64 inputs at a time."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    token = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)  # times a width
     place = tl.arange(0, 64)
     at = tl.load(starts + row, mask=row < rows, other=0)
     sums = tl.zeros((ROWS, 64 if TOKENS == 1 else TOKENS), tl.float32)

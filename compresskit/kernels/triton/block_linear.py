@@ -29,7 +29,7 @@ def block_kernel(
 ):
     """A program sums a row of blocks, ROWS outputs, for TOKENS tokens."""
     line = tl.program_id(0)
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    token = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)  # times a width
     place = tl.arange(0, 16)
     row = tl.arange(0, ROWS)
     sums = tl.zeros((ROWS, 16 if TOKENS == 1 else TOKENS), tl.float32)
