@@ -254,6 +254,6 @@ def test_a_plan_tells_how_many_rows_are_made_and_read(
     made = run(stage, student, text, tmp_path, tmp_path / "cache").metrics["teacher"]
     rows = int(noted.split("about ")[1].split(" ")[0].replace(",", ""))
     assert rows == pytest.approx(made["rows"], abs=2)
-    assert f" of {few["context_length"]} tokens" in noted
+    assert f" of {few['context_length']} tokens" in noted
     assert ("it serves longer runs" in noted) == (batch_size != 32), noted
     assert ("the steps read 8: " in noted) == (batch_size == 2)
