@@ -10,9 +10,10 @@ from typing import Any
 
 import compresskit
 from compresskit.errors import Fault, InputError, WorkerError
-from compresskit.measure.record import read_records
+from compresskit.measure.record import Record, read_records
 
 KIND = "kernels-cpu"
+DAY = len("2030-01-31")
 PROJECT = Path(compresskit.__file__).parents[1]
 
 HEADINGS = (
@@ -73,7 +74,7 @@ def _ratio(number: float | None) -> str:
 
 
 def recorded(files: Sequence[Path] = ()) -> str:
-    """The newest record in ``files``, or in the project's results, as text.
+    """The records of the newest day in ``files``, or in the project's results, as text, in their order.
 
     Raises:
         InputError: there is none.
@@ -85,9 +86,14 @@ def recorded(files: Sequence[Path] = ()) -> str:
         got = ", ".join(map(str, files)) or f"none in {results}"
         cure = "Make one with --run, in a checkout of the project."
         raise InputError(Fault("kernels", f"a record of kind {KIND}", got, cure))
-    newest = max(records, key=lambda record: record.measured_at)
-    where = f"{newest.processor}, {newest.threads} threads, {newest.measured_at}"
-    return "\n".join([where, *newest.notes, table(newest.values["rows"])])
+    last = max(record.measured_at for record in records)
+    shown = [record for record in records if record.measured_at[:DAY] == last[:DAY]]
+    return "\n\n".join(map(_told, sorted(shown, key=lambda record: record.measured_at)))
+
+
+def _told(record: Record) -> str:
+    where = f"{record.processor}, {record.threads} threads, {record.measured_at}"
+    return "\n".join([where, *record.notes, table(record.values["rows"])])
 
 
 def run() -> str:

@@ -52,7 +52,6 @@ X = torch.ones(3, IN)
         (X, other("scales", lambda t: t[1:], groups=2), None, "scales torch.float32 of (23, 2)"),
         (X, other("scales", lambda t: t[:, :0], groups=2), None, "0 groups of scales beside"),
         (torch.ones(3, 127), packed(groups=2), None, "127 inputs"),
-        (X, other("values", lambda t: t.to("meta")), None, "where the inputs are"),
     ],
 )
 def test_what_c_would_read_past_is_refused(

@@ -51,6 +51,13 @@ def test_the_newest_record_is_printed(tmp_path: Path) -> None:
     assert second.split()[-2:] == ["-", "-"]
 
 
+def test_all_records_of_the_newest_day_are_printed_in_their_order(tmp_path: Path) -> None:
+    later = write(tmp_path / "a.json", [{**ROW, "shape": "2x2"}], "2030-01-01T09:00:00Z")
+    sooner = write(tmp_path / "b.json", [{**ROW, "shape": "1x1"}], "2030-01-01T08:00:00Z")
+    told = kernels.recorded([later, sooner])
+    assert told.index("1x1") < told.index("2x2")
+
+
 def test_no_record_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = write(tmp_path / "c.json", [ROW], "2030-01-01T00:00:00Z", kind="kernels-gpu")
     with pytest.raises(InputError, match="expected a record of kind kernels-cpu"):
