@@ -62,13 +62,14 @@ class BitmaskQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         from compresskit.modeling.bitmask_quantizer import prepare
 
-        prepare(model, self.quantization_config.to_dict(), kwargs.get("checkpoint_files"))
+        files = kwargs.get("checkpoint_files")
+        self.places = prepare(model, self.quantization_config.to_dict(), files)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from compresskit.modeling.bitmask_quantizer import finish
 
         asked = {name: getattr(self.quantization_config, name) for name in ASKED}
-        finish(model, **asked)
+        finish(model, self.places, **asked)
         return model
 
     def get_state_dict_and_metadata(
@@ -87,7 +88,12 @@ class BitmaskQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """Gradients pass through packed layers to adapters before them; packed weights have none."""
+        """Gradients pass through packed layers to adapters before them."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """``SparseLinear.train_values`` has the kept weights themselves learn; without it they are frozen."""
         return True
 
     @property

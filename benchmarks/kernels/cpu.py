@@ -6,7 +6,8 @@
 Weights are cold: every candidate goes round copies that take more than any cache holds, and candidates take
 turns. ``ratio`` is the time of our own dense bf16 product, a loop that does nothing but read the weight, over
 that of the candidate; for batches above one it is of torch's bf16 product. ``limit`` is the most that the
-bytes of the weight allow (``compresskit.kernels.limits``). CSR is timed a few times alone: it takes long.
+bytes of the weight allow in a batch of one (``compresskit.kernels.limits``); of larger ones they are none.
+CSR is timed a few times alone: it takes long.
 """
 
 from __future__ import annotations
@@ -164,10 +165,10 @@ def timed(found: Sequence[Candidate], expected: Tensor, repetitions: int) -> lis
     return wrong
 
 
-def limit_of(name: str, zeros: str) -> float | None:
-    """The most that the bytes allow a packed weight over a dense bf16 one."""
+def limit_of(name: str, zeros: str, tokens: int) -> float | None:
+    """The most that the bytes allow a packed weight over a dense bf16 one; None where they are no bound."""
     storage = {"bitmap": "mask", "two_four": "index"}.get(name.split()[0])
-    if storage is None:
+    if storage is None or tokens > 1:
         return None
     values = {"bf16": limits.BF16, "fp32": limits.FP32, "int8": limits.INT8}[name.split()[1]]
     layout = limits.ZeroLayout(
@@ -188,7 +189,7 @@ def cell(shape: str, zeros: str, tokens: int, options: argparse.Namespace) -> li
     yardstick = by_name.get(OWN, by_name[TORCH])[1]
     rows = []
     for one in found:
-        quartiles, limit = by_name.get(one.name), limit_of(one.name, zeros)
+        quartiles, limit = by_name.get(one.name), limit_of(one.name, zeros, tokens)
         if quartiles is None:
             continue
         ratio = yardstick / quartiles[1]

@@ -355,7 +355,8 @@ def _sense_faults(where: str, plain: Mapping[str, Any]) -> list[Fault]:
 def _pattern_faults(where: str, weight: Bitmap, keep: int, of: int) -> list[Fault]:
     """A fault where some ``of`` consecutive inputs keep more than ``keep``."""
     keep_OI = unpack_bits(weight.mask_OB, weight.in_features)
-    per_group = pad(keep_OI.to(torch.uint8), (0, -keep_OI.shape[1] % of)).view(len(keep_OI), -1, of).sum(-1)
+    per_group = pad(keep_OI.to(torch.uint8), (0, -keep_OI.shape[1] % of)).view(len(keep_OI), -1, of)
+    per_group = per_group.sum(-1, dtype=torch.int16)
     over = (per_group > keep).nonzero()
     if not len(over):
         return []

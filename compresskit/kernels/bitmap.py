@@ -8,6 +8,7 @@ inputs that share a scale.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn.functional import pad
 from compresskit.errors import Fault
 
 BYTE = 8
+PIECE_WEIGHTS = 1 << 20
 VALUE_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
@@ -91,13 +93,32 @@ def unpack(weight: Bitmap, dtype: torch.dtype | None = None) -> Tensor:
         weight: without a fault.
         dtype: of the result; None takes the values' own, and fp32 for int8 ones.
     """
-    keep_OI = unpack_bits(weight.mask_OB, weight.in_features)
-    dense_OI = torch.zeros(keep_OI.shape, dtype=weight.values_K.dtype, device=keep_OI.device)
-    dense_OI[keep_OI] = weight.values_K
+    shape = weight.out_features, weight.in_features
+    dense_OI = torch.zeros(shape, dtype=weight.values_K.dtype, device=weight.mask_OB.device)
+    row = 0
+    for part in pieces(weight):
+        rows = dense_OI[row : row + part.out_features]
+        rows[unpack_bits(part.mask_OB, weight.in_features)] = part.values_K
+        row += part.out_features
     if weight.scales_OG is not None:
         group = weight.in_features // weight.scales_OG.shape[1]
         dense_OI = dense_OI.to(weight.scales_OG.dtype) * weight.scales_OG.repeat_interleave(group, dim=1)
     return dense_OI if dtype is None else dense_OI.to(dtype)
+
+
+def pieces(weight: Bitmap, weights: int = PIECE_WEIGHTS) -> Iterator[Bitmap]:
+    """``weight`` by rows, of about so many weights a piece, so that what is made of one stays small."""
+    rows = max(1, weights // max(1, weight.in_features))
+    ends = kept_per_row(weight.mask_OB).cumsum(0)[rows - 1 :: rows].tolist()
+    starts = (0, *ends)
+    for index, row in enumerate(range(0, weight.out_features, rows)):
+        end = ends[index] if index < len(ends) else None
+        yield Bitmap(
+            mask_OB=weight.mask_OB[row : row + rows],
+            values_K=weight.values_K[starts[index] : end],
+            in_features=weight.in_features,
+            scales_OG=None if weight.scales_OG is None else weight.scales_OG[row : row + rows],
+        )
 
 
 def pack_bits(keep_OI: Tensor) -> Tensor:
@@ -116,8 +137,9 @@ def unpack_bits(mask_OB: Tensor, in_features: int) -> Tensor:
 
 def kept_per_row(mask_OB: Tensor) -> Tensor:
     """How many weights each row keeps, int64 (O,)."""
-    table = torch.tensor([bin(byte).count("1") for byte in range(256)], device=mask_OB.device)
-    return table[mask_OB.long()].sum(-1)
+    counts = [bin(byte).count("1") for byte in range(256)]
+    table = torch.tensor(counts, dtype=torch.uint8, device=mask_OB.device)
+    return table[mask_OB.int()].sum(-1)
 
 
 def _form_faults(weight: Bitmap, where: str, cure: str) -> list[Fault]:

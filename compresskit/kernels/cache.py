@@ -14,13 +14,14 @@ from pathlib import Path
 from filelock import FileLock
 
 from compresskit.errors import Fault, OutputError
+from compresskit.home import cache_home
 
 DIGEST_BYTES = 32
 
 
 def directory() -> Path:
     """Where compiled kernels are kept: ``kernels`` in COMPRESSKIT_CACHE, or in the user's own cache."""
-    home = Path(os.environ.get("COMPRESSKIT_CACHE", "~/.cache/compresskit")).expanduser()
+    home = cache_home()
     return home / "kernels"
 
 

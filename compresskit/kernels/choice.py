@@ -30,19 +30,20 @@ from compresskit.kernels.contest import (
 )
 from compresskit.kernels.packed import LAYOUTS
 from compresskit.kernels.packed.base import Case
+from compresskit.kernels.packed.block import SIDE, fills_blocks
 
 BOUNDS = (1, 4, 16, 64)
 CLASSES = ("1", "2-4", "5-16", "17-64", "65+")
 ENDS = ((1,), (2, 4), (5, 16), (17, 64), (65, 1024))
 """Tokens at which each class is timed."""
 RESIDENT = ("fastest", "packed")
+USUAL = "fastest"
 ALIKE = 1.05  # a second packed layout has to be faster than the first by more to be kept beside it
 BUDGET_S = 30.0
 STEP_FRACTION = 0.05
 """Layers whose shares of zeros round to the same multiple of this are of one kind."""
 
 _known: dict[str, tuple[Times | None, tuple[str, ...]]] = {}
-_USUAL = {"layout": "", "resident": "fastest"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +57,7 @@ class Wish:
         budget_s: seconds for timing, over all kinds of layers.
         kinds: of layers, that share the budget.
         model_bytes: of all linear weights of the model, which are read between two readings of one.
+        notes: sentences that every choice has to show.
     """
 
     resident: str = "fastest"
@@ -63,6 +65,7 @@ class Wish:
     budget_s: float = BUDGET_S
     kinds: int = 1
     model_bytes: int = 0
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         faults = []
@@ -108,15 +111,23 @@ class Choice:
         return ", ".join(f"{name}: {step}" for name, step in zip(CLASSES, self.steps, strict=True))
 
 
-def wish_here(**given: Any) -> Wish:
+def wish_here(*, shortage: str = "", **given: Any) -> Wish:
     """A wish as given; what is not, as ``COMPRESSKIT_LAYOUT``, ``_RESIDENT`` and ``_CHOICE_SECONDS`` say.
+
+    Args:
+        shortage: why ``resident`` has to be ``packed`` where nobody says what it is to be; see
+            ``compresskit.kernels.memory.shortage``.
+        given: fields of the wish.
 
     Raises:
         EngineError: no such layout or policy, or seconds that are no number.
     """
     for name in ("layout", "resident"):
         if not given.get(name):
-            given[name] = os.environ.get(f"COMPRESSKIT_{name.upper()}", "") or _USUAL[name]
+            given[name] = os.environ.get(f"COMPRESSKIT_{name.upper()}", "")
+    if shortage and not given["layout"] and not given["resident"]:
+        given.update(resident="packed", notes=(shortage,))
+    given["resident"] = given["resident"] or USUAL
     if seconds := os.environ.get("COMPRESSKIT_CHOICE_SECONDS"):
         try:
             given.setdefault("budget_s", float(seconds))
@@ -135,6 +146,7 @@ def kind_of(weight: Bitmap, inputs: torch.dtype, group: tuple[int, int] | None, 
         inputs=inputs,
         zero_fraction=round(round(weight.zero_fraction / STEP_FRACTION) * STEP_FRACTION, 2),
         group=group,
+        block=(SIDE, SIDE) if device.type == "cuda" and fills_blocks(weight) else None,
         device=device.type,
     )
 
@@ -195,7 +207,7 @@ def choose(
         # What was cut short or failed is timed again by the next process, which may have longer, or more.
         if all(tokens in times[DENSE] for tokens in points) and not any(LEFT_OUT in one for one in notes):
             notes += remembered.write(key, times, notes)
-    return decide(times, wish.resident, notes)
+    return decide(times, wish.resident, (*notes, *wish.notes))
 
 
 def decide(times: Times, resident: str = "fastest", notes: tuple[str, ...] = ()) -> Choice:

@@ -1,4 +1,5 @@
-"""How many tokens' logits are alive at once in the fused losses. No torch: a forecast asks, too."""
+"""How much of what is never whole is alive at once: tokens' logits in the fused losses, rows of a weight's
+gradient in packed layers. No torch: a forecast asks, too."""
 
 from __future__ import annotations
 
@@ -20,6 +21,11 @@ def chunk_tokens(vocabulary: int, device: str) -> int:
 def block_tokens(vocabulary: int, device: str) -> int:
     """Tokens whose logits are looked at together."""
     return max(1, BLOCK_ELEMENTS.get(device, BLOCK_ELEMENTS["cpu"]) // vocabulary)
+
+
+def gradient_rows(in_features: int, device: str) -> int:
+    """Rows of a weight's gradient that are dense together."""
+    return block_tokens(in_features, device)
 
 
 def loss_bytes(tokens: int, vocabulary: int, width: int, device: str, *, models: int = 2) -> int:

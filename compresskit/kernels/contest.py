@@ -9,8 +9,9 @@ Shapes: O = outputs, I = inputs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import cycle
 from statistics import median
 
 import torch
@@ -132,9 +133,16 @@ def expand(layout: Layout, packed: Packed, in_features: int, dtype: torch.dtype)
 
 @dataclass(frozen=True, slots=True)
 class _Way:
-    """One way to multiply: copies of the weight, and what refuses it."""
+    """One way to multiply.
 
-    products: tuple[Callable[[Tensor], Tensor], ...]
+    Attributes:
+        copies: of the weight, round and round: each is read from memory when its turn comes again.
+        product: of one of them and the inputs.
+        refusal: why it does not take a case.
+    """
+
+    copies: Iterator[Packed]
+    product: Callable[[Packed, Tensor], Tensor]
     refusal: Callable[[Case], str]
 
 
@@ -143,9 +151,9 @@ def _ways(
 ) -> dict[str, _Way]:
     """Dense and every layout that takes the layer and computes what dense does, each on ``limit`` bytes."""
     dense_OI = unpack(weight, case.inputs).to(device)
-    made = {DENSE: _Way(_copies((dense_OI,), limit, _dense_product), lambda _: "")}
+    made = {DENSE: _Way(_copies((dense_OI,), limit), _dense_product, lambda _: "")}
     x = torch.randn(2, case.in_features, generator=torch.Generator().manual_seed(1)).to(device, case.inputs)
-    expected = _dense_product((dense_OI,))(x)
+    expected = _dense_product((dense_OI,), x)
     for name in LAYOUTS:
         if name == DENSE:
             continue
@@ -161,43 +169,35 @@ def _ways(
         if error:
             notes.append(f"Layout {name} {LEFT_OUT}: its output is off by {error:.1e}.")
             continue
-        made[name] = _Way(_copies(packed, limit, _linear_of(layout)), layout.refusal)
-        if expanded:
-            made[name + EXPANDED] = _Way(
-                _copies(packed, limit, _expanded_of(layout, case.in_features)), lambda _: ""
-            )
+        made[name] = _Way(_copies(packed, limit), _linear_of(layout), layout.refusal)
+        if expanded:  # it goes on where the other way stopped, with the copy that was read longest ago
+            product = _expanded_of(layout, case.in_features)
+            made[name + EXPANDED] = _Way(made[name].copies, product, lambda _: "")
     return made
 
 
-def _copies(
-    packed: Packed, limit: int, product: Callable[[Packed], Callable[[Tensor], Tensor]]
-) -> tuple[Callable[[Tensor], Tensor], ...]:
+def _copies(packed: Packed, limit: int) -> Iterator[Packed]:
+    """``packed`` and as many copies of it as fill ``limit`` bytes, for ever."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in packed)
     count = max(1, -(-limit // max(1, size)))
-    return tuple(product(packed if not i else tuple(t.clone() for t in packed)) for i in range(count))
+    return cycle([packed if not i else tuple(t.clone() for t in packed) for i in range(count)])
 
 
-def _dense_product(packed: Packed) -> Callable[[Tensor], Tensor]:
-    return lambda x: linear(x, packed[0])
+def _dense_product(packed: Packed, x: Tensor) -> Tensor:
+    return linear(x, packed[0])
 
 
-def _linear_of(layout: Layout) -> Callable[[Packed], Callable[[Tensor], Tensor]]:
-    return lambda packed: lambda x: layout.linear(x, packed, None)
+def _linear_of(layout: Layout) -> Callable[[Packed, Tensor], Tensor]:
+    return lambda packed, x: layout.linear(x, packed, None)
 
 
-def _expanded_of(layout: Layout, in_features: int) -> Callable[[Packed], Callable[[Tensor], Tensor]]:
-    return lambda packed: lambda x: linear(x, expand(layout, packed, in_features, x.dtype))
+def _expanded_of(layout: Layout, in_features: int) -> Callable[[Packed, Tensor], Tensor]:
+    return lambda packed, x: linear(x, expand(layout, packed, in_features, x.dtype))
 
 
 def _bind(way: _Way, x: Tensor) -> Run:
     """One product after another, each with the next copy of the weight."""
-    turn = [0]
-
-    def run() -> Tensor:
-        turn[0] = (turn[0] + 1) % len(way.products)
-        return way.products[turn[0]](x)
-
-    return run
+    return lambda: way.product(next(way.copies), x)
 
 
 def _error(got: Tensor, expected: Tensor) -> float:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from compresskit.home import cache_home
 from compresskit.kernels.contest import Times
 from compresskit.kernels.packed.base import Case
 from compresskit.timing import processor
@@ -46,7 +47,7 @@ def key_of(case: Case, device: torch.device, more: Key) -> dict[str, Any]:
 
 def place() -> Path:
     """The directory of the files, in the user's cache."""
-    return Path(os.environ.get("COMPRESSKIT_CACHE", "~/.cache/compresskit")).expanduser() / "choices"
+    return cache_home() / "choices"
 
 
 def read(key: Key) -> tuple[Times, tuple[str, ...]] | None:

@@ -6,14 +6,15 @@ Shapes: O = out_features, I = in_features.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from compresskit.formats.bitmask import MASK, SCALES, VALUES
 from compresskit.kernels.limits import (
     DENSE,
     PACKED_BY,
@@ -21,14 +22,13 @@ from compresskit.kernels.limits import (
     Values,
     ZeroLayout,
     gain_on,
-    limit,
     packings,
     values_of,
 )
 from compresskit.measure.matvec import Timing, time_layer
 from compresskit.measure.suite import device_name
 from compresskit.modeling import ModelSource, open_model, resolve_device
-from compresskit.modeling.packed import unpacked
+from compresskit.modeling.packed import UnpackedModel, unpacked
 from compresskit.progress import with_progress
 from compresskit.sparse.detect import detect
 from compresskit.timing import is_crowded, load_average, processor
@@ -46,6 +46,7 @@ class LayerWorth:
         in_features: I.
         zeros: how its zeros lie.
         values: of one stored weight.
+        stored_bytes: of ``mask``, ``values`` and ``scales``, where a file leaves zeros out; else empty.
         timing: at batch 1; None where it was not asked for, or nothing could be gained.
         timed_as: the layer that was timed for it, of the same shape and pattern.
     """
@@ -55,6 +56,7 @@ class LayerWorth:
     in_features: int
     zeros: ZeroLayout
     values: Values
+    stored_bytes: Mapping[str, int] = field(default_factory=dict)
     timing: Timing | None = None
     timed_as: str = ""
 
@@ -64,9 +66,16 @@ class LayerWorth:
         return packings(self.values, self.zeros)[0]
 
     @property
+    def bytes_per_weight(self) -> float:
+        """As it is stored, zeros counted."""
+        if not self.stored_bytes:
+            return self.values.bytes_per_weight
+        return sum(self.stored_bytes.values()) / (self.out_features * self.in_features)
+
+    @property
     def limit(self) -> float:
         """What it gains at batch 1 over the layer as it is stored, at most."""
-        return limit(self.values, self.packing)
+        return self.bytes_per_weight / self.packing.bytes_per_weight
 
     def to_json(self) -> dict[str, Json]:
         """Plain data; times are medians in milliseconds, with their quartiles."""
@@ -76,7 +85,8 @@ class LayerWorth:
             "zero_fraction": self.zeros.zero_fraction,
             "pattern": str(self.zeros),
             "bits": 8 * self.values.bytes_per_weight,
-            "bytes_per_weight": self.values.bytes_per_weight,
+            "bytes_per_weight": self.bytes_per_weight,
+            "stored_bytes": dict(self.stored_bytes) or None,
             "packed": {"storage": self.packing.storage, "bytes_per_weight": self.packing.bytes_per_weight},
             "limit": self.limit,
             "gain_on": {name: gain_on(name, self.values, self.zeros) for name in PACKED_BY},
@@ -183,12 +193,15 @@ def _look(name: str, weight_OI: Tensor, source: ModelSource) -> LayerWorth:
     """One layer, without its times."""
     grid = source.grid(name)
     bits = 8.0 * weight_OI.itemsize if grid is None else grid.bits_per_weight(weight_OI.shape[1])
+    parts = source.stored_bytes(name) if isinstance(source, UnpackedModel) else {}
+    known = (part for part in (MASK, VALUES, SCALES) if part in parts)
     return LayerWorth(
         name=name,
         out_features=weight_OI.shape[0],
         in_features=weight_OI.shape[1],
         zeros=detect(weight_OI == 0),
         values=values_of(bits),
+        stored_bytes={part: parts[part] for part in known} if MASK in parts else {},
     )
 
 

@@ -37,7 +37,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
     Args:
         rows: with the keys ``shape``, ``zeros``, ``tokens``, ``candidate``, ``ms`` (its three quartiles),
-            ``GB_per_s``, ``ratio``, ``over_torch_bf16``, ``over_torch_int8``, ``limit``, ``limit_fraction``.
+            ``GB_per_s``, ``ratio``, ``over_torch_bf16``, ``over_torch_int8``, ``limit``, ``limit_fraction``,
+            the last two of a batch of one alone.
 
     Returns:
         A line for each row, below the headings.
@@ -55,7 +56,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _line(row: Mapping[str, Any]) -> tuple[str, ...]:
     first, median, third = row["ms"]
-    fraction = row["limit_fraction"]
+    alone = row["tokens"] == 1  # bytes of the weight bound no product that reads it once for many tokens
+    limit, fraction = (row["limit"], row["limit_fraction"]) if alone else (None, None)
     return (
         row["shape"],
         row["zeros"] if ":" in row["zeros"] else f"{float(row['zeros']):.0%}",
@@ -64,7 +66,8 @@ def _line(row: Mapping[str, Any]) -> tuple[str, ...]:
         f"{median:.3f}",
         f"{first:.3f} to {third:.3f}",
         f"{row['GB_per_s']:.1f}",
-        *(_ratio(row[name]) for name in ("ratio", "over_torch_bf16", "over_torch_int8", "limit")),
+        *(_ratio(row[name]) for name in ("ratio", "over_torch_bf16", "over_torch_int8")),
+        _ratio(limit),
         "-" if fraction is None else f"{fraction:.0%}",
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from compresskit.formats.bitmask import (
 )
 from compresskit.formats.shards import Stored, read_header
 from compresskit.kernels.choice import kind_of, wish_here
+from compresskit.kernels.memory import Demand, free_bytes, give_back, shortage
 from compresskit.modeling.sparse_linear import SparseLinear, sparse_layers
 from compresskit.progress import with_progress
 
@@ -29,13 +30,20 @@ LOADED = "_is_hf_initialized"
 """What transformers sets on a tensor that it has read."""
 
 
-def prepare(model: Any, config: Mapping[str, Any], files: Iterable[str] | None) -> None:
+Places = Mapping[str, Stored]
+"""Part of a packed layer -> where it is stored."""
+
+
+def prepare(model: Any, config: Mapping[str, Any], files: Iterable[str] | None) -> dict[str, Places]:
     """Put a SparseLinear, on the meta device, where each packed layer is.
 
     Args:
         model: a skeleton; changed.
         config: the ``quantization_config``.
         files: of the checkpoint, whose headers are compared with it; None where there are none.
+
+    Returns:
+        Where the tensors of each SparseLinear are stored, by its name in ``model``; none without files.
 
     Raises:
         FormatError: everything in which configuration, files and model contradict each other.
@@ -65,15 +73,31 @@ def prepare(model: Any, config: Mapping[str, Any], files: Iterable[str] | None) 
     shapes = {rf"(^|\.){name.replace('.', chr(92) + '.')}\.{SHAPE}$" for name in layers}
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     model._keys_to_ignore_on_load_unexpected = {*ignored, *shapes}
+    return {
+        str(names[name]): {part: stored[f"{name}.{part}"] for part in layer.parts if part != SHAPE}
+        for name, layer in layers.items()
+        if stored
+    }
 
 
-def finish(model: Any, *, layout: str = "", resident: str = "", device: str = "") -> None:
+def finish(
+    model: Any,
+    places: Mapping[str, Places] | None = None,
+    *,
+    layout: str = "",
+    resident: str = "",
+    device: str = "",
+) -> None:
     """Check what was read into each SparseLinear, and have it choose how to multiply.
+
+    One layer after another is packed and its checkpoint's form forgotten, the first of each kind before all
+    others: so no more is ever in memory than stays there, and one layer, or the copies of one that is timed.
 
     Args:
         model: its weights are read; changed.
+        places: what :func:`prepare` gave.
         layout: see ``compresskit.kernels.choice.Wish``; empty is as the environment says.
-        resident: the same.
+        resident: the same; where nobody says it, ``packed`` if there is no room for more.
         device: to compute on; empty is where the weights are.
 
     Raises:
@@ -81,26 +105,36 @@ def finish(model: Any, *, layout: str = "", resident: str = "", device: str = ""
         EngineError: the layout asked for cannot multiply a layer.
     """
     layers = sparse_layers(model)
-    faults = []
-    for name, layer in layers.items():
-        faults += _reading_faults(name, layer)
-        if len(faults) >= MAX_NAMED:
-            break
-    if faults:
-        raise FormatError(*faults[:MAX_NAMED])
-    place = torch.device(device) if device else None
-    kinds = {
-        kind_of(layer.bitmap(), layer.dtype, layer.layer.group, place or layer.device)
-        for layer in layers.values()
+    target = torch.device(device) if device else None
+    lost = {name: found for name, layer in layers.items() if (found := _reading_faults(name, layer))}
+    if lost:
+        told = [f for name, layer in layers.items() for f in lost.get(name) or _content_faults(name, layer)]
+        raise FormatError(*told[:MAX_NAMED])
+    first = {
+        kind_of(layer.bitmap(), layer.dtype, layer.layer.group, target or layer.device): name
+        for name, layer in reversed(layers.items())
     }
     wish = wish_here(
+        shortage=shortage(_demands(model, layers, target)),
         layout=layout,
         resident=resident,
-        kinds=len(kinds),
+        kinds=len(first),
         model_bytes=sum(layer.layer.dense_bytes for layer in layers.values()),
     )
-    for layer in with_progress(list(layers.values()), "packing weights", unit="layers"):
-        layer.settle(wish, place)
+    faults: list[Fault | str] = []
+    order = [*first.values(), *(name for name in layers if name not in first.values())]
+    for name in with_progress(order, "packing weights", unit="layers"):
+        if faults:  # which there are to tell; nothing more is packed
+            faults += _content_faults(name, layers[name])
+            continue
+        _read_anew(layers[name], (places or {}).get(name, {}))
+        try:
+            layers[name].settle(wish, target, name)
+        except FormatError as error:
+            faults += error.faults
+        give_back()
+    if faults:
+        raise FormatError(*faults[:MAX_NAMED])
 
 
 def config_now(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,4 +184,40 @@ def _reading_faults(name: str, layer: SparseLinear) -> list[Fault]:
     values = parts["values"]
     if values.is_floating_point() and values.dtype != layer.dtype:  # some models keep layers in float32
         layer.retype(values.dtype)
+    return []
+
+
+def _content_faults(name: str, layer: SparseLinear) -> list[Fault]:
     return layer.layer.faults(layer.bitmap(), name)
+
+
+def _read_anew(layer: SparseLinear, places: Places) -> None:
+    """Take from the file what lies in a map of it: pages of a map stay in memory as long as the model does.
+
+    What was changed on the way, to another type or device, is no part of a map.
+    """
+    for part, place in places.items():
+        tensor = layer.get_buffer(part)
+        if tensor.device.type == "cpu" and tensor.dtype == place.dtype:
+            setattr(layer, part, place.read())
+
+
+def _demands(
+    model: nn.Module, layers: Mapping[str, SparseLinear], target: torch.device | None
+) -> Iterator[Demand]:
+    """What each device that computes is asked to hold."""
+    packed = {id(tensor) for layer in layers.values() for tensor in layer.buffers()}
+    for device in {target or layer.device for layer in layers.values()}:
+        here = [layer for layer in layers.values() if (target or layer.device) == device]
+        held = sum(t.nbytes for layer in here for t in layer.buffers() if t.device == device)
+        on_gpu = device.type == "cuda"
+        others = (t for t in (*model.parameters(), *model.buffers()) if id(t) not in packed)
+        free = free_bytes(device)
+        yield Demand(
+            device=str(device),
+            # On the CPU it lies in a map of the file, whose pages count as free.
+            free_bytes=free + held if free is not None and on_gpu else free,
+            packed_bytes=sum(layer.layer.bytes for layer in here),
+            dense_bytes=sum(layer.layer.dense_bytes for layer in here),
+            other_bytes=sum(t.nbytes for t in others if not (on_gpu and t.device == device)),
+        )

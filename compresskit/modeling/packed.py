@@ -83,6 +83,14 @@ class UnpackedModel(ModelSource):
             return None
         return self._decoded(f"{layer}.weight").grid
 
+    def stored_bytes(self, layer: str) -> dict[str, int]:
+        """Part -> its bytes on the disk, of a packed ``layer``; empty for one that is stored plain."""
+        if layer not in self._layers:
+            return {}
+        start, bias = f"{layer}.", f"{layer}.bias"
+        found = {key: place for key, place in self._stored.items() if key.startswith(start) and key != bias}
+        return {key.removeprefix(start): place.num_bytes for key, place in found.items()}
+
     @property
     def is_quantised(self) -> bool:
         """Whether any layer's weights lie on a grid."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +21,11 @@ from compresskit.kernels.choice import Choice, Wish, choose
 from compresskit.kernels.contest import DENSE, EXPANDED, expand
 from compresskit.kernels.packed import LAYOUTS
 from compresskit.kernels.packed.base import Layout
+from compresskit.modeling.unread import Unread
 
 PARTS = (MASK, VALUES, SCALES)
+TRAINED = "bitmap"
+"""The layout whose values have a gradient and lie as the neutral ones do."""
 
 
 class SparseLinear(nn.Module):
@@ -30,7 +34,7 @@ class SparseLinear(nn.Module):
     Its state is the neutral one, whatever is in memory: ``mask``, ``values``, ``scales`` of integers,
     ``bias``, and ``weight``, the dense shape. Until :meth:`settle` these are buffers, into which a checkpoint
     is read; from then on the layouts of :attr:`choice` are. On another device or in another type it is packed
-    anew.
+    anew. :meth:`train_values` has the kept weights learn, under a mask that cannot move.
 
     Args:
         layer: what its tensors are.
@@ -106,31 +110,42 @@ class SparseLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight (O, I) in :attr:`dtype`, made anew each time: for reading, not for computing."""
+        """The dense weight (O, I) in :attr:`dtype`, for reading, not for computing.
+
+        Its numbers are made when they are first asked for, and forgotten with the tensor; type, shape and
+        device cost nothing. A step that trains the values in place before then shows in them. It is no
+        parameter: make one of ``weight.clone()``.
+        """
         if self.device.type == "meta":
             return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
         if DENSE in self._ways:
             return self._get(self._ways[DENSE][1])[0]
-        return unpack(self.bitmap(), self.dtype).to(self.device)
+        if torch.compiler.is_compiling():  # which does away with what is not used
+            return self._unpacking()()
+        return Unread(self._unpacking(), (self.out_features, self.in_features), self.dtype, self.device)
 
     def bitmap(self) -> Bitmap:
         """The weight in the neutral form, to the bit as it was read; on the CPU once it is settled."""
         if self._kept:
             layout, names = self._ways[self._kept]
             assert layout is not None  # of what is kept to be unpacked
-            return layout.unpack(self._get(names), self.in_features)
+            with torch.no_grad():
+                return layout.unpack(self._get(names), self.in_features)
         scales = self._buffers.get(SCALES)
         mask, values = self._buffers[MASK], self._buffers[VALUES]
         assert mask is not None
         assert values is not None
         return Bitmap(mask_OB=mask, values_K=values, in_features=self.in_features, scales_OG=scales)
 
-    def settle(self, wish: Wish | None = None, device: torch.device | None = None) -> Choice:
+    def settle(
+        self, wish: Wish | None = None, device: torch.device | None = None, where: str = "weight"
+    ) -> Choice:
         """Choose how to multiply on ``device``, and pack the weight so.
 
         Args:
             wish: of the user; None is as the environment says.
             device: to compute on; None is where the buffers are.
+            where: the place that faults name.
 
         Returns:
             The choice, which :attr:`choice` is from now on.
@@ -141,7 +156,7 @@ class SparseLinear(nn.Module):
         """
         device = device or self.device
         weight = self.bitmap()
-        if faults := self.layer.faults(weight, "weight"):
+        if faults := self.layer.faults(weight, where):
             raise FormatError(*faults)
         choice = choose(weight, inputs=self.dtype, device=device, group=self.layer.group, wish=wish)
         if self.bias is not None and self.bias.device != device:
@@ -156,6 +171,32 @@ class SparseLinear(nn.Module):
         if not self._kept:  # integers cannot be had back from the dense weight
             self._hold(weight, device)
         return choice
+
+    def train_values(self, device: torch.device | None = None) -> nn.Parameter:
+        """Make the kept weights a parameter, and multiply by the layout ``bitmap``.
+
+        What is zero has no place in the parameter, so that no optimiser moves the mask, and gradients are of
+        the kept weights alone: of a dense one only some rows exist at a time. It is one of ``parameters()``.
+        The state stays neutral, and another may be loaded that has the same mask. A weight that becomes zero
+        stays kept. :meth:`settle` ends it.
+
+        Args:
+            device: to compute on; None is where the layer is.
+
+        Returns:
+            ``values``, (K,), the kept weights row by row; the same one until :meth:`settle`.
+
+        Raises:
+            FormatError: the values are integers; or mask and values contradict each other.
+        """
+        if self.layer.bits is not None:
+            cure = "Train before it is quantised, or its adapters."
+            raise FormatError(Fault("SparseLinear", "floating values", "int8 ones, to be trained", cure))
+        values = self._parameters.get(VALUES)
+        if values is None or device not in (None, self.device):
+            self.settle(Wish(layout=TRAINED), device)
+            values = self._train(nn.Parameter(torch.empty(0)) if values is None else values)
+        return values
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(..., I) -> (..., O), in the inputs' type; under autocast in that of autocast."""
@@ -205,20 +246,39 @@ class SparseLinear(nn.Module):
         self._ways[name] = layout, names
 
     def _get(self, names: tuple[str, ...]) -> tuple[Tensor, ...]:
-        return tuple(self._buffers[name] for name in names)  # type: ignore[misc]
+        return tuple(getattr(self, name) for name in names)
+
+    def _unpacking(self) -> Callable[[], Tensor]:
+        """What makes the dense weight where none is in memory: of the tensors and in the type of now."""
+        if not self._kept:
+            return partial(unpack, self.bitmap(), self.dtype)
+        layout, names = self._ways[self._kept]
+        assert layout is not None  # of what is kept to be unpacked
+        return torch.no_grad()(partial(expand, layout, self._get(names), self.in_features, self.dtype))
+
+    def _train(self, values: nn.Parameter) -> nn.Parameter:
+        """Make ``values`` what is multiplied by: of the packed values those before the slack, not copied."""
+        layout, (words, packed, *rest) = self._ways[TRAINED]
+        values.data = self.get_buffer(packed)[: self.layer.kept]
+        if values.grad is not None:
+            values.grad = values.grad.to(values)
+        delattr(self, packed)
+        self.register_parameter(VALUES, values)
+        self._ways[TRAINED] = layout, (words, VALUES, *rest)
+        return values
 
     def _drop(self) -> None:
         """Forget what is in the buffers, and how to multiply."""
-        for name in list(self._buffers):
+        for name in [*self._buffers, *(self._parameters.keys() & {VALUES})]:
             delattr(self, name)
         self._ways, self._kept, self.choice = {}, "", None
 
-    def _hold(self, weight: Bitmap, device: torch.device | None = None) -> None:
-        """The neutral form as buffers."""
+    def _hold(self, weight: Bitmap, device: torch.device | None = None, *, copy: bool = False) -> None:
+        """The neutral form as buffers; without ``copy`` they may be the given tensors."""
         parts = {MASK: weight.mask_OB, VALUES: weight.values_K, SCALES: weight.scales_OG}
         for name, tensor in parts.items():
             if tensor is not None:
-                self.register_buffer(name, tensor if device is None else tensor.to(device))
+                self.register_buffer(name, tensor if device is None else tensor.to(device, copy=copy))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
         """As any module's; on another device or in another type the weight is packed anew."""
@@ -235,7 +295,7 @@ class SparseLinear(nn.Module):
                 self._buffers[SCALES] = scales.to(probe.device)
             return self
         weight = self.bitmap()
-        wish = self.wish
+        wish, values = self.wish, self._parameters.get(VALUES)
         self.retype(floats)  # which may refuse, before anything is dropped
         self._drop()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -246,6 +306,8 @@ class SparseLinear(nn.Module):
             return self
         self._hold(weight)
         self.settle(wish, probe.device)
+        if values is not None:
+            self._train(values)
         return self
 
     def retype(self, dtype: torch.dtype) -> None:
@@ -292,14 +354,25 @@ class SparseLinear(nn.Module):
         if faults := layer.faults(weight, prefix.rstrip(".")):
             error_msgs += map(str, faults)
             return
+        shape = found[SHAPE]
+        if shape is not None and shape.tolist() != list(layer.shape):
+            error_msgs.append(f"{prefix}{SHAPE}: expected {list(layer.shape)}, got {shape.tolist()}")
+            return
+        values = self._parameters.get(VALUES)
+        if values is not None and not torch.equal(self.bitmap().mask_OB, weight.mask_OB.cpu()):
+            error_msgs.append(f"{prefix}{MASK}: values are trained under another one; call settle() first")
+            return
         if self.bias is not None and f"{prefix}bias" in state_dict:
             with torch.no_grad():
                 self.bias.copy_(state_dict[f"{prefix}bias"])
         elif self.bias is not None and strict:
             missing_keys.append(f"{prefix}bias")
+        if values is not None:
+            values.data.copy_(weight.values_K)
+            return
         was, wish, device, self.layer = self.choice, self.wish, self.device, layer
         self._drop()
-        self._hold(weight, device)
+        self._hold(weight, device, copy=True)
         if was is not None:
             self.settle(wish, device)
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 from compresskit.kernels.limits import DENSE, PACKED_BY, gain_on
 from compresskit.measure.inspect import Inspection, LayerWorth
-from compresskit.reports.figures import write_fraction, write_ms
+from compresskit.reports.figures import write_bytes, write_fraction, write_ms
 from compresskit.sparse.worth import joined, short
 
 
 def write_layers(found: Inspection) -> str:
     """A row for each layer, and below what the columns mean and which runtimes gain anything."""
     is_timed = any(layer.timing for layer in found.layers)
-    head = ["layer", "shape", "zeros", "pattern", "bits", "bytes", "packed", "at most"]
+    parts = list(dict.fromkeys(part for layer in found.layers for part in layer.stored_bytes))
+    head = ["layer", "shape", "zeros", "pattern", "bits", *parts, "bytes", "packed", "at most"]
     rows = [head + (["dense", "sparse", "here"] if is_timed else [])]
-    rows += [_cells(layer, is_timed) for layer in found.layers]
+    rows += [_cells(layer, parts, is_timed) for layer in found.layers]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     left = {0, 3}
     lines = [
@@ -26,15 +30,17 @@ def write_layers(found: Inspection) -> str:
     return "\n".join([*lines, "", *_legend(found, is_timed)])
 
 
-def _cells(layer: LayerWorth, is_timed: bool) -> list[str]:
+def _cells(layer: LayerWorth, parts: Sequence[str], is_timed: bool) -> list[str]:
     gains = layer.packing.storage != DENSE
+    stored = layer.stored_bytes
     cells = [
         layer.name,
         f"{layer.out_features}x{layer.in_features}",
         write_fraction(layer.zeros.zero_fraction),
         str(layer.zeros),
         f"{8 * layer.values.bytes_per_weight:.3g}",
-        short(layer.values.bytes_per_weight),
+        *(write_bytes(stored[part]) if part in stored else "-" for part in parts),
+        short(layer.bytes_per_weight),
         short(layer.packing.bytes_per_weight) if gains else "-",
         f"{layer.limit:.2f}x" if gains else "-",
     ]
@@ -56,6 +62,8 @@ def _legend(found: Inspection, is_timed: bool) -> list[str]:
         "bytes: of a weight as stored; packed: the fewest that hold its zeros; at most: what packing gains "
         "over the layer as it is, at batch 1."
     ]
+    if packed := [layer for layer in found.layers if layer.stored_bytes]:
+        lines.append(_stored(packed))
     slow = [name for name in PACKED_BY if all(gain_on(name, x.values, x.zeros) == 1 for x in sparse)]
     if slow:
         lines.append(f"{joined(slow)} multiply by zeros as by any number: 1.00x there.")
@@ -69,6 +77,20 @@ def _legend(found: Inspection, is_timed: bool) -> list[str]:
         )
         lines.append(_together(found))
     return lines + [f"note: {note}" for note in found.notes]
+
+
+def _stored(packed: Sequence[LayerWorth]) -> str:
+    """What the layers whose zeros are left out of the file take, part by part, and would take dense."""
+    parts = Counter[str]()
+    for layer in packed:
+        parts.update(layer.stored_bytes)
+    dense = sum(x.values.bytes_per_weight * x.out_features * x.in_features for x in packed)
+    each = joined([f"{part} {write_bytes(size)}" for part, size in parts.items()])
+    whole = sum(parts.values())
+    return (
+        f"Packed: {len(packed)} of the layers, in {write_bytes(whole)} ({each}); with their zeros they would "
+        f"take {write_bytes(dense)}, {dense / whole:.2f}x."
+    )
 
 
 def _together(found: Inspection) -> str:

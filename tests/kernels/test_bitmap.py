@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from compresskit.kernels.bitmap import VALUE_TYPES, Bitmap, pack, unpack
+from compresskit.kernels.bitmap import VALUE_TYPES, Bitmap, pack, pieces, unpack
 
 SHAPES = [(1, 1), (3, 8), (5, 13), (16, 64), (7, 130)]
 
@@ -42,6 +42,18 @@ def test_int8_values_are_multiplied_by_the_scale_of_their_group() -> None:
         [torch.stack([weight[o, i] * scales[o, i // 4] for i in range(12)]) for o in range(3)]
     )
     assert torch.equal(unpack(pack(weight, scales)), expected)
+
+
+@pytest.mark.parametrize("weights", [1, 30, 100, 10**6])
+@pytest.mark.parametrize("rows", [1, 7, 12])
+def test_pieces_are_the_weight_row_by_row(rows: int, weights: int) -> None:
+    integers = (sparse((rows, 10), torch.float32) * 9).to(torch.int8)
+    whole = pack(integers, torch.rand(rows, 2))
+    parts = list(pieces(whole, weights))
+    assert [part.out_features for part in parts[:-1]] == [max(1, weights // 10)] * (len(parts) - 1)
+    assert all(not part.faults("a piece") for part in parts)
+    assert torch.equal(torch.cat(list(map(unpack, parts))), unpack(whole))
+    assert torch.equal(unpack(whole), integers * whole.scales_OG.repeat_interleave(5, 1))  # type: ignore[union-attr]
 
 
 WHOLE = pack(sparse((5, 13), torch.float32))

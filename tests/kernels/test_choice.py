@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from compresskit.errors import EngineError
 from compresskit.kernels import choice, remembered
 from compresskit.kernels.bitmap import Bitmap, pack
-from compresskit.kernels.choice import CLASSES, ENDS, Choice, Wish, choose, decide, table, wish_here
+from compresskit.kernels.choice import CLASSES, ENDS, Choice, Wish, choose, decide, kind_of, table, wish_here
 from compresskit.kernels.contest import EXPANDED, Run, contest, expand, in_turn
 from compresskit.kernels.packed import LAYOUTS
 from compresskit.kernels.packed.base import Case
@@ -169,6 +170,26 @@ def test_the_key_has_all_that_times_depend_on(monkeypatch: pytest.MonkeyPatch) -
     assert remembered.key_of(case, CPU, {"bytes": 3}) != key
 
 
+@pytest.mark.parametrize(
+    ("side", "shape", "filled"),
+    [
+        (16, (64, 96), True),
+        (32, (64, 96), True),
+        (16, (1000, 1030), True),
+        (8, (64, 96), False),
+        (1, (64, 96), False),
+    ],
+)
+def test_zeros_that_fill_blocks_are_found_for_a_gpu(side: int, shape: tuple[int, int], filled: bool) -> None:
+    rows, inputs = shape
+    keep = torch.rand(-(-rows // side), -(-inputs // side), generator=torch.Generator().manual_seed(3)) < 0.4
+    keep = keep.repeat_interleave(side, 0).repeat_interleave(side, 1)[:rows, :inputs]
+    made = pack(torch.ones(shape) * keep)
+    assert kind_of(made, torch.float32, None, torch.device("cuda")).block == ((16, 16) if filled else None)
+    assert kind_of(made, torch.float32, None, CPU).block is None
+    assert kind_of(pack(torch.ones(shape)), torch.float32, None, torch.device("cuda")).block is None
+
+
 def test_another_kernel_and_other_groups_of_scales_are_timed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(lambda name, _: 1.0)
     whole, halves = (integers(groups) for groups in (1, 2))
@@ -267,6 +288,56 @@ def test_users_may_ask_for_a_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMPRESSKIT_CHOICE_SECONDS", "long")
     with pytest.raises(EngineError, match="CHOICE_SECONDS: expected seconds, got 'long'"):
         wish_here()
+
+
+def test_where_memory_is_short_packed_alone_stays_unless_someone_says_what_is_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    short = wish_here(shortage="No room.")
+    assert (short.resident, short.notes) == ("packed", ("No room.",))
+    assert wish_here(shortage="No room.", resident="fastest") == Wish()
+    assert wish_here(shortage="No room.", resident="packed") == Wish(resident="packed")
+    assert wish_here(shortage="No room.", layout="bitmap") == Wish(layout="bitmap")
+    monkeypatch.setenv("COMPRESSKIT_RESIDENT", "fastest")
+    assert wish_here(shortage="No room.") == Wish()
+    clock = Clock(lambda name, tokens: 1.0 if name == "dense" else 0.5 if tokens < 5 else 2.0)
+    patient = replace(short, budget_s=1e6)
+    made = choose(weight(), inputs=torch.float32, device=CPU, wish=patient, timer=clock)
+    assert made.resident == ("bitmap",)
+    assert made.notes == ("No room.",)
+    choice._known.clear()
+    later = choose(weight(), inputs=torch.float32, device=CPU, wish=Wish(resident="packed"), timer=clock)
+    assert not later.notes, "the note is of one load, not of the times that are kept"
+    assert len(clock.asked) == len(POINTS)
+
+
+def test_copies_are_read_in_turn_by_all_that_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = weight(rows=64, inputs=64)
+    size = sum(t.nbytes for t in BitmapRows().pack(made, CPU))
+    case = Case(
+        out_features=64, in_features=64, values=torch.float32, inputs=torch.float32, zero_fraction=0.6
+    )
+    read: list[int] = []
+
+    def noted(of: Callable[..., object]) -> Callable[..., object]:
+        def noting(*given: object) -> object:
+            read.append(next(one for one in given if isinstance(one, tuple))[0].data_ptr())
+            return of(*given)
+
+        return noting
+
+    monkeypatch.setattr(BitmapRows, "linear", noted(BitmapRows.linear))
+    monkeypatch.setattr("compresskit.kernels.contest.expand", noted(expand))
+
+    def turns(runs: Mapping[str, Run], device: torch.device) -> dict[str, float]:
+        for name in ("bitmap", "bitmap" + EXPANDED):
+            runs[name]()
+        return dict.fromkeys(runs, 1.0)
+
+    contest(made, case, (1, 2, 3), device=CPU, budget_s=60, model_bytes=5 * size, expanded=True, timer=turns)
+    compared, *timed = read
+    assert len(set(timed[:5])) == 5, "five copies, whichever way reads them"
+    assert timed[5:] == timed[:1] == [compared], "the copy that was read longest ago comes next"
 
 
 def test_a_layout_that_takes_few_tokens_alone_leaves_the_rest_dense(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,8 +159,8 @@ def test_threads_change_no_bit(name: str) -> None:
         torch.set_num_threads(before)
 
 
-def test_rows_are_divided_by_their_values() -> None:
-    """Threads that had as many rows each would finish far apart: here one row in fifty has all the values."""
+def test_threads_leave_no_row_out_where_few_rows_have_all_the_values() -> None:
+    """Rows are divided by their values, so that most shares have none."""
     linear, _, layout = functions("bitmap")
     dense = draw((500, 640), 2) * (torch.arange(500) % 50 == 0)[:, None]
     tensors = layout.pack(weight_of(dense), CPU)

@@ -260,6 +260,12 @@ def test_gaps_lie_as_the_docstring_says() -> None:
     assert [int(gaps[0]) >> 8 * i + 4 & 15 for i in range(4)] == [5, 0, 0, 0]
 
 
+def test_a_kernel_is_given_whole_tensors_of_one_device() -> None:
+    for tensors in ([torch.ones(2), torch.ones(2, device="meta")], [torch.ones(3, 2).t()]):
+        with pytest.raises(ValueError, match="gap_linear: contiguous tensors on one device"):
+            launch.start("gap_linear", {}, (1, 1), 32, 0, tensors)
+
+
 def test_block_is_for_zeros_that_fill_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = LAYOUTS["block"]()
     assert layout.refusal(case("block")) == "nothing says that zeros fill blocks"

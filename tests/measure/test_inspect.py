@@ -18,6 +18,7 @@ from compresskit.measure import inspect as inspecting
 from compresskit.measure import matvec
 from compresskit.measure.inspect import inspect_layers
 from compresskit.measure.matvec import KERNELS, Timing, time_layer
+from compresskit.reports.figures import write_bytes
 from compresskit.reports.layers import write_layers
 from compresskit.sparse.pattern import parse_pattern
 from tests.tiny import tiny_llama
@@ -47,6 +48,18 @@ def artifact(dense: Path) -> Path:
     stages = (ck.Prune("magnitude", pattern="2:4"), ck.Quantize("rtn", scheme="w8a8"))
     ck.run(ck.Recipe(model=str(dense), stages=stages), dense.parent / "artifact", measures=())
     return dense.parent / "artifact"
+
+
+@pytest.fixture(scope="module")
+def bitmask(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Half of the layers keep bf16 weights, the others integers with scales; the head is dense."""
+    place = tmp_path_factory.mktemp("bitmask")
+    tiny_llama(place / "model", hidden_size=64, dtype=torch.bfloat16)
+    quantize = ck.Quantize("rtn", scheme="w8a16", targets=("model.layers.0.*",))
+    recipe = ck.Recipe(model=str(place / "model"), stages=(ck.Prune("magnitude", pattern="60%"), quantize))
+    ck.run(recipe, place / "dense", measures=())
+    ck.export(place / "dense", to="bitmask", out=place / "packed")
+    return place / "packed"
 
 
 @pytest.fixture
@@ -80,6 +93,46 @@ def test_a_packed_artifact_shows_bits_and_keeps_its_pattern(artifact: Path) -> N
     layers = [layer for layer in inspect_layers(artifact).layers if layer.name != "lm_head"]
     assert {str(layer.zeros) for layer in layers} == {"2:4"}
     assert {8 * layer.values.bytes_per_weight for layer in layers} == {8 + 32 / 32, 8 + 32 / 64}
+
+
+def test_a_bitmask_directory_shows_what_its_files_hold(bitmask: Path, cli: Callable[..., Result]) -> None:
+    done = cli(bitmask, "--json")
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout.splitlines()[-1])["inspection"]["layers"]
+    stored = load_file(bitmask / "model.safetensors")
+    totals = dict.fromkeys(("mask", "values", "scales"), 0)
+    for layer in told:
+        parts = {part: stored.get(f"{layer['name']}.{part}") for part in totals}
+        expected = {part: t.numel() * t.itemsize for part, t in parts.items() if t is not None}
+        assert layer["stored_bytes"] == (expected or None)
+        if layer["name"] == "lm_head":
+            assert (layer["zero_fraction"], layer["bytes_per_weight"]) == (0, 2)
+            continue
+        assert set(expected) == {"mask", "values"} | ({"scales"} if ".0." in layer["name"] else set())
+        rows, inputs = layer["shape"]
+        assert parts["values"] is not None
+        assert layer["zero_fraction"] == 1 - parts["values"].numel() / (rows * inputs)
+        assert layer["bytes_per_weight"] == sum(expected.values()) / (rows * inputs)
+        assert layer["limit"] == layer["bytes_per_weight"] / layer["packed"]["bytes_per_weight"]
+        assert 1 <= layer["limit"] < 1.06
+        assert layer["bits"] == (8 + 16 / inputs if ".0." in layer["name"] else 16)
+        for part, size in expected.items():
+            totals[part] += size
+    head, first, *_ = (line.split() for line in done.stdout.splitlines())
+    assert head[5:9] == ["mask", "values", "scales", "bytes"]
+    assert first[-10:] == ["8.25", "512", "B", "1.66", "kB", "256", "B", "0.594", "0.562", "1.06x"]
+    said = next(line for line in done.stdout.splitlines() if line.startswith("Packed: "))
+    each = ", ".join((f"mask {write_bytes(totals['mask'])}", f"values {write_bytes(totals['values'])}"))
+    each += f" and scales {write_bytes(totals['scales'])}"
+    assert said.startswith(f"Packed: 14 of the layers, in {write_bytes(sum(totals.values()))} ({each}); ")
+
+
+def test_nothing_is_said_of_parts_where_zeros_are_in_the_file(artifact: Path, sparse: Path) -> None:
+    for place in (artifact, sparse):
+        found = inspect_layers(place)
+        assert not any(layer.stored_bytes for layer in found.layers)
+        assert "Packed: " not in write_layers(found)
+        assert "mask" not in write_layers(found).splitlines()[0]
 
 
 def test_one_weight_is_in_memory_at_a_time(sparse: Path, monkeypatch: pytest.MonkeyPatch) -> None:

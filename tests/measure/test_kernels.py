@@ -51,6 +51,13 @@ def test_the_newest_record_is_printed(tmp_path: Path) -> None:
     assert second.split()[-2:] == ["-", "-"]
 
 
+def test_of_larger_batches_the_bytes_of_a_weight_are_no_limit() -> None:
+    one, four = (kernels.table([{**ROW, "tokens": tokens}]).splitlines()[1].split() for tokens in (1, 4))
+    assert one[-2:] == ["1.78", "90%"]
+    assert four[-2:] == ["-", "-"], "records of older days say numbers there"
+    assert len(one) == len(four)
+
+
 def test_all_records_of_the_newest_day_are_printed_in_their_order(tmp_path: Path) -> None:
     later = write(tmp_path / "a.json", [{**ROW, "shape": "2x2"}], "2030-01-01T09:00:00Z")
     sooner = write(tmp_path / "b.json", [{**ROW, "shape": "1x1"}], "2030-01-01T08:00:00Z")

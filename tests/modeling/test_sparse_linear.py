@@ -189,6 +189,8 @@ def test_state_is_neutral_and_loads_again(wish: Wish | None) -> None:
     if wish is not None:
         x = torch.randn(2, 70)
         assert torch.equal(target(x), made(x))
+    state["values"].zero_()
+    assert same(target.bitmap(), weight()), "it keeps tensors of its own"
 
 
 def test_state_that_contradicts_itself_is_not_taken() -> None:
@@ -198,6 +200,8 @@ def test_state_that_contradicts_itself_is_not_taken() -> None:
     with pytest.raises(RuntimeError, match="a value for each of"):
         made.load_state_dict(state)
     assert same(made.bitmap(), weight())
+    with pytest.raises(RuntimeError, match=r"weight: expected \[12, 70\], got \[12, 72\]"):
+        made.load_state_dict({**made.state_dict(), "weight": torch.tensor([12, 72])})
     with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "values"'):
         made.load_state_dict({k: v for k, v in made.state_dict().items() if k != "values"})
     with pytest.raises(RuntimeError, match=r'Missing key.* "bias"'):

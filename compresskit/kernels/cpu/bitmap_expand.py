@@ -18,6 +18,6 @@ def bitmap_expand(
 ) -> Tensor:
     """The dense weight (O, I) in ``dtype``, as ``reference.bitmap_expand``."""
     out_OI = torch.empty(words_OW.shape[0], in_features, dtype=dtype, device="cpu")
-    weight = Rows(words_OW=words_OW, values=values_S, starts=starts, scales_OG=scales_OG)
+    weight = Rows(words_OW=words_OW, values=values_S, starts=starts, scales_OG=scales_OG).with_slack()
     expand("bitmap_expand", weight, out_OI)
     return out_OI

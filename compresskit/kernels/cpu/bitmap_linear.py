@@ -17,5 +17,5 @@ def bitmap_linear(
     bias_O: Tensor | None,
 ) -> Tensor:
     """``inputs @ weight.T + bias``, (..., O), as ``reference.bitmap_linear``; sums are taken in fp32."""
-    weight = Rows(words_OW=words_OW, values=values_S, starts=starts, scales_OG=scales_OG)
+    weight = Rows(words_OW=words_OW, values=values_S, starts=starts, scales_OG=scales_OG).with_slack()
     return linear_or_expand("bitmap_linear", inputs, weight, bias_O)

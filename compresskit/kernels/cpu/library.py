@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from compresskit.errors import EngineError, Fault
 from compresskit.kernels.cpu.build import Unavailable, load
@@ -63,7 +64,7 @@ class Rows:
 
     Attributes:
         words_OW: int64, what says where values belong.
-        values: all of them, of any shape; 64 bytes may be read from where a value begins.
+        values: all of them, of any shape; 64 bytes of their storage may be read from where a value begins.
         starts: int64 (O + 1,), or None where every row has 32 values for each word.
         scales_OG: fp32; (O, 0) where values have none.
         offset: of the first row's first value, where there are no starts.
@@ -74,6 +75,21 @@ class Rows:
     starts: Tensor | None
     scales_OG: Tensor
     offset: int = 0
+
+    @property
+    def readable_bytes(self) -> int:
+        """From the first value on: those of the storage, of which ``values`` may be the beginning."""
+        begin_bytes = int(self.values.storage_offset()) * self.values.itemsize
+        return int(self.values.untyped_storage().nbytes()) - begin_bytes
+
+    def with_slack(self) -> Rows:
+        """The same, with values copied to where their slack is if it is that alone which is missing."""
+        values, starts = self.values, self.starts
+        if self.readable_bytes - values.nbytes >= SLACK_BYTES or starts is None or not len(starts):
+            return self
+        if len(values) != int(starts[-1]):
+            return self
+        return replace(self, values=pad(values, (0, SLACK_BYTES // values.itemsize)))
 
     def part(self, first: int, last: int) -> Rows:
         """The rows from ``first`` to before ``last``."""
@@ -174,7 +190,7 @@ def _require(op: str, weight: Rows, width: int, numbers: Tensor, bias_O: Tensor 
         if starts.dtype != torch.int64 or starts.shape != (outs + 1,):
             raise ValueError(f"{op}: starts are {starts.dtype} of {tuple(starts.shape)} for {outs} rows")
         last = int(starts[-1])
-    if last * values.itemsize + SLACK_BYTES > values.nbytes:
+    if last > values.numel() or last * values.itemsize + SLACK_BYTES > weight.readable_bytes:
         raise ValueError(f"{op}: {last} values and {SLACK_BYTES} bytes after them, got {values.numel()}")
 
 

@@ -95,8 +95,15 @@ def start(
         threads: of a block.
         shared_bytes: of a block.
         arguments: tensors as pointers, None as a null pointer, integers as 32 bits without a sign.
+
+    Raises:
+        ValueError: tensors on several devices, or in strides: a kernel sees addresses alone.
     """
-    index = next(a for a in arguments if isinstance(a, Tensor)).device.index or 0
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    if len({tensor.device for tensor in tensors}) > 1 or not all(t.is_contiguous() for t in tensors):
+        places = ", ".join(sorted({str(tensor.device) for tensor in tensors}))
+        raise ValueError(f"{stem}: contiguous tensors on one device, got tensors on {places}")
+    index = tensors[0].device.index or 0
     values = tuple(_value(argument) for argument in arguments)
     types = tuple(ctypes.c_uint32 if isinstance(a, int) else ctypes.c_void_p for a in arguments)
     with nullcontext() if index == torch.cuda.current_device() else torch.cuda.device(index):

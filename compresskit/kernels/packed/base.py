@@ -67,5 +67,6 @@ class Layout(Protocol):
         """``inputs @ weight.T + bias``, (..., O) in the inputs' type; sums are taken in fp32 at least.
 
         Any shape before the last, any strides, no rows at all; differentiable for the inputs and the bias.
+        Values that require a gradient get one where the layout says so, and are refused where it does not.
         """
         ...

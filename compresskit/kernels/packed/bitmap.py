@@ -10,7 +10,6 @@ G = groups of inputs that share a scale, N = tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch.nn.functional import pad
 
 from compresskit.kernels.bitmap import Bitmap, kept_per_row
 from compresskit.kernels.packed.base import SLACK_BYTES, Case, Packed
-from compresskit.kernels.packed.rules import check_width, gradients, runner, type_refusal
+from compresskit.kernels.packed.rules import check_width, complete, runner, type_refusal
 
 WORD_BITS = 64
 
@@ -29,7 +28,8 @@ class BitmapRows:
 
     * words_OW: int64; bit ``i % 64`` (the lowest first) of word ``i // 64`` says whether input i is kept.
     * values_S: the kept values row by row, then ``SLACK_BYTES`` of zeros: a kernel may read 64 bytes from
-      where any value begins.
+      where any value begins. They have a gradient. Without slack they are taken too, and copied where their
+      storage ends with them and a kernel needs it.
     * starts: int64 (O + 1,); row o has the values from ``starts[o]`` to ``starts[o + 1]``.
     * scales_OG: fp32, of int8 values; (O, 0) for other values.
     """
@@ -89,11 +89,6 @@ def bitmap_linear(
     return run(inputs, words_OW, values_S, starts, scales_OG, bias_O)
 
 
-@bitmap_linear.register_fake
-def _(inputs: Tensor, words_OW: Tensor, *rest: Any) -> Tensor:
-    return inputs.new_empty((*inputs.shape[:-1], words_OW.shape[0]))
-
-
 @torch.library.custom_op("compresskit::bitmap_expand", mutates_args=())
 def bitmap_expand(
     words_OW: Tensor,
@@ -108,21 +103,20 @@ def bitmap_expand(
     return run(words_OW, values_S, starts, scales_OG, in_features, dtype)
 
 
-@bitmap_expand.register_fake
-def _(words_OW: Tensor, *rest: Any) -> Tensor:
-    in_features, dtype = rest[-2:]
-    return words_OW.new_empty((words_OW.shape[0], in_features), dtype=dtype)
+@torch.library.custom_op("compresskit::bitmap_gradient", mutates_args=())
+def bitmap_gradient(
+    grad: Tensor, inputs: Tensor, words_OW: Tensor, values_S: Tensor, starts: Tensor, scales_OG: Tensor
+) -> Tensor:
+    """The gradient of ``values_S``, in its type, from that of the outputs; the slack has zeros."""
+    run = runner("bitmap_gradient", inputs.device, inputs.dtype)
+    with torch.autocast(inputs.device.type, enabled=False):  # it would make products in fp32 narrow again
+        return run(grad, inputs, words_OW, values_S, starts, scales_OG)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.in_features, ctx.bias_type = inputs[0].shape[-1], None if inputs[5] is None else inputs[5].dtype
-    ctx.save_for_backward(*inputs[1:5])
-
-
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return gradients(
-        ctx, grad, lambda: bitmap_expand(*ctx.saved_tensors, ctx.in_features, grad.dtype), arguments=6
-    )
-
-
-bitmap_linear.register_autograd(_gradients, setup_context=_save)
+complete(
+    bitmap_linear,
+    bitmap_expand,
+    outputs=lambda packed: packed[0].shape[0],
+    gradient=bitmap_gradient,
+    values=1,
+)

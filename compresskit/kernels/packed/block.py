@@ -10,19 +10,22 @@ B = blocks that are not all zero.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compresskit.kernels.bitmap import Bitmap, pack_bits, unpack_bits
+from compresskit.kernels.bitmap import BYTE, Bitmap, pack_bits, unpack_bits
 from compresskit.kernels.dispatch import refusal
 from compresskit.kernels.packed.base import Case, Packed
 from compresskit.kernels.packed.floats import FILLED, filled_zeros, is_filling
-from compresskit.kernels.packed.rules import check_width, gradients, runner, type_refusal
+from compresskit.kernels.packed.rules import check_width, complete, runner, type_refusal
 
 SIDE = 16
+BYTES = SIDE // BYTE
+"""Of a mask, in a row of a block."""
+MOST_STORED = 1.1
+"""Weights stored for one that is kept: more, and other layouts say where zeros are in less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,16 @@ class Block:
         return out
 
 
+def fills_blocks(weight: Bitmap) -> bool:
+    """Whether zeros of ``weight`` fill whole blocks, so that storing the others takes next to no zeros."""
+    mask_OB = weight.mask_OB
+    sides = (0, -mask_OB.shape[1] % BYTES, 0, -len(mask_OB) % SIDE)
+    bytes_SRCB = pad(mask_OB, sides).reshape(-(-len(mask_OB) // SIDE), SIDE, -1, BYTES)
+    kept_SC = bytes_SRCB.any(-1).any(1)
+    stored = int(kept_SC.sum())
+    return stored < kept_SC.numel() and stored * SIDE**2 <= MOST_STORED * weight.values_K.numel()
+
+
 def scattered(values_B16x16: Tensor, columns_B: Tensor, starts: Tensor, extents_OC0: Tensor) -> Tensor:
     """The dense weight (O, 16 C) in the values' type, -0.0 where nothing is kept."""
     outputs, columns = extents_OC0.shape[:2]
@@ -112,11 +125,6 @@ def block_linear(
     return run(inputs, values_B16x16, columns_B, starts, extents_OC0, bias_O)
 
 
-@block_linear.register_fake
-def _(inputs: Tensor, *rest: Any) -> Tensor:
-    return inputs.new_empty((*inputs.shape[:-1], rest[3].shape[0]))
-
-
 @torch.library.custom_op("compresskit::block_expand", mutates_args=())
 def block_expand(
     values_B16x16: Tensor,
@@ -131,21 +139,4 @@ def block_expand(
     return run(values_B16x16, columns_B, starts, extents_OC0, in_features, dtype)
 
 
-@block_expand.register_fake
-def _(values_B16x16: Tensor, *rest: Any) -> Tensor:
-    extents_OC0, in_features, dtype = rest[-3:]
-    return values_B16x16.new_empty((extents_OC0.shape[0], in_features), dtype=dtype)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.in_features, ctx.bias_type = inputs[0].shape[-1], None if inputs[5] is None else inputs[5].dtype
-    ctx.save_for_backward(*inputs[1:5])
-
-
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return gradients(
-        ctx, grad, lambda: block_expand(*ctx.saved_tensors, ctx.in_features, grad.dtype), arguments=6
-    )
-
-
-block_linear.register_autograd(_gradients, setup_context=_save)
+complete(block_linear, block_expand, outputs=lambda packed: packed[3].shape[0])

@@ -5,12 +5,12 @@ Shapes: O = outputs, I = inputs, B = bytes of a row's mask, G = groups of inputs
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from compresskit.kernels.bitmap import Bitmap, pack_bits, unpack_bits
+from compresskit.kernels.bitmap import Bitmap, pack_bits, unpack, unpack_bits
 from compresskit.kernels.packed.base import Case, Packed
 from compresskit.kernels.packed.rules import type_refusal
 from compresskit.kernels.reference.dense_linear import dense_linear
@@ -33,9 +33,8 @@ class Dense:
 
     def pack(self, weight: Bitmap, device: torch.device) -> Packed:
         """``weight`` in this layout on ``device``."""
-        keep_OI = unpack_bits(weight.mask_OB.cpu(), weight.in_features)
-        weight_OI = torch.zeros(keep_OI.shape, dtype=weight.values_K.dtype)
-        weight_OI[keep_OI] = weight.values_K.cpu()
+        here = replace(weight, mask_OB=weight.mask_OB.cpu(), values_K=weight.values_K.cpu(), scales_OG=None)
+        keep_OI, weight_OI = unpack_bits(here.mask_OB, here.in_features), unpack(here)
         none = torch.empty(len(keep_OI), 0)
         scales_OG = none if weight.scales_OG is None else weight.scales_OG.float().contiguous()
         tells = torch.equal(weight_OI != 0, keep_OI)

@@ -13,21 +13,25 @@ Shapes: O = outputs, I = inputs, S = strips = ceil(O / 16), T = steps = ceil(I /
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compresskit.errors import Fault, PatternError
 from compresskit.kernels.bitmap import Bitmap, pack_bits, unpack_bits
 from compresskit.kernels.packed.base import Case, Packed
 from compresskit.kernels.packed.floats import FILLED, cuda_refusal, filled_zeros, is_filling
-from compresskit.kernels.packed.rules import check_width, gradients, runner
+from compresskit.kernels.packed.rules import (
+    GROUP,
+    check_width,
+    complete,
+    require_two_of_four,
+    runner,
+    two_of_four_refusal,
+)
 
 STRIP = 16
 STEP = 64
-GROUP = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +48,7 @@ class Fragment:
 
     def refusal(self, case: Case) -> str:
         """Why it cannot multiply in such a case; empty where it can."""
-        if case.group is None:
-            return "nothing says that no four consecutive inputs keep more than two"
-        keep, of = case.group
-        if not ((keep <= 2 and of % GROUP == 0) or (keep, of) == (1, 2)):
-            return f"of {of} consecutive inputs {keep} are kept, which may be more than two of four"
-        return cuda_refusal(case, self.op)
+        return two_of_four_refusal(case) or cuda_refusal(case, self.op)
 
     def pack(self, weight: Bitmap, device: torch.device) -> Packed:
         """``weight`` in this layout on ``device``.
@@ -63,12 +62,7 @@ class Fragment:
         fill = (0, -weight.in_features % STEP, 0, -weight.out_features % STRIP)
         keep_RC4 = _in_groups(pad(keep_OI, fill))
         dense_RC4 = _in_groups(pad(dense_OI, fill, value=FILLED))
-        over_RC = keep_RC4.sum(-1) > 2
-        if bool(over_RC.any()):
-            row, group = over_RC.nonzero()[0].tolist()
-            got = f"{int(keep_RC4[row, group].sum())} in group {group} of row {row}"
-            cure = "Choose another layout for this weight."
-            raise PatternError(Fault("fragment", "two kept weights of every four at most", got, cure))
+        require_two_of_four(keep_RC4, "fragment")
         first_kept_RC4 = (~keep_RC4).to(torch.uint8).argsort(dim=-1, stable=True)
         places_RC2 = first_kept_RC4[..., :2].sort(dim=-1).values
         values_RC2 = dense_RC4.gather(-1, places_RC2)
@@ -137,11 +131,6 @@ def fragment_linear(
     return run(inputs, values_ST64x8, places_ST32, rows_O0, bias_O)
 
 
-@fragment_linear.register_fake
-def _(inputs: Tensor, *rest: Any) -> Tensor:
-    return inputs.new_empty((*inputs.shape[:-1], rest[2].shape[0]))
-
-
 @torch.library.custom_op("compresskit::fragment_expand", mutates_args=())
 def fragment_expand(
     values_ST64x8: Tensor, places_ST32: Tensor, rows_O0: Tensor, in_features: int, dtype: torch.dtype
@@ -151,21 +140,4 @@ def fragment_expand(
     return run(values_ST64x8, places_ST32, rows_O0, in_features, dtype)
 
 
-@fragment_expand.register_fake
-def _(values_ST64x8: Tensor, *rest: Any) -> Tensor:
-    rows_O0, in_features, dtype = rest[-3:]
-    return values_ST64x8.new_empty((rows_O0.shape[0], in_features), dtype=dtype)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.in_features, ctx.bias_type = inputs[0].shape[-1], None if inputs[4] is None else inputs[4].dtype
-    ctx.save_for_backward(*inputs[1:4])
-
-
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return gradients(
-        ctx, grad, lambda: fragment_expand(*ctx.saved_tensors, ctx.in_features, grad.dtype), arguments=5
-    )
-
-
-fragment_linear.register_autograd(_gradients, setup_context=_save)
+complete(fragment_linear, fragment_expand, outputs=lambda packed: packed[2].shape[0])

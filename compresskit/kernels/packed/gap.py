@@ -12,7 +12,6 @@ Shapes: O = outputs, I = inputs, K = kept weights, E = those and what fills up, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from torch.nn.functional import pad
 from compresskit.kernels.bitmap import Bitmap, kept_per_row, pack_bits, unpack_bits
 from compresskit.kernels.packed.base import Case, Packed
 from compresskit.kernels.packed.floats import FILLED, cuda_refusal, filled_zeros, is_filling
-from compresskit.kernels.packed.rules import gradients, runner
+from compresskit.kernels.packed.rules import complete, runner
 
 GROUP = 8
 FARTHEST = 16
@@ -136,11 +135,6 @@ def gap_linear(
     return run(inputs, values_G8, gaps_G, starts, width_I0, bias_O)
 
 
-@gap_linear.register_fake
-def _(inputs: Tensor, *rest: Any) -> Tensor:
-    return inputs.new_empty((*inputs.shape[:-1], rest[2].shape[0] - 1))
-
-
 @torch.library.custom_op("compresskit::gap_expand", mutates_args=())
 def gap_expand(
     values_G8: Tensor, gaps_G: Tensor, starts: Tensor, width_I0: Tensor, in_features: int, dtype: torch.dtype
@@ -150,21 +144,4 @@ def gap_expand(
     return run(values_G8, gaps_G, starts, width_I0, in_features, dtype)
 
 
-@gap_expand.register_fake
-def _(values_G8: Tensor, *rest: Any) -> Tensor:
-    starts, in_features, dtype = rest[1], *rest[-2:]
-    return values_G8.new_empty((starts.shape[0] - 1, in_features), dtype=dtype)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.in_features, ctx.bias_type = inputs[0].shape[-1], None if inputs[5] is None else inputs[5].dtype
-    ctx.save_for_backward(*inputs[1:5])
-
-
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return gradients(
-        ctx, grad, lambda: gap_expand(*ctx.saved_tensors, ctx.in_features, grad.dtype), arguments=6
-    )
-
-
-gap_linear.register_autograd(_gradients, setup_context=_save)
+complete(gap_linear, gap_expand, outputs=lambda packed: packed[2].shape[0] - 1)

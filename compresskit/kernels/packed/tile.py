@@ -12,7 +12,6 @@ H = halves of a word, Z = largest packet in units of 16 bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from torch.nn.functional import pad
 from compresskit.kernels.bitmap import Bitmap, pack_bits, unpack_bits
 from compresskit.kernels.packed.base import Case, Packed
 from compresskit.kernels.packed.floats import cuda_refusal
-from compresskit.kernels.packed.rules import check_width, gradients, runner
+from compresskit.kernels.packed.rules import check_width, complete, runner
 
 STRIP = 16
 STEP = 128
@@ -130,11 +129,6 @@ def tile_linear(
     return run(inputs, packets_H, starts_ST, extents_OZ0, bias_O)
 
 
-@tile_linear.register_fake
-def _(inputs: Tensor, *rest: Any) -> Tensor:
-    return inputs.new_empty((*inputs.shape[:-1], rest[2].shape[0]))
-
-
 @torch.library.custom_op("compresskit::tile_expand", mutates_args=())
 def tile_expand(
     packets_H: Tensor, starts_ST: Tensor, extents_OZ0: Tensor, in_features: int, dtype: torch.dtype
@@ -144,21 +138,4 @@ def tile_expand(
     return run(packets_H, starts_ST, extents_OZ0, in_features, dtype)
 
 
-@tile_expand.register_fake
-def _(packets_H: Tensor, *rest: Any) -> Tensor:
-    extents_OZ0, in_features, dtype = rest[-3:]
-    return packets_H.new_empty((extents_OZ0.shape[0], in_features), dtype=dtype)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.in_features, ctx.bias_type = inputs[0].shape[-1], None if inputs[4] is None else inputs[4].dtype
-    ctx.save_for_backward(*inputs[1:4])
-
-
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return gradients(
-        ctx, grad, lambda: tile_expand(*ctx.saved_tensors, ctx.in_features, grad.dtype), arguments=5
-    )
-
-
-tile_linear.register_autograd(_gradients, setup_context=_save)
+complete(tile_linear, tile_expand, outputs=lambda packed: packed[2].shape[0])

@@ -17,21 +17,26 @@ G = groups of inputs that share a scale.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compresskit.errors import Fault, PatternError
-from compresskit.kernels.bitmap import Bitmap, pack_bits, unpack_bits
+from compresskit.kernels.bitmap import PIECE_WEIGHTS, Bitmap, pack_bits, unpack, unpack_bits
 from compresskit.kernels.packed.base import SLACK_BYTES, Case, Packed
-from compresskit.kernels.packed.rules import check_width, gradients, runner, type_refusal
+from compresskit.kernels.packed.rules import (
+    GROUP,
+    check_width,
+    complete,
+    require_two_of_four,
+    runner,
+    two_of_four_refusal,
+    type_refusal,
+)
 
 WORD_INPUTS = 64
 WORD_VALUES = 32
-GROUP = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +44,7 @@ class TwoFour:
     """The tensors are, in this order:
 
     * values_S: two for every four inputs, row by row, then ``SLACK_BYTES`` of zeros: a kernel may read 64
-      bytes from where any value begins.
+      bytes from where any value begins. They have a gradient.
     * places_OW: int64; bits ``4 g`` and ``4 g + 1`` of a word are the place of its group g's first value,
       the next two that of its second.
     * scales_OG: fp32, of int8 values; (O, 0) for other values.
@@ -49,12 +54,7 @@ class TwoFour:
 
     def refusal(self, case: Case) -> str:
         """Why it cannot multiply in such a case; empty where it can."""
-        if case.group is None:
-            return "nothing says that no four consecutive inputs keep more than two"
-        keep, of = case.group
-        if not ((keep <= 2 and of % GROUP == 0) or (keep, of) == (1, 2)):
-            return f"of {of} consecutive inputs {keep} are kept, which may be more than two of four"
-        return type_refusal(case)
+        return two_of_four_refusal(case) or type_refusal(case)
 
     def pack(self, weight: Bitmap, device: torch.device) -> Packed:
         """``weight`` in this layout on ``device``.
@@ -62,20 +62,19 @@ class TwoFour:
         Raises:
             PatternError: four consecutive inputs of it keep more than two.
         """
-        keep_OI = unpack_bits(weight.mask_OB.cpu(), weight.in_features)
-        dense_OI = torch.zeros(keep_OI.shape, dtype=weight.values_K.dtype)
-        dense_OI[keep_OI] = weight.values_K.cpu()
+        here = replace(weight, mask_OB=weight.mask_OB.cpu(), values_K=weight.values_K.cpu(), scales_OG=None)
+        keep_OI, dense_OI = unpack_bits(here.mask_OB, here.in_features), unpack(here)
         fill = (0, -weight.in_features % WORD_INPUTS)
         keep_OF4, dense_OF4 = (pad(t, fill).reshape(len(t), -1, GROUP) for t in (keep_OI, dense_OI))
-        count_OF = keep_OF4.sum(-1)
-        if bool((count_OF > 2).any()):
-            row, group = (count_OF > 2).nonzero()[0].tolist()
-            got = f"{int(count_OF[row, group])} in group {group} of row {row}"
-            cure = "Choose another layout for this weight."
-            raise PatternError(Fault("two_four", "two kept weights of every four at most", got, cure))
-        low_OF, high_OF = _places(keep_OF4, count_OF)
-        values_OF2 = dense_OF4.gather(-1, torch.stack(_slots(low_OF, high_OF), -1))
-        places_OF = (low_OF | high_OF << 2).to(torch.uint8)
+        require_two_of_four(keep_OF4, "two_four")
+        values_OF2 = dense_OF4.new_empty(*keep_OF4.shape[:2], 2)
+        places_OF = torch.empty(keep_OF4.shape[:2], dtype=torch.uint8)
+        rows = max(1, PIECE_WEIGHTS // max(1, weight.in_features))
+        for row in range(0, len(keep_OF4), rows):  # places are int64, many times the weight's bytes
+            part = slice(row, row + rows)
+            low_RF, high_RF = _places(keep_OF4[part], keep_OF4[part].sum(-1))
+            values_OF2[part] = dense_OF4[part].gather(-1, torch.stack(slots(low_RF, high_RF), -1))
+            places_OF[part] = (low_RF | high_RF << 2).to(torch.uint8)
         bytes_OB = places_OF[:, ::2] | places_OF[:, 1::2] << GROUP
         scales_OG = torch.empty(len(keep_OI), 0) if weight.scales_OG is None else weight.scales_OG
         made = (
@@ -90,7 +89,7 @@ class TwoFour:
         values_S, places_OW, scales_OG = (tensor.cpu() for tensor in packed)
         values_OF2 = row_values(values_S, places_OW)
         low_OF, high_OF = unpack_places(places_OW)
-        first_OF, second_OF = _slots(low_OF, high_OF)
+        first_OF, second_OF = slots(low_OF, high_OF)
         dense_OF4 = values_S.new_zeros(*low_OF.shape, GROUP)
         dense_OF4.scatter_(-1, torch.stack((first_OF, second_OF), -1), values_OF2)
         keep_OF4 = torch.zeros(dense_OF4.shape, dtype=torch.bool)
@@ -127,20 +126,20 @@ def unpack_places(places_OW: Tensor) -> tuple[Tensor, Tensor]:
     return places_OF & 3, places_OF >> 2
 
 
+def slots(low_OF: Tensor, high_OF: Tensor) -> tuple[Tensor, Tensor]:
+    """Two different places of every group, rising: where its first and its second value go."""
+    one_OF = low_OF == high_OF
+    first_OF = torch.where(one_OF & (low_OF == GROUP - 1), 0, torch.minimum(low_OF, high_OF))
+    second_OF = torch.where(one_OF & (low_OF < GROUP - 1), low_OF + 1, torch.maximum(low_OF, high_OF))
+    return first_OF, second_OF
+
+
 def _places(keep_OF4: Tensor, count_OF: Tensor) -> tuple[Tensor, Tensor]:
     """As the module's docstring says, from which are kept and how many."""
     low_OF = keep_OF4.to(torch.uint8).argmax(-1)
     high_OF = GROUP - 1 - keep_OF4.flip(-1).to(torch.uint8).argmax(-1)
     none_OF = count_OF == 0
     return low_OF.masked_fill(none_OF, 1), high_OF.masked_fill(none_OF, 0)
-
-
-def _slots(low_OF: Tensor, high_OF: Tensor) -> tuple[Tensor, Tensor]:
-    """Two different places of every group, rising: where its first and its second value go."""
-    one_OF = low_OF == high_OF
-    first_OF = torch.where(one_OF & (low_OF == GROUP - 1), 0, torch.minimum(low_OF, high_OF))
-    second_OF = torch.where(one_OF & (low_OF < GROUP - 1), low_OF + 1, torch.maximum(low_OF, high_OF))
-    return first_OF, second_OF
 
 
 @torch.library.custom_op("compresskit::two_four_linear", mutates_args=())
@@ -157,11 +156,6 @@ def two_four_linear(
     return run(inputs, values_S, places_OW, scales_OG, bias_O)
 
 
-@two_four_linear.register_fake
-def _(inputs: Tensor, values_S: Tensor, *rest: Any) -> Tensor:
-    return inputs.new_empty((*inputs.shape[:-1], rest[0].shape[0]))
-
-
 @torch.library.custom_op("compresskit::two_four_expand", mutates_args=())
 def two_four_expand(
     values_S: Tensor, places_OW: Tensor, scales_OG: Tensor, in_features: int, dtype: torch.dtype
@@ -171,21 +165,19 @@ def two_four_expand(
     return run(values_S, places_OW, scales_OG, in_features, dtype)
 
 
-@two_four_expand.register_fake
-def _(values_S: Tensor, *rest: Any) -> Tensor:
-    places_OW, _, in_features, dtype = rest
-    return values_S.new_empty((places_OW.shape[0], in_features), dtype=dtype)
+@torch.library.custom_op("compresskit::two_four_gradient", mutates_args=())
+def two_four_gradient(
+    grad: Tensor, inputs: Tensor, values_S: Tensor, places_OW: Tensor, scales_OG: Tensor
+) -> Tensor:
+    """The gradient of ``values_S``, in its type, from that of the outputs; what only fills up has zeros."""
+    run = runner("two_four_gradient", inputs.device, inputs.dtype)
+    with torch.autocast(inputs.device.type, enabled=False):  # it would make products in fp32 narrow again
+        return run(grad, inputs, values_S, places_OW, scales_OG)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.in_features, ctx.bias_type = inputs[0].shape[-1], None if inputs[4] is None else inputs[4].dtype
-    ctx.save_for_backward(*inputs[1:4])
-
-
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return gradients(
-        ctx, grad, lambda: two_four_expand(*ctx.saved_tensors, ctx.in_features, grad.dtype), arguments=5
-    )
-
-
-two_four_linear.register_autograd(_gradients, setup_context=_save)
+complete(
+    two_four_linear,
+    two_four_expand,
+    outputs=lambda packed: packed[1].shape[0],
+    gradient=two_four_gradient,
+)
