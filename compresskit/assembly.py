@@ -64,7 +64,7 @@ def _export_all(plan: Plan, model: ModelSource, partial: Path) -> list[str]:
 def _keep_timings(plan: Plan, work: Path, records: Path) -> None:
     for stage in plan.stages:
         scratch = work / f"{stage.name}.scratch"
-        for name in ("seconds.json", "record.json", "losses.jsonl"):
+        for name in ("seconds.json", "record.json", "losses.jsonl", "overlap.json", "trace-0.json"):
             if (scratch / name).is_file():
                 target = records / f"{stage.name}.{name}"
                 shutil.copyfile(scratch / name, target)

@@ -16,6 +16,7 @@
     - StatisticError       a calibration statistic is missing, misshapen or not finite
     - NumericError         a loss or a weight became NaN or infinite
     - PromiseError         a stage broke what an earlier stage had won, or had no effect
+    - CheckpointError      a checkpoint could not be written
     - WorkerError          a training process died
 """
 
@@ -126,6 +127,10 @@ class NumericError(RunError):
 
 class PromiseError(RunError):
     """A stage broke what an earlier stage had won, or had no effect."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint could not be written."""
 
 
 class WorkerError(RunError):

@@ -24,6 +24,7 @@ COMMANDS = {
     "report": "Write the report of artifacts or records.",
     "export": "Write a model as llama.cpp, onnxruntime, torchao ... load it.",
     "inspect": "Show what a model is, layer by layer, and what its zeros are worth.",
+    "cache": "List or remove what is kept from run to run.",
     "doctor": "Tell what this machine has and what is missing.",
     "demo": "Prune, distil and quantise the bundled model.",
 }
