@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-
-import psutil
 
 from compresskit.artifact import (
     RECORDS,
@@ -29,7 +26,7 @@ from compresskit.artifact import (
     write_json,
 )
 from compresskit.assembly import KEY, STATE, assemble
-from compresskit.errors import Fault, OutputError, PromiseError, WorkerError
+from compresskit.errors import Fault, OutputError, PromiseError
 from compresskit.formats import export
 from compresskit.formats.checkpoint import ADAPTER
 from compresskit.modeling import ModelSource, open_model
@@ -43,10 +40,11 @@ from compresskit.stage import (
     promise_from_json,
     result_to_json,
 )
+from compresskit.training.agreement import require_same, require_shared
+from compresskit.training.ranks import Ranks, accompanied
 
 SOURCE = "0-source"
 LOCK = "lock"
-FAILED = "failed"
 POLL_S = 0.2
 
 Measure = Callable[[Mapping[str, Path]], Mapping[str, Json]]
@@ -63,6 +61,9 @@ def run(
 ) -> Artifact:
     """Run every stage of ``plan`` and publish the artifact.
 
+    In a launch of several processes every one calls it, with an ``out`` that all of them see; rank 0 does
+    what is not training.
+
     Args:
         plan: of a recipe, with no faults.
         out: directory to write; must not exist, or be an artifact when ``overwrite`` is set.
@@ -76,28 +77,27 @@ def run(
         it is returned as it is.
 
     Raises:
-        OutputError: ``out`` is not ours, the disk is too small, or another process works there.
+        PlanError: ranks of a launch have other recipes, models, data or packages.
+        OutputError: ``out`` is not ours, the disk is too small, another process works there, or not all ranks
+            see it.
         PromiseError: a stage broke what an earlier one had won, or had no effect.
         RunError: a stage had to stop; finished stages stay on disk and a restart continues.
     """
     out = Path(out).absolute()
-    if not overwrite and _is_done(plan, out):
-        _require_kept(out, measured=measure is not None, stages=keep_stages)
-        return open_artifact(out)
     work = out.with_name(f".{out.name}.work")
-    if int(os.environ.get("RANK", "0")) > 0:
-        return _follow(plan, out, work)
-    check_output(out, overwrite=overwrite)
-    with _workplace(plan, work, out):
-        (work / FAILED).unlink(missing_ok=True)
-        try:
+    with accompanied() as ranks:
+        key = plan.resume_key if ranks is None else _shared_key(plan, out, work, ranks, overwrite=overwrite)
+        if not overwrite and _is_done(key, out):
+            _require_kept(out, measured=measure is not None, stages=keep_stages)
+            return open_artifact(out)
+        if ranks is not None and ranks.rank > 0:
+            return _follow(plan, key, out, work, ranks)
+        check_output(out, overwrite=overwrite)
+        with _workplace(plan, key, work, out):
             models, states = _run_stages(plan, work)
             if measure is not None:
                 _measure(models, work, measure)
             assemble(plan, models[-1], states, work, out, keep_stages)
-        except BaseException:
-            (work / FAILED).touch()
-            raise
     _clear(work)
     shutil.rmtree(work, ignore_errors=True)
     return open_artifact(out)
@@ -128,13 +128,13 @@ def _require_kept(out: Path, *, measured: bool, stages: bool) -> None:
         )
 
 
-def _is_done(plan: Plan, out: Path) -> bool:
-    """Whether ``out`` is the artifact of this very plan, model and data."""
-    return is_artifact(out) and _key_of(out / RECORDS) == plan.resume_key
+def _is_done(key: str, out: Path) -> bool:
+    """Whether ``out`` is the artifact of this very plan, model and data, which have that resume key."""
+    return is_artifact(out) and _key_of(out / RECORDS) == key
 
 
 @contextmanager
-def _workplace(plan: Plan, work: Path, out: Path) -> Iterator[None]:
+def _workplace(plan: Plan, key: str, work: Path, out: Path) -> Iterator[None]:
     """Take ``work`` for this process alone; what another plan left there is thrown away."""
     work.mkdir(exist_ok=True)
     with (work / LOCK).open("w") as lock:
@@ -150,9 +150,9 @@ def _workplace(plan: Plan, work: Path, out: Path) -> Iterator[None]:
                 )
             ) from error
         plan.check_disk(work)
-        if _key_of(work) != plan.resume_key:
+        if _key_of(work) != key:
             _clear(work)
-            write_json(work / KEY, plan.resume_key)
+            write_json(work / KEY, key)
         yield
 
 
@@ -299,13 +299,31 @@ def _read_state(stage: Path) -> dict[str, Json]:
     return state
 
 
-def _follow(plan: Plan, out: Path, work: Path) -> Artifact:
+def _shared_key(plan: Plan, out: Path, work: Path, ranks: Ranks, *, overwrite: bool) -> str:
+    """The resume key of all ranks, once they have agreed on the plan and see one output directory.
+
+    Copies of one model on several machines differ in the times of their files, and with them in their keys;
+    after a restart another machine may have rank 0, and goes on with what the first one began.
+    """
+    require_same(ranks, "plan", plan.facts)
+    if ranks.rank == 0:
+        check_output(out, overwrite=True)
+    require_shared(ranks, out.parent, "out")
+
+    def begun(keys: Sequence[str]) -> str:
+        places = [work] if overwrite else [work, out / RECORDS]
+        return next((key for key in map(_key_of, places) if key in keys), keys[0])
+
+    return ranks.judged("resume key", plan.resume_key, begun)
+
+
+def _follow(plan: Plan, key: str, out: Path, work: Path, ranks: Ranks) -> Artifact:
     """The part of a rank above 0: join the stages that train, leave all else to rank 0.
 
     Rank 0 cannot finish a stage that trains without this rank, but it may finish all that comes after the
     last such stage, and remove ``work``, before this rank looks.
     """
-    _wait_until(lambda: _is_done(plan, out) or _key_of(work) == plan.resume_key, work)
+    _wait_until(lambda: _is_done(key, out) or _key_of(work) == key, ranks)
     model = plan.source
     made = _first_promises(plan)
     last = max((i for i, stage in enumerate(plan.stages) if stage.trains), default=-1)
@@ -313,14 +331,14 @@ def _follow(plan: Plan, out: Path, work: Path) -> Artifact:
         state = work / stage.name / STATE
         if stage.trains and not state.is_file():
             scratch = work / f"{stage.name}.scratch"
-            _wait_until(scratch.exists, work)
+            _wait_until(scratch.exists, ranks)
             partial = work / f"{stage.name}.partial"
             stage.stage.run(model, stage_context(stage, plan, partial, scratch, tuple(made)))
         if index < last:
-            _wait_until(state.is_file, work)
+            _wait_until(state.is_file, ranks)
             model = open_model(state.parent, trust_remote_code=plan.recipe.trust_remote_code)
             made += [promise_from_json(p) for p in _read_state(state.parent)["result"]["promises"]]
-    _wait_until(lambda: _is_done(plan, out), work)
+    _wait_until(lambda: _is_done(key, out), ranks)
     return open_artifact(out)
 
 
@@ -332,11 +350,8 @@ def _key_of(directory: Path) -> Json:
         return None
 
 
-def _wait_until(is_so: Callable[[], bool], work: Path) -> None:
-    """Wait for rank 0; give up when it says that it failed since this process began."""
-    began = psutil.Process().create_time()
-    failed = work / FAILED
+def _wait_until(is_so: Callable[[], bool], ranks: Ranks) -> None:
+    """Wait for rank 0; raise WorkerError when it, or another one, has failed or is lost."""
     while not is_so():
-        if failed.exists() and failed.stat().st_mtime > began:
-            raise WorkerError(Fault("rank 0", "its part of the run", "a failure", "See the error of rank 0."))
+        ranks.check()
         time.sleep(POLL_S)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 import shutil
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ from compresskit.modeling import ModelSource
 from compresskit.progress import size
 from compresskit.recipe import Recipe
 from compresskit.stage import Forecast, Json, Outlook, Stage
+from compresskit.training.rules.asynchronous import EVERY_STEP
 
 PACKAGES = (
     "compresskit",
@@ -111,6 +113,16 @@ class Plan:
         return {where: open_corpus(spec).fingerprint() for where, spec in data_of(self.recipe)}
 
     @property
+    def facts(self) -> dict[str, str]:
+        """What must be the same wherever a part of this plan runs: recipe, model, data and packages."""
+        facts = {f"recipe {where}": value for where, value in _leaves(self.recipe.to_json(), "")}
+        facts["model"] = self.source_fingerprint
+        files = [f for f in sorted(self.source.directory.iterdir()) if f.suffix in MODEL_SUFFIXES]
+        facts["files of the model"] = ", ".join(f"{f.name} {f.stat().st_size}" for f in files)
+        facts |= {f"data: text of {where}": value for where, value in self.data_fingerprints.items()}
+        return facts | {f"version of {name}": value for name, value in self.versions.items()}
+
+    @property
     def resume_key(self) -> str:
         """:attr:`digest`, the data, the state of the source's files: a restart continues where all agree."""
         directories = [self.source.directory, *self.teachers.values()]
@@ -130,7 +142,8 @@ class Plan:
         for stage in self.stages:
             after = stage.forecast.after
             dense = round(after.anatomy.num_parameters * after.weight_bytes)
-            need += dense + (2 * 12 * after.anatomy.num_parameters if stage.trains else 0)
+            writers = _writers(stage.stage)
+            need += dense + (2 * 12 * writers * after.anatomy.num_parameters if stage.trains else 0)
             need += stage.forecast.scratch_bytes
             if stage is self.stages[-1]:
                 widths = [max(EXPORTS[to].least_bytes, after.weight_bytes) for to in self.recipe.export]
@@ -138,8 +151,9 @@ class Plan:
         return need + DISK_MARGIN_BYTES
 
     def check_disk(self, place: Path) -> None:
-        """Raise OutputError unless the disk under ``place`` holds what the chain writes."""
-        free = shutil.disk_usage(place).free
+        """Raise OutputError unless the disk holds what the chain writes under ``place``; part may be."""
+        written = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+        free = shutil.disk_usage(place).free + written
         if free < self.disk_bytes:
             raise OutputError(
                 Fault(
@@ -218,5 +232,24 @@ def summary(stage: Stage) -> str:
     return " ".join(" + ".join(map(str, w)) if isinstance(w, tuple) else str(w) for w in words if w)
 
 
+def _leaves(data: Json, where: str) -> Iterator[tuple[str, str]]:
+    """Every value of nested plain data, by its path: ``stages[0].prune.pattern``."""
+    if isinstance(data, dict):
+        for name, value in data.items():
+            yield from _leaves(value, f"{where}.{name}" if where else name)
+    elif isinstance(data, list | tuple):
+        for index, value in enumerate(data):
+            yield from _leaves(value, f"{where}[{index}]")
+    else:
+        yield where, str(data)
+
+
 def _digest(data: Json) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _writers(stage: Stage) -> int:
+    """Processes that each write whole weights and states into a checkpoint."""
+    stages = getattr(stage, "pipeline_stages", 1)
+    alone = stages > 1 or getattr(stage, "synchronise", EVERY_STEP) != EVERY_STEP
+    return max(1, getattr(stage, "processes", 1) // stages) if alone else 1

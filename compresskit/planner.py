@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import psutil
@@ -16,6 +15,7 @@ from compresskit.exports import EXPORTS, runtimes_of
 from compresskit.exports.base import Prospect, adapter_fault
 from compresskit.exports.planned import export_notes
 from compresskit.formats.checkpoint import ADAPTER
+from compresskit.home import cache_home
 from compresskit.modeling import ModelSource, load_tokenizer, open_model, resolve_device
 from compresskit.modeling.packed import packed_fault
 from compresskit.modeling.skeleton import resolve_dtype
@@ -25,6 +25,7 @@ from compresskit.recipe import Recipe, resolved
 from compresskit.sparse.chain import moving_faults, promised_layers, zeroed_layers
 from compresskit.sparse.worth import with_worth
 from compresskit.stage import Outlook, Stage
+from compresskit.training.faults import zero_faults
 
 EARLIER = "the stages that made this model"
 
@@ -43,7 +44,7 @@ def plan(recipe: Recipe, *, cache: Path | None = None, build_dir: Path | None = 
     Raises:
         InputError: every fault that can be known now, all of them together.
     """
-    cache = cache or Path(os.environ.get("COMPRESSKIT_CACHE", "~/.cache/compresskit")).expanduser()
+    cache = cache or cache_home()
     recipe = resolved(recipe)
     faults = _data_faults(recipe)
     try:
@@ -137,6 +138,8 @@ def _chain_faults(
     inherited = inherited_promises(source.directory)
     zeroed = {s.name: s.zeroed for s in before} | {EARLIER: promised_layers(inherited)}
     faults += moving_faults(stage, layers, zeroed, where)
+    if getattr(stage, "moves_weights", False) and (layers or any(zeroed.values())):
+        faults += zero_faults(stage, where, changing=bool(layers))  # type: ignore[arg-type]
     held = [s for s in before if s.zeroed or s.forecast.after.layer_bits or not (s.trains or s.reshapes)]
     holds = held[0].name if held else EARLIER if inherited else ""
     if stage.reshapes and holds:

@@ -142,8 +142,9 @@ def stage_to_json(stage: Stage) -> dict[str, Json]:
     """The fields of ``stage`` as plain data, the method's own fields among them."""
     plain = {f.name: _plain(getattr(stage, f.name)) for f in fields(stage)}  # type: ignore[arg-type]
     options = dict(plain.pop("options", ()))
-    if "overrides" in plain:
-        plain["overrides"] = dict(plain["overrides"])
+    for name in ("overrides", "optimizer_options"):
+        if name in plain:
+            plain[name] = dict(plain[name])
     return {**plain, **options}
 
 

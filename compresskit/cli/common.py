@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -16,6 +17,8 @@ import click
 from compresskit.errors import Fault, OutputError
 from compresskit.fields import describe, fit, is_sequence
 from compresskit.recipe import Recipe, recipe_from
+from compresskit.training.machines import MAX_RESTARTS, machines_of, unused_machines
+from compresskit.training.setting import launched_processes, this_rank
 from compresskit.yaml12 import parse_yaml
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 RENAMED = {"processes": "--nproc", "overrides": "--override"}
 HIDDEN = ("options", "data")
+LAUNCH = ("nnodes", "node_rank", "rdzv", "nproc", "rdzv_timeout", "max_restarts")
 # Imported by accelerate and transformers wherever they are installed, these warn of there being no GPU, of
 # kernels built for another Python, and of kernels on a hub, which nothing here uses.
 TALKATIVE = ("DeepSpeed", "torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
@@ -93,6 +97,22 @@ def run_options(function: F) -> F:
             click.option("--dry-run", is_flag=True, help="Show the plan and do nothing else."),
             click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, last line."),
             click.option("-v", "--verbose", is_flag=True, help="Show what the libraries log."),
+        ]
+    ):
+        function = option(function)
+    return function
+
+
+def launch_options(function: F) -> F:
+    """The options of every command that trains: the machines it runs on, which are no part of a recipe."""
+    at_least = click.IntRange
+    for option in reversed(
+        [
+            click.option("--nnodes", type=at_least(1), help="Machines; run the same command on each. [1]"),
+            click.option("--node-rank", type=at_least(0), help="Number of this machine, from 0."),
+            click.option("--rdzv", metavar="HOST:PORT", help="Where all meet: machine 0, a free port."),
+            click.option("--rdzv-timeout", type=at_least(1), help="Seconds to wait for all machines. [600]"),
+            click.option("--max-restarts", type=at_least(0), help="Of processes, after one is lost. [0]"),
         ]
     ):
         function = option(function)
@@ -192,17 +212,43 @@ def _typed(text: Any, hint: Any) -> Any:
 
 
 def execute(recipe: Recipe, given: Mapping[str, Any]) -> None:
-    """Plan ``recipe``; unless ``--dry-run``, run it and print what came out."""
-    quiet_libraries(verbose=given["verbose"])
-    from compresskit import api
-
-    plan = api.plan(recipe)
+    """Plan ``recipe``; unless ``--dry-run``, run it on all machines named, and tell what came out."""
     if given["dry_run"]:
+        quiet_libraries(verbose=given["verbose"])
+        from compresskit import api
+
+        plan = api.plan(recipe)
         click.echo(json.dumps(plan.to_json()) if given["as_json"] else str(plan))
         return
     if not given["out"]:
         raise click.UsageError("missing option '-o' / '--out': the directory to write")
-    is_main = int(os.environ.get("RANK", "0")) == 0
+    typed = {name: given.get(name) for name in LAUNCH}
+    processes = max((int(getattr(stage, "processes", 1)) for stage in recipe.stages), default=1)
+    machines = machines_of(typed, processes, os.environ)
+    if machines is not None:
+        from compresskit.training.agent import run_on
+
+        run_on(machines, sys.argv[1:])
+        return
+    if typed["max_restarts"]:
+        os.environ[MAX_RESTARTS] = str(typed["max_restarts"])
+    if note := unused_machines(os.environ):
+        click.echo(f"note: {note}", err=True)
+    if (launched_processes() or 1) > 1:
+        from compresskit.training.worker import as_rank
+
+        as_rank(lambda: _run(recipe, given))
+        return
+    _run(recipe, given)
+
+
+def _run(recipe: Recipe, given: Mapping[str, Any]) -> None:
+    """Plan and run ``recipe`` in this process, which may be one of several."""
+    quiet_libraries(verbose=given["verbose"])
+    from compresskit import api
+
+    plan = api.plan(recipe)
+    is_main = this_rank() == 0
     if is_main:
         click.echo(str(plan), err=True)
     measures = parse_measures(given["measure"], api.DEFAULT_MEASURES)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from compresskit.cli.common import execute, one_stage_recipe, run_options, stage_options
+from compresskit.cli.common import execute, launch_options, one_stage_recipe, run_options, stage_options
 from compresskit.distill.stage import Distill
 from compresskit.options import choice_of
 from compresskit.training.lesson import REPLICATE, SERVER
@@ -25,6 +25,7 @@ CUT = "cut:"
 @click.option("--data", help="Text or dialogues to train on. [stdlib:]")
 @stage_options(Distill, skip=("teacher",))
 @run_options
+@launch_options
 def distill(teacher: str | None, student: str, data: str | None, **given: Any) -> None:
     """Train STUDENT to match TEACHER."""
     placement = parse_yaml(given["teacher_placement"] or REPLICATE, "--teacher-placement")[0]

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from compresskit.cli.common import execute, one_stage_recipe, run_options, stage_options
+from compresskit.cli.common import execute, launch_options, one_stage_recipe, run_options, stage_options
 from compresskit.quant.qat import Qat
 
 
@@ -15,6 +15,7 @@ from compresskit.quant.qat import Qat
 @click.option("--data", help="Text to train on. [stdlib:]")
 @stage_options(Qat)
 @run_options
+@launch_options
 def qat(model: str, data: str | None, **given: Any) -> None:
     """Train MODEL while it computes as its quantised form will."""
     execute(one_stage_recipe("qat", Qat, model, given, data=data), given)

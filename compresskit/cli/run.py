@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from compresskit.cli.common import execute, parse_set, run_options
+from compresskit.cli.common import execute, launch_options, parse_set, run_options
 from compresskit.recipe import Recipe, load_recipe
 
 
@@ -24,6 +24,8 @@ def recipe_with(path: str, given: dict[str, Any]) -> Recipe:
 @click.command()
 @click.argument("recipe", type=click.Path())
 @run_options
+@launch_options
+@click.option("--nproc", type=click.IntRange(1), help="Processes on each machine. [the recipe's]")
 def run(recipe: str, **given: Any) -> None:
     """Run every stage of RECIPE, a YAML file.
 

@@ -30,6 +30,7 @@ class Divided:
         blocks: whose output a feature loss compares, counted from 0.
         dtype: of its weights; ``auto`` is what they are stored in.
         isolated: whether documents packed into one row must not see each other.
+        offload: whether shares are kept on the CPU.
     """
 
     directory: str
@@ -38,6 +39,7 @@ class Divided:
     blocks: Sequence[int] = ()
     dtype: str = "auto"
     isolated: bool = True
+    offload: bool = False
 
     hidden = None
     """Whether documents see each other is tried when the weights are there."""
@@ -63,7 +65,8 @@ class Divided:
         """
         if device not in self._homes:
             dtype = resolve_dtype(self.dtype) or self._source.compute_dtype
-            model = self._homes[device] = divided(self._source, device, dtype)
+            model = divided(self._source, device, dtype, offload=self.offload)
+            self._homes[device] = model
 
             def hidden(ids: Tensor, positions: Tensor) -> Tensor:
                 return _states(model, ids.to(device), positions.to(device))

@@ -18,6 +18,7 @@ from compresskit.modeling import ModelSource, open_model
 from compresskit.options import Choice, choice_faults, choices_of, option_faults
 from compresskit.training.job import Part
 from compresskit.training.lesson import REPLICATE
+from compresskit.training.mesh.plan import ELSE, HEADS
 from compresskit.training.outlook import STATE_BYTES, pass_tokens
 
 if TYPE_CHECKING:
@@ -54,6 +55,9 @@ def feature_faults(stage: Taught, model: Outlook, where: str) -> list[Fault]:
         if stage.teacher_placement.method != REPLICATE:
             got, cure = stage.teacher_placement.method, "Leave teacher_placement out."
             faults.append(Fault(place, f"teacher_placement {REPLICATE} beside {named.method}", got, cure))
+        ways = getattr(stage, "tensor_parallel", 1)  # every stage that is taught trains
+        if ways > 1:
+            faults.append(Fault(place, HEADS, f"tensor_parallel={ways}", ELSE))
         pairs = tuple((pair[0], pair[1]) for pair in one.pairs)
         faults += relation_faults(named, pairs, model, teacher, place)
     return faults

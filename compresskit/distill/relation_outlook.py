@@ -13,7 +13,7 @@ from compresskit.modeling.skeleton import skeleton_of
 from compresskit.options import Choice
 from compresskit.training.fields import TrainingFields
 from compresskit.training.outlook import pass_tokens
-from compresskit.training.rules import Setting, launched_processes
+from compresskit.training.setting import Setting, launched_processes
 
 if TYPE_CHECKING:
     from compresskit.stage import Outlook

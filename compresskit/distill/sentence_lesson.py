@@ -26,8 +26,8 @@ from compresskit.modeling.skeleton import skeleton_of
 from compresskit.options import Choice, choice_faults, choices_of
 from compresskit.training.job import Part
 from compresskit.training.lesson import NO_ALIGNMENT, REPLICATE
-from compresskit.training.rules import Setting, launched_processes
 from compresskit.training.sentences import LOGITS, STATES, read_by
+from compresskit.training.setting import Setting, launched_processes
 
 if TYPE_CHECKING:
     from compresskit.stage import Outlook, StageContext

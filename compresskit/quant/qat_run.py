@@ -21,7 +21,7 @@ from compresskit.training.adaptation import Plain
 from compresskit.training.job import Part
 from compresskit.training.lesson import forecast_taught, lesson_bytes, lesson_parts
 from compresskit.training.outlook import forecast_training, live_copy_bytes
-from compresskit.training.rules import passes_per_step
+from compresskit.training.setting import passes_per_step
 from compresskit.training.stage import run_training
 
 if TYPE_CHECKING:

@@ -64,6 +64,7 @@ class Qlora(TrainingFields):
     data: DataSpec | None = None
 
     def __post_init__(self) -> None:
+        TrainingFields.__post_init__(self)
         object.__setattr__(self, "targets", as_names(self.targets))
         object.__setattr__(self, "ignore", as_names(self.ignore))
         if isinstance(self.data, str):

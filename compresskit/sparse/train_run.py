@@ -21,7 +21,7 @@ from compresskit.sparse.promise import Zeros
 from compresskit.training.job import Part
 from compresskit.training.lesson import forecast_taught, lesson_bytes, lesson_parts
 from compresskit.training.outlook import STATE_BYTES, forecast_training, live_copy_bytes
-from compresskit.training.rules import Setting, launched_processes, passes_per_step
+from compresskit.training.setting import Setting, launched_processes, passes_per_step
 from compresskit.training.stage import run_training
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def forecast_sparse(stage: SparseTrain, model: Outlook) -> Forecast:
         # A gradient collected for a step, and scores that are trained, are kept as the parameters are.
         held = (4 * method.needs_gradient + STATE_BYTES * method.learns_scores) * weights
         setting = Setting(stage, launched_processes() or stage.processes, "cpu")
-        other += held // (setting.processes if setting.shards_parameters else 1)
+        other += held // setting.parameter_parts
     found = forecast_training(stage, model, teacher_bytes=taught, trained=logits, other_bytes=other)
     found = replace(found, layers=len(layers), notes=(*found.notes, *stage.form.uneven(model)))
     return forecast_taught(found, stage, model)
@@ -131,8 +131,10 @@ def run_sparse(stage: SparseTrain, model: ModelSource, context: StageContext) ->
         method = TRAINED_PRUNERS[stage.method]
         twice: tuple[str, ...] = ()
         if stage.activation_checkpointing and (method.learns_scores or method.learns_masks):
-            # The backward pass computes each block once more, and nothing else.
-            twice = tuple(layer for layer in ends if model.anatomy.linears[layer].block)
+            # The backward pass computes some blocks once more, and nothing else.
+            numbers = {name: index for index, name in enumerate(model.anatomy.blocks)}
+            places = {layer: numbers.get(model.anatomy.linears[layer].block or "") for layer in ends}
+            twice = tuple(n for n, place in places.items() if place is not None and stage.recomputes(place))
         options |= {"passes_per_step": passes_per_step(stage), "twice": twice, "steps": stage.steps or 1}
         seeded = {"seed": context.seed}
         adaptation = Part(CHOSEN, options | seeded) if method.learns_masks else Part(MASKED, options)

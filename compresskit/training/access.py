@@ -88,7 +88,7 @@ class Whole:
 
     def gather(self, model: nn.Module, *, keep: bool, frozen: bool = True) -> dict[str, Tensor]:
         """See :meth:`ParamAccess.gather`."""
-        return {name: _copy(t) for name, t in _wanted(model, frozen=frozen).items()} if keep else {}
+        return {name: _copy(t) for name, t in wanted(model, frozen=frozen).items()} if keep else {}
 
     def mask_gradient(self, parameter: nn.Parameter) -> Callable[[], None]:
         """See :meth:`ParamAccess.mask_gradient`; runs before any engine reduces the gradient."""
@@ -166,13 +166,21 @@ class Partitioned(Whole):
         part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
         return part.detach()
 
+    def settle(self, model: nn.Module) -> None:
+        """See :meth:`ParamAccess.settle`: what was asked for ahead may be under way after the last pass."""
+        ahead: Any = getattr(model, "ds_inflight_param_registry", {})
+        for parameter in list(ahead):
+            ahead.pop(parameter).wait()
+            parameter.partition()
+
     def gather(self, model: nn.Module, *, keep: bool, frozen: bool = True) -> dict[str, Tensor]:
         """See :meth:`ParamAccess.gather`."""
         import deepspeed
 
+        self.settle(model)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         tensors = {}
-        for name, tensor in _wanted(model, frozen=frozen).items():
+        for name, tensor in wanted(model, frozen=frozen).items():
             parameter = parameters.get(name)
             if parameter is None:
                 if keep:
@@ -252,7 +260,7 @@ class Sharded:
     def gather(self, model: nn.Module, *, keep: bool, frozen: bool = True) -> dict[str, Tensor]:
         """See :meth:`ParamAccess.gather`."""
         tensors = {}
-        for name, tensor in _wanted(model, frozen=frozen).items():
+        for name, tensor in wanted(model, frozen=frozen).items():
             full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
             if keep:
                 tensors[name] = _copy(full)
@@ -321,7 +329,7 @@ def _parts(access: ParamAccess, parameters: Iterable[nn.Parameter]) -> Iterator[
         yield access.local(parameter)
 
 
-def _wanted(model: nn.Module, *, frozen: bool) -> dict[str, Tensor]:
+def wanted(model: nn.Module, *, frozen: bool) -> dict[str, Tensor]:
     """The state dict, its parameters as such; without ``frozen`` only what training changes."""
     state: dict[str, Tensor] = model.state_dict(keep_vars=True)
     if frozen:

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from compresskit.modeling.anatomy import anatomy_of
 from compresskit.training.engine import accumulation_steps, claim, engine_arguments
-from compresskit.training.rules import COLLECTIVE_S, Setting
+from compresskit.training.setting import COLLECTIVE_S, Setting
 
 CHECKPOINTS = "checkpoints"
 
@@ -48,10 +48,9 @@ def training_arguments(
         max_steps=steps,
         per_device_train_batch_size=setting.micro_batch_size,
         gradient_accumulation_steps=accumulation,
-        learning_rate=fields.learning_rate,
+        learning_rate=fields.peak_rate,
         lr_scheduler_type=fields.lr_schedule,
         warmup_steps=round(fields.warmup_fraction * steps),
-        optim=fields.optimizer,
         weight_decay=fields.weight_decay,
         max_grad_norm=fields.max_grad_norm,
         seed=seed,
@@ -68,6 +67,8 @@ def training_arguments(
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=setting.device == "cuda",
+        dataloader_num_workers=fields.workers,
+        dataloader_prefetch_factor=fields.prefetch if fields.workers else None,
         accelerator_config={"split_batches": False, "dispatch_batches": False, **configured},
         **engine_arguments(setting, classes, accumulation),
     )

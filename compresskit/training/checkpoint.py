@@ -1,7 +1,8 @@
 """Checkpoints that a restart continues from: complete or ignored.
 
 Engines write many files at their own pace. A checkpoint counts only once ``complete.json`` stands in it,
-which is written last, after everything else has reached the disk, and lists every file with its size.
+which is written last, after everything else has reached the disk, and lists every file with its size. The one
+before is kept as well, for the day that the last is found damaged.
 """
 
 from __future__ import annotations
@@ -9,11 +10,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
+
+from compresskit.errors import CheckpointError, Fault
+from compresskit.progress import size
 
 MARK = "complete.json"
 TRAINED = "trained.safetensors"
 PREFIX = "checkpoint-"
+DISK = ("inline_container", "PytorchStreamWriter", "No space left", "iostream")
+"""Words in RuntimeErrors of torch that could not write a file."""
+SAID = 300
+"""Characters that are told of the last of an error."""
 
 
 def seal(checkpoint: Path, identity: str) -> None:
@@ -34,6 +47,45 @@ def latest(folder: Path, identity: str) -> Path | None:
     return max((c for c in _all(folder) if _is_whole(c, identity)), key=step_of, default=None)
 
 
+def damaged_after(folder: Path, identity: str, start: Path | None) -> list[str]:
+    """Names of checkpoints of this run later than ``start`` that were complete once and are not now.
+
+    One without its mark was never complete: a kill in the middle of it is no damage.
+    """
+    step = step_of(start) if start else 0
+    marked = [c for c in _all(folder) if step_of(c) > step and (c / MARK).is_file()]
+    ours = [c for c in marked if _identity(c) in (None, identity)]
+    return [c.name for c in sorted(ours, key=step_of) if not _is_whole(c, identity)]
+
+
+@contextmanager
+def written(checkpoint: Path) -> Iterator[None]:
+    """While it is written: a full disk, or any other that fails, is told, and what was written is removed.
+
+    Raises:
+        CheckpointError: it could not be written; the one before is as it was.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+        if not _is_of_the_disk(error):
+            raise
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        free = shutil.disk_usage(checkpoint.parent).free
+        got = f"{' '.join(str(error).split())[-SAID:]} ({size(free)} are free now)"
+        before = max((c for c in _all(checkpoint.parent) if _is_whole(c, None)), key=step_of, default=None)
+        kept = f"goes on after step {step_of(before)}" if before else "begins anew"
+        cure = f"Free some disk, or choose another place; the same command {kept}."
+        raise CheckpointError(Fault(str(checkpoint), "a checkpoint on the disk", got, cure)) from error
+
+
+def _is_of_the_disk(error: BaseException) -> bool:
+    """Whether ``error`` tells that a file could not be written, and not that another rank is gone."""
+    if isinstance(error, RuntimeError):
+        return any(word in str(error) for word in DISK)
+    return not isinstance(error, ConnectionError | TimeoutError)
+
+
 def lacks(folder: Path, identity: str, step: int) -> bool:
     """Whether there is something to keep after ``step``, and no complete checkpoint of it."""
     last = latest(folder, identity)
@@ -45,10 +97,18 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
-def sweep(folder: Path, keep: Path | None) -> None:
-    """Remove every checkpoint but ``keep``: older, half-written, or of another run."""
+def sweep(folder: Path, identity: str, *, keep: int, spare: Path | None = None) -> None:
+    """Remove checkpoints that are older, half-written, or of another run.
+
+    Args:
+        folder: where they are.
+        identity: of the run.
+        keep: so many of its latest complete ones stay.
+        spare: one that is being written.
+    """
+    whole = sorted((c for c in _all(folder) if _is_whole(c, identity)), key=step_of)
     for checkpoint in _all(folder):
-        if checkpoint != keep:
+        if checkpoint != spare and checkpoint not in whole[-keep:]:
             (checkpoint / MARK).unlink(missing_ok=True)
             shutil.rmtree(checkpoint, ignore_errors=True)
 
@@ -58,10 +118,19 @@ def _all(folder: Path) -> list[Path]:
     return [path for path in found if path.name.removeprefix(PREFIX).isdigit()]
 
 
-def _is_whole(checkpoint: Path, identity: str) -> bool:
+def _identity(checkpoint: Path) -> str | None:
+    """Of the run it says that it belongs to; None if it cannot be read."""
+    try:
+        return str(json.loads((checkpoint / MARK).read_text(encoding="utf-8"))["identity"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _is_whole(checkpoint: Path, identity: str | None) -> bool:
+    """Whether it is complete, and of the run ``identity``; None is any."""
     try:
         mark = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))
-        return mark["identity"] == identity and all(
+        return identity in (None, mark["identity"]) and all(
             (checkpoint / name).stat().st_size == size for name, size in mark["files"].items()
         )
     except (OSError, ValueError, KeyError, TypeError):

@@ -19,13 +19,16 @@ from compresskit.modeling.source import is_finite
 from compresskit.modeling.streaming import assign, fill_buffers
 
 
-def divided(source: ModelSource, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def divided(
+    source: ModelSource, device: torch.device, dtype: torch.dtype, *, offload: bool = False
+) -> nn.Module:
     """The model of ``source`` with its parameters divided among all ranks; a collective.
 
     Args:
         source: a checkpoint that is not packed; a causal language model.
         device: of this rank.
         dtype: of the parameters.
+        offload: whether each rank keeps its share on the CPU, and ``device`` has what is gathered alone.
 
     Returns:
         The module in evaluation mode; nothing takes a gradient. Call its ``base_model``, or a block; what is
@@ -35,25 +38,35 @@ def divided(source: ModelSource, device: torch.device, dtype: torch.dtype) -> nn
         ModelError: a weight is not finite.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
     model: Any = skeleton(source, dtype=dtype)
     fill_buffers(model, device)
     model.requires_grad_(False).eval()
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    pinned = device.type == "cuda"
+    policy = CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy()
     for name in source.anatomy.blocks:
-        fully_shard(model.get_submodule(name), mesh=mesh, reshard_after_forward=True)
-    fully_shard(model.base_model, mesh=mesh, reshard_after_forward=True)
+        fully_shard(model.get_submodule(name), mesh=mesh, reshard_after_forward=True, offload_policy=policy)
+    fully_shard(model.base_model, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
     for group in source.anatomy.tied:  # sharding parted what is outside of base_model from what is inside
         _tie(model, group)
     for name in source.names():
-        _fill(model, name, source, device, dtype, mesh)
+        _fill(model, name, source, device, dtype, mesh, kept=torch.device("cpu") if offload else device)
     return model  # type: ignore[no-any-return]
 
 
 def whole(parameter: Tensor) -> Tensor:
     """All of a parameter from :func:`divided`, for as long as the caller keeps it; a collective."""
-    full: Tensor = parameter.full_tensor()  # type: ignore[attr-defined]
+    from torch.distributed.tensor import DTensor
+
+    sharded: Any = parameter.detach()
+    mesh, local = sharded.device_mesh, sharded.to_local()
+    if local.device.type != mesh.device_type:  # kept on the CPU; ranks exchange what is on the device
+        form = {"shape": sharded.shape, "stride": sharded.stride()}
+        there = local.to(mesh.device_type)
+        sharded = DTensor.from_local(there, mesh, sharded.placements, run_check=False, **form)
+    full: Tensor = sharded.full_tensor()
     return full
 
 
@@ -67,9 +80,16 @@ def _tie(model: nn.Module, names: tuple[str, ...]) -> None:
 
 
 def _fill(
-    model: nn.Module, name: str, source: ModelSource, device: torch.device, dtype: torch.dtype, mesh: Any
+    model: nn.Module,
+    name: str,
+    source: ModelSource,
+    device: torch.device,
+    dtype: torch.dtype,
+    mesh: Any,
+    *,
+    kept: torch.device,
 ) -> None:
-    """Read this rank's rows of ``name`` into ``model``; a buffer whole."""
+    """Read this rank's rows of ``name`` into ``model``, where shares are ``kept``; a buffer whole."""
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor import Shard as Along
 
@@ -88,6 +108,6 @@ def _fill(
         cure = "Fetch the checkpoint again; if it was trained so, go back to an earlier one."
         raise ModelError(Fault(f"{place.path}: {place.key}", "finite weights", "NaN or infinite ones", cure))
     stride = torch.empty(shape, device="meta").stride()
-    local = part.to(device, dtype)
+    local = part.to(kept, dtype)
     made = DTensor.from_local(local, mesh, [Along(0)], run_check=False, shape=shape, stride=stride)
     assign(model, name, made)

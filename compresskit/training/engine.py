@@ -9,24 +9,25 @@ a CPU the shared state is made here first and told the kind, before any Accelera
 * DeepSpeed: the kind is set to ``DEEPSPEED``; ``DS_ACCELERATOR=cpu`` must be in the environment before
   deepspeed is imported, and ``ACCELERATE_USE_CPU`` must not be.
 
-On a GPU nothing of the sort is needed. Either way :func:`require_engine` looks at what is really running.
+On a GPU nothing of the sort is needed, nor for a model that is divided by ``compresskit.training.mesh``:
+Accelerate takes it as it is. Either way :func:`require_engine` looks at what is really running.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from compresskit.errors import EngineError, Fault
+from compresskit.training.deepspeed import deepspeed_config
 from compresskit.training.fields import TrainingFields
-from compresskit.training.rules import Setting
+from compresskit.training.mesh.ranks import asked_name, mesh_name
+from compresskit.training.overlap import bucket_arguments
+from compresskit.training.setting import Setting
 
 CONFIGURED = {"use_configured_state": True}
-AUTO = "auto"
 
 
 def claim(setting: Setting) -> dict[str, Any]:
@@ -41,6 +42,10 @@ def claim(setting: Setting) -> dict[str, Any]:
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
+    if setting.on_mesh:
+        for name in ("FSDP", "DEEPSPEED", "PARALLELISM_CONFIG"):
+            os.environ.pop(f"ACCELERATE_USE_{name}", None)
+        return {}
     if setting.device != "cpu" or setting.strategy not in ("fsdp", "deepspeed"):
         return {}
     os.environ.pop("ACCELERATE_USE_CPU", None)
@@ -61,7 +66,7 @@ def engine_arguments(setting: Setting, block_classes: list[str], accumulation: i
         block_classes: class names of the repeated blocks, the units FSDP gathers.
         accumulation: forward passes per optimiser step.
     """
-    if setting.strategy == "fsdp":
+    if setting.strategy == "fsdp" and not setting.on_mesh:
         return {
             "fsdp": True,
             "fsdp_config": {
@@ -74,63 +79,7 @@ def engine_arguments(setting: Setting, block_classes: list[str], accumulation: i
     if setting.strategy == "deepspeed":
         return {"deepspeed": deepspeed_config(setting, accumulation)}
     # Masks, frozen integers and scales are the same on all ranks already: DDP need not send them each step.
-    return {"ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False}
-
-
-def deepspeed_config(setting: Setting, accumulation: int) -> dict[str, Any]:
-    """The user's ds_config.json with its gaps and "auto" values filled in, or one of our own.
-
-    Args:
-        setting: of the run; its fields name the user's file, if any.
-        accumulation: forward passes per optimiser step.
-
-    Raises:
-        EngineError: the file fixes a number that the recipe fixes otherwise.
-    """
-    fields = setting.fields
-    ours: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": setting.micro_batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": fields.batch_size,
-        "gradient_clipping": fields.max_grad_norm,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 1_000_000_000,
-        "zero_optimization": {
-            "stage": fields.zero_stage,
-            "overlap_comm": False,
-            "stage3_gather_16bit_weights_on_model_save": True,
-        },
-        "fp16": {"enabled": False},
-        "bf16": {"enabled": False},
-    }
-    if fields.deepspeed_config is None:
-        return ours
-    theirs = json.loads(Path(fields.deepspeed_config).read_text(encoding="utf-8"))
-    fixed = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
-    faults = [
-        Fault(
-            f"{fields.deepspeed_config} {name}",
-            f"{ours[name]}, which follows from the recipe, or {AUTO!r}",
-            str(theirs[name]),
-            f"Write {name}: {AUTO!r} in the file.",
-        )
-        for name in (*fixed, "gradient_clipping")
-        if theirs.get(name, AUTO) not in (AUTO, ours[name])
-    ]
-    if faults:
-        raise EngineError(*faults)
-    return _filled(theirs, ours)
-
-
-def _filled(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    """``theirs``, and ``ours`` wherever they say nothing or "auto"."""
-    merged = dict(theirs)
-    for name, value in ours.items():
-        if merged.get(name, AUTO) == AUTO:
-            merged[name] = value
-        elif isinstance(value, dict) and isinstance(merged[name], dict):
-            merged[name] = _filled(merged[name], value)
-    return merged
+    return {"ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False} | bucket_arguments(setting)
 
 
 def require_engine(setting: Setting, wrapped: nn.Module, model: nn.Module) -> None:
@@ -142,7 +91,7 @@ def require_engine(setting: Setting, wrapped: nn.Module, model: nn.Module) -> No
         model: the bare model.
     """
     found = running_engine(wrapped, model)
-    asked = setting.strategy
+    asked = asked_name(setting) if setting.on_mesh else setting.strategy
     if asked == "deepspeed":
         asked = f"deepspeed ZeRO-{setting.fields.zero_stage}"
     if found != asked:
@@ -152,12 +101,14 @@ def require_engine(setting: Setting, wrapped: nn.Module, model: nn.Module) -> No
 
 
 def running_engine(wrapped: nn.Module, model: nn.Module) -> str:
-    """``single``, ``ddp``, ``fsdp`` or ``deepspeed ZeRO-<stage>``, by what the objects are."""
+    """``single``, ``ddp``, ``fsdp``, ``fsdp 2 x tp 2`` or ``deepspeed ZeRO-1``, by what the objects are."""
     stage = getattr(wrapped, "zero_optimization_stage", None)
     if callable(stage):
         return f"deepspeed ZeRO-{stage()}"
     if isinstance(wrapped, nn.parallel.DistributedDataParallel):
         return "ddp"
+    if found := mesh_name(model):
+        return found
     sharded = [hasattr(p, "to_local") for p in model.parameters()]
     if all(sharded):
         return "fsdp"
@@ -166,4 +117,4 @@ def running_engine(wrapped: nn.Module, model: nn.Module) -> str:
 
 def accumulation_steps(fields: TrainingFields, setting: Setting) -> int:
     """Forward passes of one process per optimiser step."""
-    return fields.batch_size // (setting.micro_batch_size * setting.processes)
+    return fields.batch_size // (setting.micro_batch_size * setting.data_ranks)

@@ -2,25 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from compresskit.errors import Fault
+from compresskit.registry import nearest
 from compresskit.training.fields import TrainingFields
-from compresskit.training.rules import EIGHT_BIT, RULES, Setting, launched_processes
+from compresskit.training.optimizers import CHANGED, EXPECTED, MOVED, OPTIMIZERS
+from compresskit.training.rules import RULES
+from compresskit.training.rules.base import Rule
+from compresskit.training.setting import Setting, launched_processes
+
+DIVIDE = ("batch_size", "processes", "micro_batch_size", "replicas", "tensor_parallel")
+"""Fields that others are divided by or into."""
+SAID = ("device", "devices", "processes", "data_ranks", "micro_batch_size")
+"""What a rule may say of a setting, besides its fields."""
 
 
-def eight_bit_faults(fields: TrainingFields, where: str) -> list[Fault]:
-    """What is wrong with the optimiser's states for training the weights of layers themselves."""
-    if fields.optimizer not in EIGHT_BIT:
+def zero_faults(fields: TrainingFields, where: str, *, changing: bool = False) -> list[Fault]:
+    """What is wrong with the optimiser where weights are zero and have to stay so.
+
+    Args:
+        fields: of a stage that trains these weights themselves.
+        where: prefix of the fault.
+        changing: whether which weights are zero changes while it trains.
+    """
+    known = OPTIMIZERS.get(fields.optimizer)
+    if known is None or known.zeros == CHANGED or (known.zeros != MOVED and not changing):
         return []
-    expected = "an optimiser that keeps pruned weights at zero"
-    cure = "Use optimizer adamw_torch; 8-bit states are for stages that train adapters."
-    return [Fault(f"{where}.optimizer", expected, fields.optimizer, cure)]
+    alike = "rmsprop" if "rmsprop" in fields.optimizer else "adamw_torch"
+    alike = "lion" if "lion" in fields.optimizer else alike
+    if known.zeros == MOVED:
+        expected = "an optimiser that keeps pruned weights at zero"
+    else:
+        expected = "an optimiser whose state can forget the weights that become zero"
+    return [Fault(f"{where}.optimizer", expected, fields.optimizer, f"Use optimizer {alike}.")]
+
+
+def option_faults(fields: TrainingFields, where: str) -> list[Fault]:
+    """What is wrong with ``optimizer_options``."""
+    known = OPTIMIZERS.get(fields.optimizer)
+    if known is None:
+        return []
+    faults = []
+    for name, value in dict(fields.optimizer_options).items():
+        place = f"{where}.optimizer_options.{name}"
+        if name not in known.options:
+            expected = f"an option of {fields.optimizer}: {', '.join(known.options) or 'it has none'}"
+            cure = f"Did you mean: {nearest(name, known.options)}?" if known.options else "Leave it out."
+            faults.append(Fault(place, expected, repr(name), cure))
+        elif not EXPECTED[name].fits(value):
+            faults.append(Fault(place, EXPECTED[name].words, repr(value), f"Change {name}."))
+    return faults
 
 
 def number_faults(fields: TrainingFields, where: str) -> list[Fault]:
     """Fields that must be positive, or not negative, and are not."""
-    least = {"batch_size": 1, "processes": 1, "eval_every": 0, "checkpoint_every": 0}
-    least |= {"weight_decay": 0, "warmup_fraction": 0}
-    for name in ("steps", "micro_batch_size", "context_length"):
+    least = {"batch_size": 1, "processes": 1, "eval_every": 0, "checkpoint_every": 0, "checkpoint_blocks": 1}
+    least |= {"weight_decay": 0, "warmup_fraction": 0, "workers": 0, "prefetch": 1}
+    least |= {"replicas": 1, "tensor_parallel": 1, "synchronise_from": 0, "trace": 0}
+    for name in ("steps", "micro_batch_size", "context_length", "reference_batch_size"):
         if getattr(fields, name) is not None:
             least[name] = 2 if name == "context_length" else 1
     faults = [
@@ -56,16 +96,20 @@ def training_faults(
     Returns:
         One fault per broken rule, and per number out of range.
     """
-    faults = number_faults(fields, where)
-    if any(f.where.endswith((".batch_size", ".processes", ".micro_batch_size")) for f in faults):
+    faults = number_faults(fields, where) + option_faults(fields, where)
+    if any(f.where.removeprefix(f"{where}.") in DIVIDE for f in faults):
         return faults
     launched = launched_processes()
     setting = Setting(fields, launched or fields.processes, device, 0 if launched else devices)
+    return faults + [fault for _, fault in broken_rules(setting, where)]
+
+
+def broken_rules(setting: Setting, where: str) -> Iterator[tuple[Rule, Fault]]:
+    """The rules that ``setting``, whose numbers are in range, breaks, each with its fault."""
+    fields = setting.fields
     said = {name: getattr(fields, name) for name in fields.__dataclass_fields__}
-    said |= {name: getattr(setting, name) for name in ("device", "devices", "processes", "micro_batch_size")}
-    faults += [
-        Fault(f"{where}.{rule.field}", rule.expected.format(**said), rule.got.format(**said), rule.cure)
-        for rule in RULES
-        if rule.broken(setting)
-    ]
-    return faults
+    said |= {name: getattr(setting, name) for name in SAID}
+    for rule in RULES:
+        if rule.broken(setting):
+            expected, got = rule.expected.format(**said), rule.got.format(**said)
+            yield rule, Fault(f"{where}.{rule.field}", expected, got, rule.cure)

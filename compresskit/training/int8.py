@@ -49,13 +49,7 @@ def int8_products(model: nn.Module) -> Iterator[None]:
     from torch import nn
     from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig
 
-    from compresskit.modeling.anatomy import anatomy_of
-
-    names = [n for n, linear in anatomy_of(model).linears.items() if linear.block is not None]
-    layers: list[Any] = [m for m in map(model.get_submodule, names) if type(m) is nn.Linear]
-    if not layers:
-        cure = "Use matmul float."
-        raise EngineError(Fault("matmul", "torch.nn.Linear layers in the model's blocks", "none", cure))
+    layers = block_linears(model, "matmul", "Use matmul float.")
     for layer in layers:
         layer.__class__, layer.config = _int8_linear(), Int8MixedPrecisionTrainingConfig()
     try:
@@ -64,6 +58,35 @@ def int8_products(model: nn.Module) -> Iterator[None]:
         for layer in layers:
             layer.__class__ = nn.Linear
             del layer.config
+
+
+def block_linears(model: nn.Module, field: str, cure: str, *, multiple: int = 1) -> list[Any]:
+    """The plain ``torch.nn.Linear`` layers in the blocks of ``model``.
+
+    Args:
+        model: a language model of transformers.
+        field: that asks for other products.
+        cure: where there is no such layer.
+        multiple: of which both widths of a layer have to be.
+
+    Raises:
+        EngineError: there is none, so that all of the model would multiply as before.
+    """
+    from torch import nn
+
+    from compresskit.modeling.anatomy import anatomy_of
+
+    linears = anatomy_of(model).linears.values()
+    names = [
+        n.name for n in linears if n.block and not (n.in_features % multiple or n.out_features % multiple)
+    ]
+    layers: list[Any] = [m for m in map(model.get_submodule, names) if type(m) is nn.Linear]
+    if not layers:
+        expected = "torch.nn.Linear layers in the model's blocks"
+        if multiple > 1:
+            expected += f", of widths that are multiples of {multiple}"
+        raise EngineError(Fault(field, expected, "none", cure))
+    return layers
 
 
 @cache

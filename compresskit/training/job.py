@@ -16,6 +16,7 @@ from compresskit.data.spec import DataSpec
 from compresskit.errors import DataError, Fault, PlanError
 from compresskit.modeling import ModelSource, load_tokenizer, resolve_device, text_ids
 from compresskit.modeling.skeleton import load_config
+from compresskit.options import freeze_options
 from compresskit.registry import locate
 from compresskit.training.adaptation import Adaptation, Plain
 from compresskit.training.fields import TrainingFields
@@ -26,9 +27,9 @@ from compresskit.training.objective import Approximate, Prepared, Prepares, Teac
 from compresskit.training.order import Mixed, Numbered, Rows
 from compresskit.training.outcome import TrainOutcome, outcome_from_json
 from compresskit.training.rollout import OfText, OnPolicy
-from compresskit.training.rules import launched_processes, this_rank
 from compresskit.training.run import Run
 from compresskit.training.sentences import on_sentences
+from compresskit.training.setting import launched_processes, this_rank
 from compresskit.training.surroundings import quiet_transformers
 
 OUTCOME = "outcome.json"
@@ -104,7 +105,8 @@ class TrainJob:
             data[name] = data[name] and Part(**data[name])
         # JSON made lists of tuples.
         spec, trackers = asdict(DataSpec(**data["data"])), tuple(data["fields"].get("trackers", ()))
-        fields = {**data["fields"], "trackers": trackers}
+        options = freeze_options(data["fields"].get("optimizer_options", ()))
+        fields = {**data["fields"], "trackers": trackers, "optimizer_options": options}
         return cls(**data | {"data": spec, "held": tuple(data["held"]), "fields": fields})
 
     @property

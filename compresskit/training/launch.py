@@ -11,51 +11,77 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from compresskit import errors
 from compresskit.errors import CompressKitError, Fault, WorkerError
-from compresskit.training.rules import this_rank
+from compresskit.training.machines import max_restarts
+from compresskit.training.setting import NOTES, this_rank
 
 JOB = "job.json"
+WORKER = "compresskit.training.worker"
 POLL_S = 0.1
 GRACE_S = 10.0
 TRACEBACK_LINES = 30
 PR_SET_PDEATHSIG = 1
 
 
-def launch(job: str, processes: int, scratch: Path) -> None:
-    """Run ``compresskit.training.worker`` on ``job`` in ``processes`` ranks and wait for them.
+def launch(job: str, processes: int, scratch: Path, *, module: str = WORKER) -> None:
+    """Run ``module`` on ``job`` in ``processes`` ranks and wait for them.
+
+    When one is lost all end, and start again as often as ``max_restarts`` says, where a checkpoint lets them.
 
     Args:
         job: a TrainJob as JSON.
         processes: how many.
         scratch: for the job file, the logs of ranks above 0 and what a failing rank leaves.
+        module: that each rank runs, given the path of the job file.
 
     Raises:
         CompressKitError: the error of the rank that failed first, as it raised it.
         WorkerError: that rank raised something else, or was killed.
     """
-    for old in scratch.glob("failure-*.json"):
-        old.unlink()
     path = scratch / JOB
     path.write_text(job, encoding="utf-8")
+    for left in range(max_restarts(), -1, -1):
+        clear_notes(scratch)
+        error = _run(path, processes, scratch, module)
+        if error is None:
+            return
+        if not left or not is_worth_a_restart(error):
+            raise error
+        print(f"{error}\nThe {processes} training processes start again.", file=sys.stderr, flush=True)
+
+
+def _run(job: Path, processes: int, scratch: Path, module: str) -> CompressKitError | None:
+    """Start all, wait for all; the error of the first that failed."""
     port = _free_port()
     workers: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(processes):
-            workers.append(_start(rank, processes, port, path, scratch))
+            workers.append(_start(rank, processes, port, job, scratch, module))
         _wait(workers)
+        failed = [(rank, w.returncode) for rank, w in enumerate(workers) if w.returncode]
     finally:
         _end(workers)
-    failed = [(rank, w.returncode) for rank, w in enumerate(workers) if w.returncode]
-    if failed:
-        raise _failure(scratch, failed)
+    return failure_of(scratch, failed)
 
 
-def _start(rank: int, processes: int, port: int, job: Path, scratch: Path) -> subprocess.Popen[bytes]:
-    threads = max(1, (os.cpu_count() or 1) // processes)
+def is_worth_a_restart(error: CompressKitError) -> bool:
+    """Whether the same processes might do better: one was lost, or failed in a way we do not know."""
+    return isinstance(error, WorkerError)
+
+
+def threads_each(processes: int) -> int:
+    """Threads of one process, where so many share this machine."""
+    return max(1, (os.cpu_count() or 1) // processes)
+
+
+def _start(
+    rank: int, processes: int, port: int, job: Path, scratch: Path, module: str
+) -> subprocess.Popen[bytes]:
     ours = {
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -63,23 +89,28 @@ def _start(rank: int, processes: int, port: int, job: Path, scratch: Path) -> su
         "LOCAL_WORLD_SIZE": processes,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
+        NOTES: scratch,
     }
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **{k: str(v) for k, v in ours.items()}}
+    environment = {
+        "OMP_NUM_THREADS": str(threads_each(processes)),
+        **os.environ,
+        **{k: str(v) for k, v in ours.items()},
+    }
     paths = [str(Path(errors.__file__).parents[1]), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
-    command = [sys.executable, "-m", "compresskit.training.worker", str(job)]
+    command = [sys.executable, "-m", module, str(job)]
     if rank == 0:
         return subprocess.Popen(command, env=environment)
-    with (scratch / f"worker-{rank}.log").open("wb") as log:
+    with (scratch / f"worker-{rank}.log").open("ab") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
 
 def _wait(workers: list[subprocess.Popen[bytes]]) -> None:
     """Until all have ended, or one has failed."""
-    while any(w.poll() is None for w in workers):
-        if any(w.returncode for w in workers):
-            return
+    codes = [worker.poll() for worker in workers]
+    while None in codes and not any(codes):
         time.sleep(POLL_S)
+        codes = [worker.poll() for worker in workers]
 
 
 def _end(workers: list[subprocess.Popen[bytes]]) -> None:
@@ -96,11 +127,19 @@ def _end(workers: list[subprocess.Popen[bytes]]) -> None:
             worker.wait()
 
 
-def _failure(scratch: Path, failed: list[tuple[int, int]]) -> CompressKitError:
-    """The error to raise for ranks that ended badly."""
+def failure_of(scratch: Path, failed: Sequence[tuple[int, int]]) -> CompressKitError | None:
+    """The error to raise for processes that ended badly; None if none did.
+
+    Args:
+        scratch: where they noted why.
+        failed: rank and exit status, below 0 a signal, of each that did not end well.
+    """
     notes = [json.loads(p.read_text(encoding="utf-8")) for p in scratch.glob("failure-*.json")]
-    if not notes:
-        rank, code = next(((r, c) for r, c in failed if c != -signal.SIGTERM), failed[0])
+    killed = [(rank, code) for rank, code in failed if code < 0 and code != -signal.SIGTERM]
+    if not notes or (killed and all(note["error"] == WorkerError.__name__ for note in notes)):
+        if not failed:
+            return None
+        rank, code = (killed or list(failed))[0]
         got = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit status {code}"
         cure = "Look for the out-of-memory killer in the system log; the same command continues the run."
         return WorkerError(Fault(f"training process {rank}", "a normal end", got, cure))
@@ -113,8 +152,21 @@ def _failure(scratch: Path, failed: list[tuple[int, int]]) -> CompressKitError:
     return WorkerError(f"{where} failed; its traceback:\n{lines}")
 
 
-def note_failure(error: BaseException, scratch: Path) -> None:
-    """Leave what the parent needs to tell of ``error``; called by the rank that raised it."""
+def clear_notes(scratch: Path) -> None:
+    """Forget why processes failed before."""
+    for old in scratch.glob("failure-*.json"):
+        old.unlink()
+
+
+def noted_in() -> Path | None:
+    """Where the parent that started this process looks for notes of failures; None without one of ours."""
+    return Path(os.environ[NOTES]) if NOTES in os.environ else None
+
+
+def note_failure(error: BaseException) -> None:
+    """Leave what the parent needs to tell of ``error``, if it is ours; called by the rank that raised it."""
+    if (scratch := noted_in()) is None:
+        return
     faults = error.faults if isinstance(error, CompressKitError) else ()
     rank = this_rank()
     note: dict[str, Any] = {
@@ -125,7 +177,9 @@ def note_failure(error: BaseException, scratch: Path) -> None:
         "faults": [_plain(f) for f in faults],
         "traceback": "".join(traceback.format_exception(error)),
     }
-    (scratch / f"failure-{rank}.json").write_text(json.dumps(note), encoding="utf-8")
+    partial = scratch / f"failure-{rank}.partial"
+    partial.write_text(json.dumps(note), encoding="utf-8")
+    os.replace(partial, scratch / f"failure-{rank}.json")
 
 
 def die_with_parent() -> None:

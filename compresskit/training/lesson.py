@@ -143,6 +143,7 @@ class TaughtFields(TrainingFields):
     data: DataSpec | None = None
 
     def __post_init__(self) -> None:
+        TrainingFields.__post_init__(self)
         freeze_lesson(self)
         if isinstance(self.data, str):
             object.__setattr__(self, "data", DataSpec(source=self.data))

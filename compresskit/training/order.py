@@ -31,6 +31,8 @@ class Rows(Sized, Protocol):
 
 
 LOOKED_AT = 64
+EXCHANGES = 64
+"""Of rows between ranks in one step, at most: each costs what the square of a rank's micro-batches does."""
 FED = ("input_ids", "position_ids", "attention_mask", "token_type_ids", "labels")
 """What of a batch a forward is given."""
 Collate = Callable[[list[Mapping[str, Tensor]]], dict[str, Tensor]]
@@ -130,7 +132,9 @@ def balanced(lengths: Sequence[int], micro_batch_size: int, ranks: int) -> list[
     """An order of the rows of one step in which micro-batches pad little and ranks have alike much to do.
 
     The longest rows share a micro-batch, then the next longest; each round of micro-batches, one a rank, is
-    of neighbours, and in it the rank with the fewest padded tokens so far gets the longest.
+    of neighbours, and in it the rank with the fewest padded tokens so far gets the longest. Then the rank
+    with most tokens and the one with fewest exchange rows or whole micro-batches as long as that makes the
+    longest rank's step shorter.
 
     Args:
         lengths: tokens of each row, whole rounds of them.
@@ -143,17 +147,51 @@ def balanced(lengths: Sequence[int], micro_batch_size: int, ranks: int) -> list[
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     parts = [order[i : i + micro_batch_size] for i in range(0, len(order), micro_batch_size)]
     padded = [0] * ranks
-    made: list[int] = []
+    given: list[list[list[int]]] = [[] for _ in range(ranks)]
     for first in range(0, len(parts), ranks):
-        round_ = parts[first : first + ranks]
         # Parts are longest first: the least loaded rank takes the first of them.
         by_load = sorted(range(ranks), key=lambda rank: (padded[rank], rank))
-        taken = dict(zip(by_load, round_, strict=True))
-        for rank in range(ranks):
-            part = taken[rank]
-            padded[rank] += len(part) * lengths[part[0]]
-            made += part
-    return made
+        for rank, part in zip(by_load, parts[first : first + ranks], strict=True):
+            padded[rank] += _cost(part, lengths)
+            given[rank].append(part)
+    for _ in range(EXCHANGES if ranks > 1 else 0):
+        if not _levelled(given, padded, lengths):
+            break
+    return [row for round_ in zip(*given, strict=True) for part in round_ for row in part]
+
+
+def _cost(part: Sequence[int], lengths: Sequence[int]) -> int:
+    """Tokens of a micro-batch, padding included."""
+    return len(part) * max(lengths[row] for row in part)
+
+
+def _levelled(given: list[list[list[int]]], padded: list[int], lengths: Sequence[int]) -> bool:
+    """Make the longest rank's step shorter by one exchange with the shortest; False where none does."""
+    most, least = padded.index(max(padded)), padded.index(min(padded))
+    best: tuple[int, int, int, tuple[list[int], list[int]]] = padded[most], 0, 0, ([], [])
+    for i, mine in enumerate(given[most]):
+        for j, theirs in enumerate(given[least]):
+            before = _cost(mine, lengths), _cost(theirs, lengths)
+            for new in ((theirs, mine), _swapped(mine, theirs, lengths)):
+                after = _cost(new[0], lengths), _cost(new[1], lengths)
+                longer = max(padded[most] + after[0] - before[0], padded[least] + after[1] - before[1])
+                if longer < best[0]:
+                    best = longer, i, j, new
+    _, i, j, new = best
+    if not new[0]:
+        return False
+    for rank, at, part in ((most, i, new[0]), (least, j, new[1])):
+        padded[rank] += _cost(part, lengths) - _cost(given[rank][at], lengths)
+        given[rank][at] = part
+    return True
+
+
+def _swapped(
+    mine: Sequence[int], theirs: Sequence[int], lengths: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """Both with the longest row of ``mine`` and the shortest of ``theirs`` in each other's place."""
+    long, short = max(mine, key=lambda r: lengths[r]), min(theirs, key=lambda r: lengths[r])
+    return [short if r == long else r for r in mine], [long if r == short else r for r in theirs]
 
 
 def stack(rows: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:

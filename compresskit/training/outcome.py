@@ -20,7 +20,8 @@ class TrainOutcome:
             ``squarehead``, the same mean.
         validation_loss: of the weights that were given; None where there was nothing to evaluate on.
         skipped_steps: that the fp16 loss scaler left out.
-        engine: that ran: ``single``, ``ddp``, ``fsdp`` or ``deepspeed ZeRO-<stage>``.
+        engine: that ran: ``single``, ``ddp``, ``fsdp`` or ``deepspeed ZeRO-<stage>``, and how ranks exchanged
+            weights if they stepped alone; or ``pipeline <stages> x <schedule>``.
         processes: that took part.
         parameter_bytes: that this rank kept between steps.
         kernels: op -> implementation.
@@ -30,6 +31,9 @@ class TrainOutcome:
         validation_loss_before: of an evaluation before the first step; None where none was asked for.
         given_step: whose weights were given: the last one, or with ``keep_best`` the best evaluated.
         teacher: what its provider told of its preparations.
+        learning_rate: peak, scaled with the batch where that was asked for.
+        micro_batch_size: rows of a pass at the end, which may be fewer than were asked for. Not part of a
+            manifest.
     """
 
     steps: int
@@ -48,6 +52,8 @@ class TrainOutcome:
     validation_loss_before: float | None = None
     given_step: int = 0
     teacher: Mapping[str, Any] = field(default_factory=dict)
+    learning_rate: float | None = None
+    micro_batch_size: int = 0
 
     def to_json(self) -> str:
         """As text that :func:`outcome_from_json` reads back to an equal outcome."""

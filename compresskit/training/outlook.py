@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 from compresskit.errors import Fault
 from compresskit.kernels.chunking import loss_bytes
 from compresskit.stage import Forecast
-from compresskit.training.faults import eight_bit_faults, training_faults
+from compresskit.training.faults import training_faults
 from compresskit.training.fields import TrainingFields
-from compresskit.training.rules import Setting, launched_processes
+from compresskit.training.mesh.plan import tensor_faults
+from compresskit.training.optimizers import OPTIMIZERS
+from compresskit.training.rules.pipeline import STAGES_A_RANK
+from compresskit.training.setting import Setting, launched_processes
 
 if TYPE_CHECKING:
     from compresskit.modeling.anatomy import Anatomy
@@ -35,8 +38,6 @@ UNSUPPORTED_SCALES = ("lm_head_multiplier", "logit_scale", "logits_scaling")
 def student_faults(fields: TrainingFields, model: Outlook, where: str) -> list[Fault]:
     """What is wrong with training such a ``model`` with these ``fields``."""
     faults = training_faults(fields, where, device=model.device, devices=model.devices)
-    if fields.moves_weights:
-        faults += eight_bit_faults(fields, where)
     if fields.learns_sentences:
         pass  # which models can is told by the lesson
     elif not model.anatomy.is_causal or model.anatomy.head is None:
@@ -47,7 +48,14 @@ def student_faults(fields: TrainingFields, model: Outlook, where: str) -> list[F
     if fields.matmul == "int8" and all(n.transposed for n in model.anatomy.linears.values() if n.block):
         cure = "Use matmul float: torchao multiplies no layer that stores its weight transposed."
         faults.append(Fault(f"{where}.matmul", "a model with torch.nn.Linear in its blocks", "none", cure))
+    stages = fields.pipeline_stages * STAGES_A_RANK.get(fields.pipeline_schedule, 1)
+    if fields.pipeline_stages > 1 and stages > len(model.anatomy.blocks):
+        expected = f"at least {stages} blocks for {fields.pipeline_stages} x {fields.pipeline_schedule}"
+        got = str(len(model.anatomy.blocks))
+        faults.append(Fault(f"{where}.pipeline_stages", expected, got, "Lower pipeline_stages."))
     limit = getattr(model.config, "max_position_embeddings", None)
+    if fields.tensor_parallel > 1:
+        faults += tensor_faults(model.config, model.anatomy, fields.tensor_parallel, where)
     if fields.context_length and limit and fields.context_length > limit:
         faults.append(
             Fault(
@@ -108,6 +116,41 @@ def pass_tokens(fields: TrainingFields, config: Any) -> int:
     return setting.micro_batch_size * (fields.context_length or longest)
 
 
+def state_bytes(fields: TrainingFields, anatomy: Anatomy, trained: int) -> int:
+    """What the optimiser of ``fields`` keeps of ``trained`` parameters, where nothing is sharded."""
+    known = OPTIMIZERS[fields.optimizer]
+    rest = known.matrix_bytes if known.rest_bytes is None else known.rest_bytes
+    linears = [linear for linear in anatomy.linears.values() if linear.block]
+    matrices = sum(linear.out_features * linear.in_features for linear in linears)
+    if (
+        trained < anatomy.num_parameters
+    ):  # adapters, or the parameters that are no matrices: which, none knows
+        return round(max(rest, known.matrix_bytes) * trained)
+    return round(known.matrix_bytes * matrices + rest * (trained - matrices))
+
+
+def kept_per_token(fields: TrainingFields, blocks: int, width: int, inner: int, device: str) -> int:
+    """Numbers that blocks hold of one token at the end of the forward pass, and what works besides.
+
+    Measured on Llama's blocks: beside its input each keeps queries, keys, values, what attention made, both
+    norms and four tensors of the feed-forward's width; by operator, the outputs of its seven products and
+    attention.
+
+    Args:
+        fields: of the stage.
+        blocks: of the model.
+        width: of the hidden states.
+        inner: of the feed-forward layers.
+        device: ``cpu`` or ``cuda``; only a GPU's tensors can wait elsewhere.
+    """
+    whole, dear = 10 * width + 4 * inner, 7 * width + 2 * inner
+    again = sum(map(fields.recomputes, range(blocks)))
+    offloads = fields.offload_activations and device != "cpu"
+    rest = 0 if offloads else (blocks - again) * whole
+    kept = again * (dear if fields.checkpoint_operators else 0 if offloads else width)
+    return rest + kept + (whole if again or offloads else 0) + 4 * inner
+
+
 def forecast_training(
     fields: TrainingFields,
     model: Outlook,
@@ -133,18 +176,29 @@ def forecast_training(
     inner = getattr(config, "intermediate_size", None) or 4 * width
     vocabulary = 0 if fields.learns_sentences else getattr(config, "vocab_size", 0) or 0
     tokens = pass_tokens(fields, config)
-    shards = {"fsdp": setting.processes, "deepspeed": setting.processes}.get(setting.strategy, 1)
+    shards = setting.processes if setting.strategy == "deepspeed" else setting.parameter_parts
     parameters = anatomy.num_parameters if trained is None else trained
-    states = (parameters * STATE_BYTES + frozen * 4) // shards
+    kept = state_bytes(fields, anatomy, parameters)
+    states = (parameters * 8 + kept + frozen * 4) // shards
     if setting.strategy == "deepspeed" and fields.zero_stage < 3:
-        states = parameters * (8 + 8 // shards) + frozen * 4
-    per_token = len(anatomy.blocks) * (1 if fields.activation_checkpointing else 8) * width
-    activations = 4 * tokens * (per_token + 4 * inner)
+        states = parameters * 8 + kept // shards + frozen * 4
+    if fields.synchronise == "local_sgd":  # what is sent
+        states += parameters * 4
+    if fields.synchronise == "diloco":  # outer weights, their momentum, how far they are, that sent, and then
+        states += parameters * 20
+    activations = 4 * tokens * kept_per_token(fields, len(anatomy.blocks), width, inner, model.device)
     logits = loss_bytes(tokens, vocabulary, width, model.device)
+    if fields.tensor_parallel > 1:
+        logits += 2 * 4 * vocabulary * width  # the output projection and its gradient are whole in a loss
     loading = (parameters + frozen) * 4
     notes: tuple[str, ...] = ()
-    if setting.strategy in ("fsdp", "deepspeed"):
+    if setting.strategy in ("fsdp", "tp", "deepspeed") or fields.pipeline_stages > 1:
         notes = ("Each process loads the whole model once before it keeps only its shard.",)
+    if fields.learning_rate_scaling != "none":
+        notes += (
+            f"The peak learning rate is {fields.peak_rate:.4g}: {fields.learning_rate:.4g}, for batches of "
+            f"{fields.reference_batch_size}, scaled to {fields.batch_size} ({fields.learning_rate_scaling}).",
+        )
     if fields.matmul == "int8":
         notes += (INT8_NOTES[model.device],)
     return Forecast(

@@ -41,7 +41,8 @@ from compresskit.training.sentences import (
     unreached,
 )
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+"""What is not a product of a block's layer is in bf16 where those are in fp8."""
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from compresskit.errors import Fault
 from compresskit.registry import nearest
 from compresskit.training.fields import TrainingFields
 from compresskit.training.outlook import forecast_training, student_faults
-from compresskit.training.rules import this_rank
+from compresskit.training.setting import this_rank
 from compresskit.training.trainable import ALL, TRAINABLES, Share, TrainableFields
 
 if TYPE_CHECKING:

@@ -5,38 +5,51 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from compresskit.errors import DataError, Fault, PlanError
 from compresskit.kernels.dispatch import forget
 from compresskit.modeling import resolve_device
+from compresskit.modeling.anatomy import anatomy_of
 from compresskit.training import checkpoint
-from compresskit.training.access import access_for, cast_like, local_bytes
+from compresskit.training.access import cast_like, local_bytes
+from compresskit.training.agreement import require_same
 from compresskit.training.arguments import CHECKPOINTS, training_arguments
 from compresskit.training.best import BEST, Best
-from compresskit.training.engine import running_engine
-from compresskit.training.faults import eight_bit_faults, training_faults
-from compresskit.training.features import projecting, without_projections
+from compresskit.training.driver.local import LocalTrainer
+from compresskit.training.driver.pipeline import PipelineTrainer
+from compresskit.training.faults import training_faults, zero_faults
+from compresskit.training.features import Featured, projecting, without_projections
 from compresskit.training.fields import TrainingFields
 from compresskit.training.finite import require_finite_weights
+from compresskit.training.mesh.access import access_under
+from compresskit.training.mesh.plan import ELSE, HEADS, tensor_faults
+from compresskit.training.mesh.rows import Repeated
 from compresskit.training.objective import CrossEntropy, Objective, TeacherProvider
 from compresskit.training.order import Collate, Ordered, Rows, collating, mean_tokens
 from compresskit.training.outcome import TrainOutcome
+from compresskit.training.ranks import Ranks, accompanied
 from compresskit.training.redirect import idle_in, redirected
 from compresskit.training.rollout import OnPolicy
-from compresskit.training.rules import Setting, launched_processes
+from compresskit.training.rules.asynchronous import EVERY_STEP
 from compresskit.training.sentences import idle_warnings, on_sentences, without_gradient
+from compresskit.training.setting import Setting, launched_processes
 from compresskit.training.surroundings import quiet_transformers, restored_environment, trainable
+from compresskit.training.trace import trace_steps
 from compresskit.training.trackers import Trackers
 from compresskit.training.trainer import StageTrainer
 from compresskit.training.watch import LOSSES, LossLog, Watch, held_bytes
 from compresskit.training.zeroing import Zeroing
 
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+"""Of an object without a name of its own: another one in each process."""
 LAST = 10
 """Steps whose mean is the final training loss."""
 
@@ -94,7 +107,9 @@ class Run:
         """The fields, and where they will run; everything wrong with them is raised here."""
         kind = resolve_device(self.device).type
         faults = training_faults(self.fields, "training", device=kind)
-        faults += eight_bit_faults(self.fields, "training") if self.held or self.zeroing else []
+        if self.held or self.zeroing:
+            faults += zero_faults(self.fields, "training", changing=self.zeroing is not None)
+        faults += self._split_faults() if self.fields.tensor_parallel > 1 else []
         if faults:
             raise PlanError(*faults)
         if not len(self.rows):
@@ -103,6 +118,19 @@ class Run:
             cure = "Give data with a validation split or a validation_fraction, or leave keep_best out."
             raise DataError(Fault("keep_best", "validation rows", "none", cure))
         return Setting(self.fields, launched_processes() or 1, kind)
+
+    def _split_faults(self) -> list[Fault]:
+        """Why layers cannot be split, or what is learnt needs them whole."""
+        ways, place = self.fields.tensor_parallel, "training.tensor_parallel"
+        config: Any = self.model.config
+        faults = tensor_faults(config, anatomy_of(self.model), ways, "training")
+        objective = self.objective
+        needs = {
+            HEADS: isinstance(objective, Featured) and bool(objective.looks.attended),
+            "no on_policy": self.on_policy is not None,
+            "no loss on sentences": on_sentences(objective) is not None,
+        }
+        return faults + [Fault(place, need, str(ways), ELSE) for need, wanted in needs.items() if wanted]
 
     @cached_property
     def steps(self) -> int:
@@ -113,22 +141,28 @@ class Run:
     @cached_property
     def identity(self) -> str:
         """Which run a checkpoint belongs to; a change of anything here starts anew."""
+        text = json.dumps(self._facts, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def _facts(self) -> dict[str, Any]:
+        """What makes this run another one than others."""
         setting = self.setting
         facts = {**asdict(self.fields), "steps": self.steps, "seed": self.seed, "rows": len(self.rows)}
         facts |= {"processes": setting.processes, "strategy": setting.strategy, "device": setting.device}
-        facts |= {"objective": repr(self.objective), "held": self.held}
-        facts |= {"adaptation": self.adaptation, "zeroing": repr(self.zeroing)}
-        facts |= {"on_policy": repr(self.on_policy)}
-        for name in ("eval_every", "checkpoint_every", "trackers"):
+        told = {"objective": self.objective, "zeroing": self.zeroing, "on_policy": self.on_policy}
+        facts |= {name: ADDRESS.sub("", repr(value)) for name, value in told.items()}
+        facts |= {"adaptation": self.adaptation, "held": self.held}
+        for name in ("eval_every", "checkpoint_every", "trackers", "workers", "prefetch", "trace"):
             facts.pop(name)
-        text = json.dumps(facts, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return facts
 
     def train(self) -> TrainOutcome:
         """Train the model in place; started again after a kill it continues at the last complete checkpoint.
 
         In a torchrun or accelerate launch every rank does so with the same attributes. With ``keep_best`` the
-        best weights go to ``save``, and the model keeps those of the last step.
+        best weights go to ``save``, and the model keeps those of the last step; after a pipeline it has only
+        the blocks of this rank.
 
         Returns:
             The outcome, on every rank; only the main one knows losses.
@@ -138,12 +172,19 @@ class Run:
             DataError: there are no rows.
             EngineError: another engine runs than was asked for.
             NumericError: a loss, gradient or weight is not finite; names the step and the layer.
+            CheckpointError: a checkpoint could not be written.
+            WorkerError: another rank failed or was lost.
             RunError: a teacher elsewhere was lost; what was done until then is kept.
         """
+        with accompanied() as ranks:
+            return self._train(ranks)
+
+    def _train(self, ranks: Ranks | None) -> TrainOutcome:
+        """:meth:`train` in the company of ``ranks``."""
         setting = self.setting
         forget()
         self.scratch.mkdir(parents=True, exist_ok=True)
-        start = checkpoint.latest(self.scratch / CHECKPOINTS, self.identity)
+        start, warnings = self._start(ranks)
         done = checkpoint.step_of(start) if start else 0
         extended = projecting(self.model, self.objective)
         with (
@@ -166,7 +207,7 @@ class Run:
             require_finite_weights(tensors, given_step)
             if self.save is not None:
                 self.save(cast_like(without_projections(tensors), dtypes))
-            engine = running_engine(trainer.model_wrapped, self.model)
+            engine = trainer.engine
             kept = local_bytes(trainer.access, self.model)
         log = LossLog(self.scratch / LOSSES)
         losses = log.losses() if trainer.is_world_process_zero() else [math.nan]
@@ -182,10 +223,32 @@ class Run:
             kernels=log.kernels(),
             resumed_from=done,
             seconds=log.seconds(),
-            warnings=self.warnings + idle_warnings(idle),
+            warnings=self.warnings
+            + warnings
+            + idle_warnings(idle)
+            + (trainer.backoff.told if trainer.backoff else ()),
+            learning_rate=self.fields.peak_rate,
+            micro_batch_size=trainer.backoff.rows if trainer.backoff else setting.micro_batch_size,
             final_parts=log.parts(LAST),
             validation_loss_before=trainer.first_evaluation(),
             given_step=given_step,
+        )
+
+    def _start(self, ranks: Ranks | None) -> tuple[Path | None, tuple[str, ...]]:
+        """The checkpoint to continue from, and a sentence about each that is damaged; rank 0 decides."""
+        folder = self.scratch / CHECKPOINTS
+        start = checkpoint.latest(folder, self.identity)
+        damaged = checkpoint.damaged_after(folder, self.identity, start)
+        if ranks is not None:
+            facts = {f"training: {name}": str(value) for name, value in self._facts.items()}
+            require_same(ranks, f"run {self.title} {self.scratch}", facts)
+            told = json.dumps([start and start.name, damaged])
+            name, damaged = json.loads(ranks.told(f"start {self.title} {self.scratch}", told))
+            start = folder / name if name else None
+        after = f"step {checkpoint.step_of(start)}" if start else "the beginning"
+        return start, tuple(
+            f"{name} was cut short or damaged after it was written: training went on from {after}."
+            for name in damaged
         )
 
     @cached_property
@@ -213,6 +276,13 @@ class Run:
             memory_bytes=partial(held_bytes, self.setting.device),
         )
 
+    @property
+    def _kind(self) -> Callable[..., StageTrainer]:
+        """Which trainer the fields ask for."""
+        if self.fields.pipeline_stages > 1:
+            return partial(PipelineTrainer, objective=self.objective)
+        return StageTrainer if self.fields.synchronise == EVERY_STEP else LocalTrainer
+
     @cached_property
     def _collate(self) -> Collate:
         return collating(self.rows, sentences=on_sentences(self.objective) is not None)
@@ -236,16 +306,18 @@ class Run:
             device=self.device,
             evaluates=self.validation is not None,
         )
-        rows = Ordered(
+        ordered = Ordered(
             self.rows,
             steps=self.steps,
             batch_size=fields.batch_size,
             seed=self.seed,
             micro_batch_size=setting.micro_batch_size,
-            ranks=setting.processes,
+            ranks=setting.data_ranks,
         )
+        size, times = setting.micro_batch_size, fields.tensor_parallel
+        rows = Repeated(ordered, micro_batch_size=size, times=times) if times > 1 else ordered
         held = (*self.held, *(self.zeroing.layers if self.zeroing else ()))
-        return StageTrainer(
+        trainer = self._kind(
             self.model,
             arguments,
             rows=rows,
@@ -255,13 +327,15 @@ class Run:
             held=tuple(n for n in dict.fromkeys(held) if f"{n}.weight" not in idle),
             collate=self._collate,
             zeroing=self.zeroing,
-            access=access_for(setting.strategy, fields.zero_stage),
+            access=access_under(setting),
             watch=self._watch(done) if arguments.process_index == 0 else None,
             identity=self.identity,
             evaluates_first=self.evaluates_first,
             best=self._best,
             on_policy=self.on_policy,
         )
+        trace_steps(trainer, fields.trace, self.scratch, done=done)
+        return trainer
 
 
 def _run(trainer: StageTrainer, start: Path | None) -> float | None:

@@ -16,13 +16,13 @@ from compresskit.training.fields import TrainingFields
 from compresskit.training.job import Part, TrainJob, train
 from compresskit.training.outcome import TrainOutcome
 from compresskit.training.outlook import LONGEST_ROW
-from compresskit.training.rules import this_rank
+from compresskit.training.setting import this_rank
 
 VALIDATION_ROWS = 256
 CROSS_ENTROPY = Part("compresskit.training.objective:CrossEntropy")
 LEAST_ALIGNED = 0.5
 """Share of the tokens; with less, a user is told how little an alignment hears of a teacher."""
-COMPUTES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+COMPUTES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}
 
 
 class TrainingStage(Protocol):
@@ -137,7 +137,9 @@ def _result(
         del plain["validation_loss_before"]
     if not outcome.teacher:
         del plain["teacher"]
-    record = {name: plain.pop(name) for name in ("resumed_from", "seconds", "parameter_bytes")}
+    record = {
+        name: plain.pop(name) for name in ("resumed_from", "seconds", "parameter_bytes", "micro_batch_size")
+    }
     (context.scratch / "record.json").write_text(json.dumps(record), encoding="utf-8")
     warnings = plain.pop("warnings") + dtype_warnings(context.dtype, stage.precision)
     if outcome.skipped_steps:

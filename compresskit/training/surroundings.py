@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from compresskit.training.activations import saving_activations
 from compresskit.training.fields import TrainingFields
+from compresskit.training.fp8 import fp8_products
 from compresskit.training.int8 import int8_products
 
 SWITCHES = (
     "ACCELERATE_USE_FSDP",
     "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_PARALLELISM_CONFIG",
     "ACCELERATE_TORCH_DEVICE",
     "ACCELERATE_USE_CPU",
 )
@@ -61,32 +64,17 @@ def trainable(model: nn.Module, fields: TrainingFields) -> Iterator[dict[str, to
     config: Any = getattr(model, "config", None)
     before = getattr(config, "use_cache", None)
     model.float()
-    if fields.activation_checkpointing:
-        _checkpoint_activations(model)
     try:
-        with int8_products(model) if fields.matmul == "int8" else nullcontext():
+        with (
+            saving_activations(model, fields),
+            int8_products(model) if fields.matmul == "int8" else nullcontext(),
+            fp8_products(model) if fields.precision == "fp8" else nullcontext(),
+        ):
             yield dtypes
     finally:
         if config is not None and before is not None:
             config.use_cache = before  # transformers' Trainer sets it to False and leaves it so
-        if fields.activation_checkpointing:
-            _keep_activations(model)
         _restore(model, dtypes)
-
-
-def _checkpoint_activations(model: nn.Module) -> None:
-    """Non-reentrant, under either of the names transformers has for it."""
-    kwargs = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)  # type: ignore[operator]
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)  # type: ignore[operator]
-
-
-def _keep_activations(model: nn.Module) -> None:
-    name = "activation_checkpointing_disable"
-    disable = getattr(model, name, None) or getattr(model, "gradient_checkpointing_disable")  # noqa: B009
-    disable()
 
 
 def _restore(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:

@@ -11,24 +11,28 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from compresskit.errors import EngineError, Fault
 from compresskit.training import checkpoint
 from compresskit.training.access import ParamAccess
 from compresskit.training.asking import Asking, continuing
+from compresskit.training.backoff import Backoff
 from compresskit.training.best import Best
-from compresskit.training.engine import require_engine
+from compresskit.training.deepspeed import require_offload
+from compresskit.training.engine import require_engine, running_engine
 from compresskit.training.evaluation import Share, evaluation_at, is_owed, lowest_evaluation, shown_progress
 from compresskit.training.finite import bad_gradient, culprit, first_named, not_finite, on_every_rank
 from compresskit.training.hold import hold_zeros
+from compresskit.training.kept import KeptTrainer
+from compresskit.training.mesh.rows import Items
 from compresskit.training.objective import LOSS, TeacherProvider
-from compresskit.training.order import FED, Collate, Ordered, Rows, stack, supervised
+from compresskit.training.optimizing import bare, optimizer_of, settle_weights
+from compresskit.training.order import FED, Collate, Rows, stack, supervised
+from compresskit.training.overlap import prefetch_blocks, share_buckets
 from compresskit.training.rollout import OnPolicy, Student, eos_ids, on_policy_batches, tokens_of
-from compresskit.training.rules import Setting
+from compresskit.training.setting import Setting
 from compresskit.training.watch import Watch
 from compresskit.training.zeroing import Zeroing, change_zeros
 
@@ -49,7 +53,7 @@ class _Moments(TrainerCallback):
         self._trainer.when_stepped()
 
 
-class StageTrainer(Trainer):
+class StageTrainer(KeptTrainer):
     """Transformers' Trainer for every stage that trains.
 
     Args:
@@ -75,7 +79,7 @@ class StageTrainer(Trainer):
         model: nn.Module,
         args: TrainingArguments,
         *,
-        rows: Ordered,
+        rows: Items,
         validation: Rows | None,
         teacher: TeacherProvider | None,
         setting: Setting,
@@ -98,6 +102,8 @@ class StageTrainer(Trainer):
         self._own_tokens: int | None = None
         self._evaluates_first, self._best, self._on_policy = evaluates_first, best, on_policy
         self.access = access
+        adapts = setting.fields.adapt_batch == "memory"
+        self.backoff = Backoff(setting.micro_batch_size, args.device) if adapts else None
         self.resources = ExitStack()
         super().__init__(
             model=model, args=args, train_dataset=rows, eval_dataset=validation, data_collator=collate
@@ -111,15 +117,29 @@ class StageTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """Also make the fp16 loss scaler, which Accelerate leaves out on a CPU."""
         super().create_accelerator_and_postprocess()
+        share_buckets(self.accelerator)
         if self._setting.fields.precision == "fp16":
             self.accelerator.scaler = torch.amp.GradScaler(self._setting.device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Without the groups that training few parameters leaves empty: FSDP could not restore them."""
+        """Of the table; without the groups that few parameters leave empty, which FSDP cannot restore."""
+        whole, fields = cast(nn.Module, model or self.model), self._setting.fields
+        decayed, warmup = self.get_decay_parameter_names(whole), int(self.args.warmup_steps)
+        rate = self.args.learning_rate
+        self.optimizer_cls_and_kwargs = optimizer_of(fields, whole, decayed, rate=rate, warmup_steps=warmup)
         made: torch.optim.Optimizer = super().create_optimizer(model)
-        groups = _bare(made).param_groups
+        groups = bare(made).param_groups
         groups[:] = [group for group in groups if group["params"]]
         return made
+
+    @property
+    def engine(self) -> str:
+        """What runs, by what the objects are."""
+        return running_engine(self.model_wrapped, cast(nn.Module, self.model))
+
+    def require_engine(self) -> None:
+        """EngineError unless what runs is what was asked for."""
+        require_engine(self._setting, self.model_wrapped, cast(nn.Module, self.model))
 
     @property
     def telling(self) -> AbstractContextManager[object]:
@@ -129,7 +149,9 @@ class StageTrainer(Trainer):
     def when_prepared(self) -> None:
         """Check the engine and hold the zeros, until ``resources`` is closed."""
         model = cast(nn.Module, self.model)
-        require_engine(self._setting, self.model_wrapped, model)
+        self.require_engine()
+        require_offload(self._setting, self.model_wrapped)
+        prefetch_blocks(self._setting, model)
         self.resources.enter_context(hold_zeros(model, self._held, self.access))
         if self.state.global_step == 0:
             self.when_stepped()  # some begin with zeros; a restart has them already
@@ -151,7 +173,7 @@ class StageTrainer(Trainer):
             if self.access.collecting and self._overflowed():
                 self.access.drop()
                 return
-            model, optimizer = cast(nn.Module, self.model), _bare(self.optimizer)
+            model, optimizer = cast(nn.Module, self.model), bare(self.optimizer)
             change_zeros(model, self._zeroing, self.access, optimizer, step, self.state.max_steps)
 
     def _overflowed(self) -> bool:
@@ -169,16 +191,32 @@ class StageTrainer(Trainer):
         if policy is not None and policy.is_due(step, seed):
             model = cast(nn.Module, self.model)
             student = Student(model, self.model_wrapped, eos_ids(model), self._setting.fields.precision)
-            rank = self.args.process_index
+            rank = self._setting.data_rank(self.args.process_index)
             batches = on_policy_batches(policy, batches, student, step=step, seed=seed, rank=rank)
             tokens = self._get_num_items_in_batch(batches, device)
-            self._own_tokens = int(_summed(torch.tensor(tokens_of(batches), device=device)))
+            self._own_tokens = int(self._over_rows(torch.tensor(tokens_of(batches), device=device)))
         return batches if self._asking is None else self._asking.ahead(batches), tokens
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """Supervised tokens, or sentences, of one optimiser step, over accumulation and ranks."""
         count = torch.tensor(sum(map(supervised, batch_samples)), device=device)
-        return _summed(count)
+        return self._over_rows(count)
+
+    def _over_rows(self, tensor: Tensor) -> Tensor:
+        """Summed over ranks, once for ranks that see the same rows."""
+        return summed(tensor) // self._setting.fields.tensor_parallel
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of one batch; in passes of as many rows as fit, where that is asked for."""
+        take = partial(super().training_step, model, num_items_in_batch=num_items_in_batch)
+        return take(inputs) if self.backoff is None else self.backoff.take(inputs, take, self)
+
+    def begin_step_again(self) -> None:
+        """Forget what the step has summed up."""
+        cast(nn.Module, self.model).zero_grad()
+        self._parts.clear()
 
     def compute_loss(
         self,
@@ -194,7 +232,8 @@ class StageTrainer(Trainer):
         Raises:
             NumericError: the loss is not finite on some rank; all ranks raise it.
         """
-        sums = self._sums(model, inputs)
+        compute = partial(self._sums, model, inputs)
+        sums = compute() if self.backoff is None else self.backoff.agreed(compute)
         loss = sums[LOSS]
         if on_every_rank(not bool(loss.isfinite()), loss.device):
             layer = first_named(culprit(self.accelerator.unwrap_model(model), model, self._fed(inputs)))
@@ -202,7 +241,7 @@ class StageTrainer(Trainer):
         tokens = max(int(num_items_in_batch or supervised(inputs)), 1)
         for part in sums.keys() - {LOSS}:
             self._parts[part] = self._parts.get(part, 0) + sums[part].detach() / tokens
-        loss = loss * (self.accelerator.num_processes / tokens)
+        loss = loss * (self._setting.data_ranks / tokens)
         return (loss, sums) if return_outputs else loss
 
     def _sums(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -231,7 +270,7 @@ class StageTrainer(Trainer):
         """Clip; a gradient that is not finite stops the run, unless the fp16 scaler will skip the step."""
         scaler = self.accelerator.scaler
         if scaler is not None:
-            scaler.unscale_(_bare(self.optimizer))
+            scaler.unscale_(bare(self.optimizer))
         norm = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
         if scaler is None and norm is not None and not torch.isfinite(torch.as_tensor(float(norm))):
             layer = first_named(bad_gradient(cast(nn.Module, self.model).named_parameters()))
@@ -256,23 +295,34 @@ class StageTrainer(Trainer):
         names = sorted(self._parts)
         if not names:
             return {}
-        totals = _summed(torch.stack([self._parts[name].double() for name in names]))
+        totals = summed(torch.stack([self._parts[name].double() for name in names]))
         self._parts.clear()
-        return dict(zip(names, totals.tolist(), strict=True))
+        same = self._setting.fields.tensor_parallel
+        return dict(zip(names, (totals / same).tolist(), strict=True))
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Mean loss per supervised token over the validation rows, all ranks together."""
         if self._validation is None:
             return {}
+        total, tokens = summed(self._validated()).tolist()
+        metrics = {"eval_loss": total / max(tokens, 1)}
+        self._offer(metrics["eval_loss"])
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _validated(self) -> Tensor:
+        """Summed loss and supervised tokens of this rank's share of the validation rows, float64 (2,)."""
         model = self.model_wrapped
         model.eval()
+        settle_weights(self.optimizer)
         totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         share = Share(
-            self._validation,
+            cast(Rows, self._validation),
             self._collate,
-            size=self._setting.micro_batch_size,
-            rank=self.args.process_index,
-            ranks=self.args.world_size,
+            size=self.backoff.rows if self.backoff else self._setting.micro_batch_size,
+            rank=self._setting.data_rank(self.args.process_index),
+            ranks=self._setting.data_ranks,
         )
         with torch.no_grad(), shown_progress(len(share), shown=self._watch is not None) as bar:
             for batch, counts in share:
@@ -283,12 +333,7 @@ class StageTrainer(Trainer):
                 bar.advance()
         model.train()
         self.access.settle(cast(nn.Module, self.model))
-        total, tokens = _summed(totals).tolist()
-        metrics = {"eval_loss": total / max(tokens, 1)}
-        self._offer(metrics["eval_loss"])
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return totals
 
     def _offer(self, loss: float) -> None:
         """Keep the weights as they are if no evaluation before was better; every rank asks."""
@@ -307,62 +352,13 @@ class StageTrainer(Trainer):
 
     def last_evaluation(self) -> float | None:
         """Validation loss after the last step, evaluated now if it has not been; None without such rows."""
+        settle_weights(self.optimizer)
         found = evaluation_at(self.state.log_history, self.state.global_step)
         return self.evaluate().get("eval_loss") if found is None else found
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Whole weights in a checkpoint only where the engine does not write its own shards.
 
-        Of a model that is frozen in part, what training may change: the rest is loaded anew at every start.
-        """
-        place = Path(output_dir or str(self.args.output_dir))
-        place.mkdir(parents=True, exist_ok=True)
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            return
-        model = cast(nn.Module, self.model)
-        if all(p.requires_grad for p in model.parameters()):
-            super().save_model(output_dir, _internal_call)
-        elif self.args.should_save:
-            save_file(self.access.gather(model, keep=True, frozen=False), place / checkpoint.TRAINED)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Also what :meth:`save_model` wrote of a model that is frozen in part."""
-        trained = Path(resume_from_checkpoint) / checkpoint.TRAINED
-        if not trained.is_file():
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        unknown = (
-            cast(nn.Module, self.model).load_state_dict(load_file(trained), strict=False).unexpected_keys
-        )
-        if unknown:
-            cure = "Remove the directory, or train with the versions it was begun with."
-            raise EngineError(Fault(str(trained), "parameters of the model", unknown[0], cure))
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write, wait for all ranks, then declare it complete and remove the others."""
-        super()._save_checkpoint(model, trial)
-        _barrier()
-        folder = Path(str(self.args.output_dir))
-        if self.is_world_process_zero():
-            made = folder / f"{checkpoint.PREFIX}{self.state.global_step}"
-            checkpoint.seal(made, self._identity)
-            checkpoint.sweep(folder, made)
-        _barrier()
-
-
-def _bare(optimizer: Any) -> Any:
-    """The torch optimiser inside Accelerate's wrappers."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-def _summed(tensor: Tensor) -> Tensor:
+def summed(tensor: Tensor) -> Tensor:
+    """``tensor``, summed over all ranks in place."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
-
-
-def _barrier() -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()

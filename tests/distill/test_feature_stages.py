@@ -358,3 +358,12 @@ def test_stages_that_swap_layers_or_make_zeros_learn_features_too(
 
 def test_finetune_has_no_features() -> None:
     assert not hasattr(Finetune(), "features")
+
+
+def test_heads_that_are_split_cannot_be_compared(source: ModelSource, teacher: ModelSource) -> None:
+    split = {"processes": 2, "strategy": "tp", "tensor_parallel": 2, "teacher": str(teacher.directory)}
+    assert faults(Distill(features="hidden_mse", **split), source) == []
+    (told,) = faults(Distill(features="relation", **split), source)
+    assert told.startswith("s.features: expected attention whose heads are all in each process, got tensor_")
+    (told,) = faults(Distill(features="hidden_mse", **split | {"processes": 4, "tensor_parallel": 4}), source)
+    assert "a divisor of num_key_value_heads=2, got 4" in told

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from broken import broken_off_in
 from tiny import tiny_llama
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -214,29 +215,14 @@ def test_another_width_is_projected_and_the_projection_thrown_away(
     assert sum(features[-6:]) < 0.98 * sum(features[:6])
 
 
-class Interrupted(Exception):
-    pass
-
-
 @pytest.mark.parametrize("name", ["student", "narrow"])
-def test_a_restart_gives_the_same_bytes(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_restart_gives_the_same_bytes(place: Path, tmp_path: Path, name: str) -> None:
     """Projections and their moments come back with the rest."""
     straight, again = student(place, name), student(place, name)
     loss = objective(widths=(16, 32) if name == "narrow" else None)
     train(straight, place, tmp_path / "straight", loss, checkpoint_every=2)
-    compute = run_module.StageTrainer.compute_loss
-
-    def stop_at_step_4(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == 3:
-            raise Interrupted
-        return compute(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run_module.StageTrainer, "compute_loss", stop_at_step_4)
-        with pytest.raises(Interrupted):
-            train(student(place, name), place, tmp_path / "broken", loss, checkpoint_every=2)
+    with broken_off_in(step=4):
+        train(student(place, name), place, tmp_path / "broken", loss, checkpoint_every=2)
     outcome = train(again, place, tmp_path / "broken", loss, checkpoint_every=2)
     assert outcome.resumed_from == 2
     for (parameter, a), b in zip(straight.named_parameters(), again.parameters(), strict=True):

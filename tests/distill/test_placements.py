@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,11 @@ def test_what_is_held_shrinks_with_the_type_and_the_processes(source: ModelSourc
     outside = 4 * sum(source.tensor(n).numel() for n in source.names() if ".layers." not in n)
     block = (source.bytes - outside) // 3
     assert held(source, "shard", 2) == pytest.approx((source.bytes + outside + block) / 2, abs=1)
+    teaching = Teaching(teacher=source, vocabulary=VOCABULARY)
+    on_gpu = replace(outlook(source), device="cuda")
+    offloaded = PLACEMENTS["shard"](offload=True).held_bytes(Distill(processes=2), on_gpu, teaching)
+    assert offloaded == outside + block
+    assert held(source, "shard", 2, offload=True) == held(source, "shard", 2), "a CPU has only one memory"
     assert held(source, "shard", 4) < held(source, "shard", 2) < source.bytes
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from broken import broken_off_in
 from tiny import tiny_bert
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
@@ -20,7 +21,6 @@ from compresskit.distill.sentence_teacher import SentenceReplica
 from compresskit.distill.sentences import SentenceLosses
 from compresskit.modeling import load_model
 from compresskit.modeling.attention import attending
-from compresskit.training import run as run_module
 from compresskit.training.features import Counted, Looks
 from compresskit.training.fields import TrainingFields
 from compresskit.training.order import Ordered
@@ -246,14 +246,8 @@ def test_another_width_is_projected_and_the_projection_thrown_away(
         assert sum(found[-6:]) < 0.9 * sum(found[:6])
 
 
-class Interrupted(Exception):
-    pass
-
-
 @pytest.mark.parametrize("name", ["student", "narrow"])
-def test_a_restart_gives_the_same_bytes(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_restart_gives_the_same_bytes(place: Path, tmp_path: Path, name: str) -> None:
     """With dropout, and with what takes no gradient out of the checkpoints."""
     widths = {"widths": (16, 32)} if name == "narrow" else {}
     loss = with_features(COSINE | widths)
@@ -267,17 +261,8 @@ def test_a_restart_gives_the_same_bytes(
 
     straight, again = fresh(), fresh()
     train(straight, place, tmp_path / "straight", loss, checkpoint_every=2)
-    compute = run_module.StageTrainer.compute_loss
-
-    def stop_at_step_4(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == 3:
-            raise Interrupted
-        return compute(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run_module.StageTrainer, "compute_loss", stop_at_step_4)
-        with pytest.raises(Interrupted):
-            train(fresh(), place, tmp_path / "broken", loss, checkpoint_every=2)
+    with broken_off_in(step=4):
+        train(fresh(), place, tmp_path / "broken", loss, checkpoint_every=2)
     outcome = train(again, place, tmp_path / "broken", loss, checkpoint_every=2)
     assert outcome.resumed_from == 2
     for (parameter, a), b in zip(straight.named_parameters(), again.parameters(), strict=True):

@@ -166,7 +166,7 @@ def test_training_after_quantisation_is_refused(source: ModelSource, text: DataS
 
 def test_faults_of_all_kinds_come_together(source: ModelSource) -> None:
     stage = Distill(
-        loss="forward_k", temperature=0.0, cross_entropy_weight=2.0, context_length=4096, optimizer="muon"
+        loss="forward_k", temperature=0.0, cross_entropy_weight=2.0, context_length=4096, optimizer="muno"
     )
     where = [f.where for f in stage.faults(outlook(source), "stages[0]")]
     assert where == [

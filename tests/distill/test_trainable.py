@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from broken import broken_off_in
 from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, outlook, tiny_llama
 from torch import nn
@@ -36,7 +36,6 @@ from compresskit.training.bias_norm import BiasNorm, biases_and_norms
 from compresskit.training.lora import Lora
 from compresskit.training.retrain import _notes as retrain_notes
 from compresskit.training.trainable import TRAINABLES, Share
-from compresskit.training.trainer import StageTrainer
 
 FEW: dict[str, Any] = {"steps": 6, "batch_size": 4, "context_length": 24, "learning_rate": 1e-2}
 LORA: dict[str, Any] = {"trainable": "lora", "rank": 4}
@@ -122,9 +121,8 @@ def test_each_fault_is_told_with_its_cure(
 def test_ways_as_they_stand_have_no_fault(source: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
     for way in WAYS.values():
         assert Finetune(**way).faults(outlook(source), "s") == []
-    # 8-bit states are for what is no weight of a layer.
     assert Finetune(**LORA, optimizer="adamw_8bit").faults(outlook(source), "s") == []
-    assert "s.optimizer" in str(Finetune(optimizer="adamw_8bit").faults(outlook(source), "s"))
+    assert Finetune(optimizer="adamw_8bit").faults(outlook(source), "s") == []  # no zero is promised
     monkeypatch.setattr(lora_module, "find_spec", lambda name: None)
     (fault,) = Finetune(**LORA).faults(outlook(source), "s")
     assert "the package peft" in str(fault)
@@ -274,19 +272,11 @@ def test_layers_that_store_their_weight_transposed_are_merged_so(text: DataSpec,
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_broken_off_ends_with_the_same_bytes(
-    way: str, source: ModelSource, text: DataSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    way: str, source: ModelSource, text: DataSpec, tmp_path: Path
 ) -> None:
     stage = Finetune(**FEW, **WAYS[way], checkpoint_every=2)
     whole, one = run(stage, source, text, tmp_path / "whole")
-    log = StageTrainer.log
-
-    def stop(self: Any, logs: Any, *rest: Any) -> None:
-        log(self, logs, *rest)
-        if self.state.global_step == 5:
-            raise InterruptedError
-
-    with monkeypatch.context() as patch, suppress(InterruptedError):
-        patch.setattr(StageTrainer, "log", stop)
+    with broken_off_in(step=6):
         run(stage, source, text, tmp_path / "broken")
     again, two = run(stage, source, text, tmp_path / "broken")
     record = (tmp_path / "broken" / "scratch" / "record.json").read_text()

@@ -23,8 +23,8 @@ from compresskit.modeling import ModelSource
 from compresskit.quant.adapters.adaptation import Adapted
 from compresskit.training.fields import TrainingFields
 from compresskit.training.outcome import TrainOutcome
-from compresskit.training.rules import Setting
 from compresskit.training.run import Run
+from compresskit.training.setting import Setting
 
 STEPS = 10
 ENGINES = {name: changes for name, changes in EVERY.items() if name != "zero1"}

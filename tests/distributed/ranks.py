@@ -1,4 +1,4 @@
-"""Two ranks of one launch on this machine, each a process that runs one of the scripts here.
+"""Ranks of one launch on this machine, each a process that runs one of the scripts here.
 
 And what scripts that train with held zeros and with projections of their own have in common: each training by
 each engine in the ranks, and the comparison of what they leave with one process.
@@ -41,13 +41,20 @@ LIMIT_S = 900
 @contextmanager
 def two_ranks(script: ModuleType, place: Path) -> Iterator[None]:
     """``python SCRIPT PLACE`` as both ranks, while the body does what one process does; both end well."""
+    with several_ranks(script, place, 2):
+        yield
+
+
+@contextmanager
+def several_ranks(script: ModuleType, place: Path, count: int) -> Iterator[None]:
+    """``python SCRIPT PLACE`` as so many ranks, while the body does what one process does; all end well."""
     port, ranks = str(_free_port()), []
-    logs = [place / f"rank{rank}.log" for rank in range(2)]
+    logs = [place / f"rank{rank}.log" for rank in range(count)]
     for rank, path in enumerate(logs):
         environment = os.environ | {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
+            "WORLD_SIZE": str(count),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
             "OMP_NUM_THREADS": "1",
@@ -62,11 +69,11 @@ def two_ranks(script: ModuleType, place: Path) -> Iterator[None]:
     finally:
         for process in ranks:
             process.kill()
-    assert codes == [0, 0], "\n".join(f"{path}:\n{path.read_text()[-3000:]}" for path in logs)
+    assert codes == [0] * count, "\n".join(f"{path}:\n{path.read_text()[-3000:]}" for path in logs)
 
 
 def _codes(ranks: Sequence[subprocess.Popen[bytes]]) -> list[int | None]:
-    """How they ended; once one has failed the other would wait for it in vain, and has no code."""
+    """How they ended; once one has failed the others would wait for it in vain, and have no code."""
     end = time.monotonic() + LIMIT_S
     codes = [rank.poll() for rank in ranks]
     while None in codes and not any(codes) and time.monotonic() < end:

@@ -9,11 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,11 +22,12 @@ from tiny import tiny_llama
 from torch import Tensor
 
 from compresskit.data.spec import DataSpec
-from compresskit.errors import NumericError, WorkerError
+from compresskit.errors import CheckpointError, NumericError, WorkerError
 from compresskit.training.fields import TrainingFields
 from compresskit.training.job import Part, TrainJob, train
-from compresskit.training.launch import _failure
+from compresskit.training.launch import failure_of
 from compresskit.training.objective import Head, Signal
+from compresskit.training.outcome import outcome_from_json
 from compresskit.training.watch import LossLog
 
 HERE = Path(__file__)
@@ -134,17 +136,19 @@ def test_the_first_failure_is_told_and_no_process_stays(job: TrainJob, how: str)
 
 
 def test_a_killed_process_is_told(tmp_path: Path) -> None:
-    error = _failure(tmp_path, [(0, -signal.SIGTERM), (1, -signal.SIGKILL)])
+    error = failure_of(tmp_path, [(0, -signal.SIGTERM), (1, -signal.SIGKILL)])
     assert isinstance(error, WorkerError)
     assert "training process 1: expected a normal end, got signal 9 (SIGKILL)" in str(error)
 
 
-def start(job: Path) -> subprocess.Popen[bytes]:
+def start(job: Path, changes: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
     code = (
         "import sys; from pathlib import Path; from compresskit.training.job import TrainJob, train;"
         "train(TrainJob.from_json(Path(sys.argv[1]).read_text()))"
     )
-    environment = os.environ | {"PYTHONPATH": str(HERE.parents[2]), "OMP_NUM_THREADS": "1"}
+    environment = (
+        os.environ | {"PYTHONPATH": str(HERE.parents[2]), "OMP_NUM_THREADS": "1"} | dict(changes or {})
+    )
     with (job.parent / "log").open("ab") as log:
         command = [sys.executable, "-c", code, str(job)]
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
@@ -177,3 +181,81 @@ def test_killed_at_a_random_step_it_gives_the_same_bytes(
     assert mine.read_bytes() == true.read_bytes(), f"killed after step {at}"
     assert log.losses() == LossLog(Path(straight.scratch) / "losses.jsonl").losses()
     assert json.loads((Path(job.scratch) / "outcome.json").read_text())["steps"] == 12
+    if processes > 1:
+        one_worker_is_lost(job, tmp_path, true)
+
+
+def one_worker_is_lost(job: TrainJob, tmp_path: Path, true: Path) -> None:
+    """And not the command: it starts both again by itself, and the bytes are those of ``true``."""
+    (tmp_path / "restarted").mkdir()
+    job = replace(job, out=str(tmp_path / "restarted"), scratch=str(tmp_path / "restarted_scratch"))
+    path = tmp_path / "restarted.json"
+    path.write_text(job.to_json())
+    command = start(path, {"COMPRESSKIT_MAX_RESTARTS": "1"})
+    log = LossLog(Path(job.scratch) / "losses.jsonl")
+    deadline = time.monotonic() + 300
+    while len(log.losses()) < 5 and command.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    max(psutil.Process(command.pid).children(), key=lambda child: child.create_time()).kill()
+    assert len(log.losses()) < 12, "it had ended before it could be killed"
+    assert command.wait(300) == 0, (tmp_path / "log").read_text()[-3000:]
+    assert "SIGKILL" in (tmp_path / "log").read_text()
+    assert "2 training processes start again" in (tmp_path / "log").read_text()
+    assert outcome_from_json((Path(job.scratch) / "outcome.json").read_text()).resumed_from == 3
+    assert (Path(job.out) / "model.safetensors").read_bytes() == true.read_bytes()
+
+
+def test_of_a_damaged_checkpoint_the_one_before_is_used_and_it_is_said(job: TrainJob) -> None:
+    straight = train(job)
+    assert straight.warnings == ()
+    weights = Path(job.out) / "model.safetensors"
+    true = weights.read_bytes()
+    weights.unlink()
+    last = Path(job.scratch) / "checkpoints" / "checkpoint-12" / "optimizer.pt"
+    os.truncate(last, last.stat().st_size // 2)
+    outcome = train(job)
+    assert outcome.resumed_from == 9
+    (warning,) = outcome.warnings
+    assert "checkpoint-12" in warning
+    assert "step 9" in warning
+    assert weights.read_bytes() == true
+    assert outcome.final_loss == straight.final_loss
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"may not mount a small disk here: {error}")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def resize(place: Path, size_bytes: int) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size_bytes}", str(place)], check=True)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_full_disk_stops_all_and_the_checkpoint_before_is_used(
+    job: TrainJob, tmp_path: Path, small_disk: Path
+) -> None:
+    straight = with_fields(job, processes=2, strategy="ddp")
+    train(straight)
+    made = Path(job.scratch) / "checkpoints" / "checkpoint-12"
+    need = sum(path.stat().st_size for path in made.iterdir())
+    (tmp_path / "full").mkdir()
+    full = replace(straight, out=str(tmp_path / "full"), scratch=str(small_disk / "scratch"))
+    resize(small_disk, need + need // 2)
+    with pytest.raises(CheckpointError, match=r"checkpoint-6: expected (.|\n)*after step 3"):
+        train(full)
+    kept = [path.name for path in (Path(full.scratch) / "checkpoints").iterdir()]
+    assert kept == ["checkpoint-3"]
+    resize(small_disk, 64 << 20)
+    assert train(full).resumed_from == 3
+    mine, true = (Path(j.out) / "model.safetensors" for j in (full, straight))
+    assert mine.read_bytes() == true.read_bytes()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from broken import broken_off_in
 from safetensors.torch import load_file
 from tiny import byte_tokenizer, tiny_llama
 from torch import Tensor, nn
@@ -20,7 +21,6 @@ from compresskit.distill.finetune import Finetune
 from compresskit.errors import EngineError
 from compresskit.modeling import ModelSource
 from compresskit.stage import Outlook
-from compresskit.training import run as run_module
 from compresskit.training.fields import TrainingFields
 from compresskit.training.int8 import int8_products
 from compresskit.training.job import Part, TrainJob
@@ -120,26 +120,11 @@ def test_zeros_stay_and_plain_tensors_are_saved(make_model: Make, rows: Rows, tm
         assert "config" not in layer.__dict__
 
 
-class Interrupted(Exception):
-    pass
-
-
-def test_a_restart_gives_the_same_bytes(
-    make_model: Make, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_restart_gives_the_same_bytes(make_model: Make, rows: Rows, tmp_path: Path) -> None:
     straight, broken, again = make_model(), make_model(), make_model()
     train(straight, rows, tmp_path / "straight", checkpoint_every=4)
-    compute = run_module.StageTrainer.compute_loss
-
-    def stop(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == 6:
-            raise Interrupted
-        return compute(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run_module.StageTrainer, "compute_loss", stop)
-        with pytest.raises(Interrupted):
-            train(broken, rows, tmp_path / "broken", checkpoint_every=4)
+    with broken_off_in(step=7):
+        train(broken, rows, tmp_path / "broken", checkpoint_every=4)
     assert type(broken.model.layers[0].mlp.up_proj) is nn.Linear
     assert train(again, rows, tmp_path / "broken", checkpoint_every=4).resumed_from == 4
     for (name, a), b in zip(straight.named_parameters(), again.parameters(), strict=True):

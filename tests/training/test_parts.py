@@ -8,20 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny import tiny_llama
 from torch import nn
 
-from compresskit.errors import EngineError, ModelError
+from compresskit.errors import CheckpointError, EngineError, ModelError
 from compresskit.modeling import ModelSource, load_model
 from compresskit.training import write
-from compresskit.training.checkpoint import latest, seal, step_of, sweep
+from compresskit.training.checkpoint import damaged_after, latest, seal, step_of, sweep, written
 from compresskit.training.engine import deepspeed_config, engine_arguments, require_engine, running_engine
 from compresskit.training.fields import TrainingFields
 from compresskit.training.hold import weight_of
 from compresskit.training.objective import head_module, supervised_tokens
 from compresskit.training.order import Ordered
-from compresskit.training.rules import Setting
+from compresskit.training.setting import Setting
 from compresskit.training.watch import LossLog, Watch
 from compresskit.training.write import write_checkpoint
 
@@ -75,13 +76,64 @@ def test_only_a_complete_checkpoint_counts(tmp_path: Path) -> None:
     assert latest(tmp_path, "me") is None
 
 
-def test_a_sweep_keeps_one(tmp_path: Path) -> None:
-    keep = make(tmp_path, 4)
+def test_a_sweep_keeps_the_latest_whole_ones(tmp_path: Path) -> None:
+    make(tmp_path, 4)
     make(tmp_path, 2)
+    make(tmp_path, 9, "another run")
     (tmp_path / "checkpoint-6").mkdir()
+    (tmp_path / "checkpoint-8").mkdir()
     (tmp_path / "other").mkdir()
-    sweep(tmp_path, keep)
+    sweep(tmp_path, "me", keep=2, spare=tmp_path / "checkpoint-8")
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "checkpoint-2",
+        "checkpoint-4",
+        "checkpoint-8",
+        "other",
+    }
+    sweep(tmp_path, "me", keep=1)
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-4", "other"}
+
+
+def test_a_checkpoint_damaged_after_it_was_complete_is_named(tmp_path: Path) -> None:
+    two, four, ten = make(tmp_path, 2), make(tmp_path, 4), make(tmp_path, 10)
+    make(tmp_path, 12, "another run")
+    (tmp_path / "checkpoint-14").mkdir()
+    assert damaged_after(tmp_path, "me", ten) == []
+    (four / "a.bin").write_bytes(b"123")
+    assert damaged_after(tmp_path, "me", ten) == []
+    (ten / "complete.json").write_text('{"iden')
+    assert latest(tmp_path, "me") == two
+    assert damaged_after(tmp_path, "me", two) == ["checkpoint-4", "checkpoint-10"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:659] . unexpected pos 64 vs 0"),
+        SafetensorError("I/O error: No space left on device"),
+    ],
+    ids=["python", "torch", "safetensors"],
+)
+def test_a_full_disk_is_told_and_the_one_before_stays(tmp_path: Path, error: Exception) -> None:
+    before, torn = make(tmp_path, 2), tmp_path / "checkpoint-4"
+
+    def write() -> None:
+        with written(torn):
+            torn.mkdir()
+            (torn / "a.bin").write_bytes(b"1")
+            raise error
+
+    with pytest.raises(CheckpointError, match=r"checkpoint-4(.|\n)*free(.|\n)*after step 2"):
+        write()
+    assert not torn.exists()
+    assert latest(tmp_path, "me") == before
+
+
+def test_what_is_not_of_the_disk_is_not_told_as_such(tmp_path: Path) -> None:
+    for error in (RuntimeError("gloo: Connection closed by peer"), ConnectionError("reset")):
+        with pytest.raises(type(error)), written(tmp_path / "checkpoint-4"):
+            raise error
 
 
 def test_the_loss_log_survives_a_kill(tmp_path: Path) -> None:

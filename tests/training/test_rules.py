@@ -9,18 +9,32 @@ from typing import Any
 
 import pytest
 
-from compresskit.training import rules
 from compresskit.training.faults import training_faults
 from compresskit.training.fields import TrainingFields
 from compresskit.training.int8 import multiplies_int8
-from compresskit.training.rules import RULES, Setting, this_rank
+from compresskit.training.rules import ROOMS, RULES, base, offload, precision
+from compresskit.training.setting import Setting, this_rank
 
 DS: dict[str, Any] = {"strategy": "deepspeed"}
+TP: dict[str, Any] = {"strategy": "tp", "processes": 2, "tensor_parallel": 2}
+TWO: dict[str, Any] = {"pipeline_stages": 2, "processes": 2}
+ALONE: dict[str, Any] = {"synchronise": "diloco", "processes": 2}
+NVME: dict[str, Any] = DS | {
+    "zero_stage": 3,
+    "offload": "parameters",
+    "offload_device": "nvme",
+    "nvme_path": "/nvme",
+}
+ON_GPU = ("offload-nvme-stage", "offload-nvme-library", "offload-nvme-zeros")
 BREAKS: dict[str, dict[str, Any]] = {
     "strategy-name": {"strategy": "zero"},
-    "precision-name": {"precision": "fp8"},
+    "precision-name": {"precision": "fp4"},
+    "fp8-missing": {"precision": "fp8"},
+    "fp8-device": {"precision": "fp8"},
+    "fp8-stage": {"precision": "fp8", "kind": "qat"},
+    "fp8-deepspeed": DS | {"precision": "fp8"},
     "schedule-name": {"lr_schedule": "cosin"},
-    "optimizer-name": {"optimizer": "galore_adamw"},
+    "optimizer-name": {"optimizer": "galore_adamw_layerwise"},
     "zero-stage": {"zero_stage": 4},
     "batch-divides": {"batch_size": 10, "micro_batch_size": 4},
     "more-processes-than-devices": {"processes": 4},
@@ -37,14 +51,51 @@ BREAKS: dict[str, dict[str, Any]] = {
         "deepspeed_config": {"optimizer": {"type": "Adam"}},
     },
     "deepspeed-config-precision": DS | {"deepspeed_config": {"bf16": {"enabled": True}}},
+    "offload-name": {"offload": "everything"},
+    "offload-device-name": {"offload_device": "disk"},
+    "offload-without-deepspeed": {"offload": "optimizer"},
+    "offload-parameters-stage": DS | {"offload": "parameters"},
+    "offload-config": DS
+    | {
+        "offload": "optimizer",
+        "deepspeed_config": {"zero_optimization": {"offload_optimizer": {"device": "none"}}},
+    },
+    "offload-nothing": {"offload_device": "nvme"},
+    "offload-nvme-path": DS | {"offload": "optimizer", "nvme_path": "/nvme"},
+    "offload-nvme-stage": NVME | {"zero_stage": 2, "offload": "optimizer"},
+    "offload-nvme-cpu": NVME,
+    "offload-nvme-library": NVME,
+    "offload-nvme-zeros": NVME | {"kind": "sparse_train"},
+    "overlap-always": {"overlap": False},
+    "trace-steps": {"steps": 4, "trace": 3},
     "best-without-evaluations": {"keep_best": True},
     "best-while-zeros-change": {"keep_best": True, "eval_every": 5, "kind": "sparse_train"},
     "tracker-name": {"trackers": ("tensorbord",)},
     "tracker-missing": {"trackers": ("wandb",)},
-    "optimizer-8bit-missing": {"optimizer": "adamw_8bit"},
-    "optimizer-8bit-sharded": {"strategy": "fsdp", "processes": 2, "optimizer": "adamw_8bit"},
+    "optimizer-bitsandbytes-missing": {"optimizer": "adamw_8bit"},
+    "optimizer-torchao-missing": {"optimizer": "adamw_torch_8bit"},
+    "optimizer-schedulefree-missing": {"optimizer": "schedule_free_adamw", "lr_schedule": "constant"},
+    "optimizer-galore-torch-missing": {"optimizer": "galore_adamw"},
+    "optimizer-apollo-torch-missing": {"optimizer": "apollo_adamw"},
+    "optimizer-optimi-missing": {"optimizer": "stable_adamw"},
+    "scaling-name": {"learning_rate_scaling": "cubic"},
+    "scaling-without-reference": {"learning_rate_scaling": "linear"},
+    "reference-without-scaling": {"reference_batch_size": 8},
+    "optimizer-engine": {"strategy": "fsdp", "processes": 2, "optimizer": "adamw_8bit"},
+    "optimizer-schedule": {"optimizer": "schedule_free_adamw"},
+    "optimizer-mesh": TP | {"optimizer": "muon", "batch_size": 2},
+    "optimizer-pipeline": TWO | {"optimizer": "muon"},
+    "optimizer-alone": ALONE | {"optimizer": "schedule_free_adamw", "lr_schedule": "constant"},
+    "adapt-batch-sentences": {"adapt_batch": "memory", "learns_sentences": True},
+    "offload-split-layers": TP | {"offload_activations": True, "batch_size": 2},
     "optimizer-paged-cpu": {"optimizer": "paged_adamw_8bit"},
     "prefix-checkpointing": {"adapter": "prefix", "activation_checkpointing": True},
+    "prefix-offload": {"adapter": "prefix", "offload_activations": True},
+    "adapt-batch-name": {"adapt_batch": "always"},
+    "adapt-batch-engine": DS | {"adapt_batch": "memory"},
+    "adapt-batch-counts": {"kind": "sparse_train", "adapt_batch": "memory"},
+    "checkpoint-part-of-nothing": {"checkpoint_operators": True},
+    "checkpoint-blocks-qat": {"kind": "qat", "activation_checkpointing": True, "checkpoint_blocks": 2},
     "frozen-bits-sharded": {"strategy": "fsdp", "processes": 2, "base": "int8"},
     "fp16-sharded": {"strategy": "fsdp", "processes": 2, "precision": "fp16"},
     "matmul-name": {"matmul": "int4"},
@@ -53,6 +104,33 @@ BREAKS: dict[str, dict[str, Any]] = {
     "matmul-int8-stage": {"matmul": "int8", "kind": "qat"},
     "matmul-int8-deepspeed": DS | {"matmul": "int8"},
     "matmul-int8-fp16": {"matmul": "int8", "precision": "fp16"},
+    "replicas-strategy": {"strategy": "ddp", "processes": 4, "replicas": 2},
+    "tensor-strategy": DS | {"processes": 2, "tensor_parallel": 2},
+    "tensor-is-all": {"strategy": "tp", "processes": 4, "tensor_parallel": 2},
+    "mesh-divides": {"strategy": "fsdp", "processes": 2, "replicas": 2},
+    "tensor-swapped-layers": TP | {"kind": "qat"},
+    "tensor-matmul": TP | {"matmul": "int8"},
+    "tensor-on-policy": TP | {"on_policy": {"fraction": 0.5}},
+    "tensor-sentences": TP | {"learns_sentences": True},
+    "synchronise-name": {"synchronise": "diloko"},
+    "alone-under-ddp": {"synchronise": "diloco", "processes": 2, "strategy": "fsdp"},
+    "alone-every": {"synchronise_every": 0},
+    "alone-delay": ALONE | {"synchronise_delay": 8},
+    "alone-outer": {"outer_momentum": 1.0},
+    "alone-fp16": ALONE | {"precision": "fp16"},
+    "alone-evaluated": ALONE | {"synchronise": "local_sgd", "eval_every": 12},
+    "alone-zeros-change": ALONE | {"kind": "sparse_train"},
+    "pipeline-schedule-name": {"pipeline_schedule": "2f2b"},
+    "pipeline-divides": {"processes": 4, "pipeline_stages": 3, "batch_size": 12, "micro_batch_size": 1},
+    "pipeline-strategy": TWO | {"strategy": "fsdp"},
+    "pipeline-micro-batches": TWO | {"micro_batch_size": 16},
+    "pipeline-precision": TWO | {"precision": "fp16"},
+    "pipeline-matmul": TWO | {"matmul": "int8"},
+    "pipeline-alone": TWO | {"synchronise": "local_sgd"},
+    "pipeline-adapted": TWO | {"kind": "qat"},
+    "pipeline-teacher": TWO | {"teacher_placement": "sharded"},
+    "pipeline-learns": TWO | {"features": ()},
+    "alone-on-policy": ALONE | {"on_policy": {"fraction": 0.5}},
 }
 
 
@@ -63,14 +141,26 @@ class AdapterFields(TrainingFields):
     kind: str = "finetune"
     adapter: str = "lora"
     base: str = "none"
+    on_policy: dict[str, Any] | None = None
+    learns_sentences: bool = False
+    features: Any = None
+    teacher_placement: str = "replicate"
 
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(rules, "find_spec", lambda name: object())
-    monkeypatch.setattr(rules, "multiplies_int8", lambda device: True)
+    _packages(monkeypatch, object())
+    monkeypatch.setattr(precision, "multiplies_int8", lambda device: True)
+    monkeypatch.setattr(precision, "multiplies_fp8", lambda device: True)
+
+
+def _packages(monkeypatch: pytest.MonkeyPatch, found: object) -> None:
+    """Every optional package is ``found``, or none is."""
+    for room in ROOMS:
+        if hasattr(room, "find_spec"):
+            monkeypatch.setattr(room, "find_spec", lambda name: found)
 
 
 def test_every_rule_is_broken_here() -> None:
@@ -79,17 +169,21 @@ def test_every_rule_is_broken_here() -> None:
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_a_broken_rule_is_told_with_its_cure(
-    rule: rules.Rule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rule: base.Rule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = dict(BREAKS[rule.name])
     if isinstance(changes.get("deepspeed_config"), dict):
         (tmp_path / "ds.json").write_text(json.dumps(changes["deepspeed_config"]))
         changes["deepspeed_config"] = str(tmp_path / "ds.json")
     if rule.name.endswith("-missing"):
-        monkeypatch.setattr(rules, "find_spec", lambda name: None)
+        _packages(monkeypatch, None)
     if rule.name == "matmul-int8-device":
-        monkeypatch.setattr(rules, "multiplies_int8", lambda device: False)
-    two_gpus = {"device": "cuda", "devices": 2} if rule.name == "more-processes-than-devices" else {}
+        monkeypatch.setattr(precision, "multiplies_int8", lambda device: False)
+    if rule.name == "fp8-device":
+        monkeypatch.setattr(precision, "multiplies_fp8", lambda device: False)
+    monkeypatch.setattr(offload, "_writes_asynchronously", lambda: rule.name != "offload-nvme-library")
+    on_gpus = (*ON_GPU, "more-processes-than-devices")
+    two_gpus = {"device": "cuda", "devices": 2} if rule.name in on_gpus else {}
     faults = training_faults(AdapterFields(**changes), "stages[1]", **two_gpus)
     assert [f.where for f in faults] == [f"stages[1].{rule.field}"]
     assert faults[0].cure == rule.cure
@@ -105,6 +199,16 @@ def test_a_broken_rule_is_told_with_its_cure(
         TrainingFields(processes=2, strategy="ddp", precision="fp16"),
         TrainingFields(strategy="deepspeed", zero_stage=3),
         TrainingFields(processes=2, strategy="fsdp", precision="bf16", matmul="int8"),
+        TrainingFields(processes=4, strategy="fsdp", replicas=2, batch_size=8, micro_batch_size=2),
+        TrainingFields(processes=2, strategy="tp", tensor_parallel=2, batch_size=1),
+        TrainingFields(processes=4, strategy="fsdp", tensor_parallel=2, precision="bf16", batch_size=2),
+        TrainingFields(processes=2, synchronise="local_sgd", synchronise_every=4, eval_every=8),
+        TrainingFields(processes=4, pipeline_stages=2, pipeline_schedule="interleaved", precision="bf16"),
+        TrainingFields(processes=2, pipeline_stages=2, pipeline_schedule="gpipe", micro_batch_size=16),
+        TrainingFields(processes=2, synchronise="diloco", synchronise_delay=7, eval_every=3),
+        TrainingFields(strategy="deepspeed", offload="optimizer", overlap=False),
+        TrainingFields(strategy="deepspeed", zero_stage=3, offload="parameters"),
+        TrainingFields(processes=2, strategy="ddp", overlap=False, steps=3, trace=1),
     ],
 )
 def test_what_combines_has_no_faults(fields: TrainingFields) -> None:
@@ -116,8 +220,12 @@ def test_what_combines_has_no_faults(fields: TrainingFields) -> None:
     [
         {"steps": 0},
         {"batch_size": 0},
+        {"reference_batch_size": 0, "learning_rate_scaling": "sqrt"},
         {"micro_batch_size": 0},
         {"processes": 0},
+        {"replicas": 0},
+        {"tensor_parallel": 0},
+        {"checkpoint_blocks": 0},
         {"context_length": 1},
         {"learning_rate": 0.0},
         {"learning_rate": float("nan")},
@@ -127,13 +235,40 @@ def test_what_combines_has_no_faults(fields: TrainingFields) -> None:
         {"warmup_fraction": 1.0},
         {"warmup_fraction": -0.1},
         {"eval_every": -1},
+        {"workers": -1},
+        {"prefetch": 0},
         {"checkpoint_every": -1},
+        {"synchronise_from": -1},
+        {"trace": -1},
     ],
     ids=str,
 )
 def test_numbers_out_of_range(changes: dict[str, Any]) -> None:
-    (name,) = changes
+    name = next(iter(changes))
     assert [f.where for f in training_faults(replace(TrainingFields(), **changes), "x")] == [f"x.{name}"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "data_ranks", "parts", "micro_batch_size"),
+    [
+        ({"strategy": "ddp"}, 4, 4, 1, 4),
+        ({"strategy": "fsdp"}, 4, 4, 4, 4),
+        ({"strategy": "deepspeed", "zero_stage": 3}, 4, 4, 4, 4),
+        ({"strategy": "deepspeed", "zero_stage": 2}, 4, 4, 1, 4),
+        ({"strategy": "fsdp", "replicas": 2}, 4, 4, 2, 4),
+        ({"strategy": "tp", "tensor_parallel": 4}, 4, 1, 4, 16),
+        ({"strategy": "fsdp", "tensor_parallel": 2}, 4, 2, 4, 8),
+        ({"strategy": "fsdp", "tensor_parallel": 2, "replicas": 2}, 8, 4, 4, 4),
+    ],
+    ids=str,
+)
+def test_who_sees_what_and_keeps_what(
+    changes: dict[str, Any], processes: int, data_ranks: int, parts: int, micro_batch_size: int
+) -> None:
+    setting = Setting(TrainingFields(**changes), processes, "cpu")
+    assert (setting.data_ranks, setting.parameter_parts) == (data_ranks, parts)
+    assert setting.micro_batch_size == micro_batch_size
+    assert [setting.data_rank(rank) for rank in (0, processes - 1)] == [0, data_ranks - 1]
 
 
 def test_auto_follows_an_existing_launch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +280,17 @@ def test_auto_follows_an_existing_launch(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert Setting(TrainingFields(), 2, "cpu").strategy == "fsdp"
     assert Setting(TrainingFields(strategy="ddp"), 2, "cpu").strategy == "ddp"
+
+
+def test_copies_and_split_layers_need_a_strategy_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate's own engine does not divide a model so, whatever its launch asks for."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for name in ("replicas", "tensor_parallel"):
+        (fault,) = training_faults(TrainingFields(**{name: 2}), "x")
+        assert (fault.where, fault.got) == (f"x.{name}", "strategy auto")
+    assert training_faults(TrainingFields(strategy="fsdp", replicas=2), "x") == []
 
 
 def test_a_launch_decides_the_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:

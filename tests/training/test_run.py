@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from broken import broken_off_at_the_end, broken_off_in
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
 from compresskit.errors import DataError, InputError, NumericError, PlanError, PromiseError
-from compresskit.training import run as run_module
 from compresskit.training.checkpoint import MARK, latest
 from compresskit.training.fields import TrainingFields
 from compresskit.training.hold import require_held
@@ -81,6 +82,22 @@ def test_accumulation_changes_nothing(make_model: Make, rows: Rows, tmp_path: Pa
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 
+@pytest.mark.parametrize(("scaling", "times"), [("none", 1.0), ("linear", 4.0), ("sqrt", 2.0)])
+def test_the_rate_follows_the_batch(
+    make_model: Make, rows: Rows, tmp_path: Path, scaling: str, times: float
+) -> None:
+    """What was asked for and scaled is what would have been asked for."""
+    reference = None if scaling == "none" else 1
+    scaled = train(
+        make_model(), rows, tmp_path / "a", learning_rate_scaling=scaling, reference_batch_size=reference
+    )
+    train(make_model(), rows, tmp_path / "b", learning_rate=times * FIELDS.learning_rate)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert scaled.learning_rate == times * FIELDS.learning_rate
+    rates = [r["learning_rate"] for r in LossLog(tmp_path / "a" / "losses.jsonl").read()]
+    assert max(rates) == times * FIELDS.learning_rate
+
+
 def test_bf16_weights_come_back_in_bf16(make_model: Make, rows: Rows, tmp_path: Path) -> None:
     model, saved = make_model().to(torch.bfloat16), {}
     before = copy.deepcopy(model.state_dict())
@@ -138,35 +155,52 @@ def test_activation_checkpointing_changes_nothing(make_model: Make, rows: Rows, 
     assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
 
 
-class Interrupted(Exception):
-    pass
-
-
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_restart_gives_the_same_bytes(
-    make_model: Make, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
-) -> None:
+def test_a_restart_gives_the_same_bytes(make_model: Make, rows: Rows, tmp_path: Path, precision: str) -> None:
     """With dropout, so that random states must come back too; broken off between two checkpoints."""
     straight, broken = (make_model(attention_dropout=0.2) for _ in range(2))
     settings = {"checkpoint_every": 3, "precision": precision, "validation": rows, "eval_every": 4}
     train(straight, rows, tmp_path / "straight", **settings)
-    compute = run_module.StageTrainer.compute_loss
-
-    def stop_at_step_6(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == 5:
-            raise Interrupted
-        return compute(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run_module.StageTrainer, "compute_loss", stop_at_step_6)
-        with pytest.raises(Interrupted):
-            train(broken, rows, tmp_path / "broken", **settings)
+    with broken_off_in(step=6):
+        train(broken, rows, tmp_path / "broken", **settings)
     again = make_model(attention_dropout=0.2)
     outcome = train(again, rows, tmp_path / "broken", **settings)
     assert outcome.resumed_from == 3
     for (name, a), b in zip(straight.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b), name
     assert losses(tmp_path / "broken") == losses(tmp_path / "straight")
+
+
+class Told:
+    """``rows``, and a file that names each process that reads one."""
+
+    def __init__(self, rows: Rows, place: Path) -> None:
+        self._rows, self._place = rows, place
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Any:
+        (self._place / str(os.getpid())).touch()
+        return self._rows[index]
+
+
+def test_workers_read_the_same_rows_before_and_after_a_restart(
+    make_model: Make, rows: Rows, tmp_path: Path
+) -> None:
+    readers = tmp_path / "readers"
+    readers.mkdir()
+    one, two = make_model(), make_model()
+    train(one, rows, tmp_path / "straight")
+    ahead = {"workers": 2, "prefetch": 3, "checkpoint_every": 3}
+    with broken_off_in(step=6):
+        train(make_model(), rows, tmp_path / "broken", **ahead)
+    assert train(two, Told(rows, readers), tmp_path / "broken", **ahead).resumed_from == 3
+    assert losses(tmp_path / "broken") == losses(tmp_path / "straight")
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b)
+    # This process looks at some rows to tell how long they are; the others are read by the workers.
+    assert len({path.name for path in readers.iterdir()} - {str(os.getpid())}) == 2
 
 
 @pytest.mark.parametrize(("stop", "resumed"), [(5, 3), (8, 8)])
@@ -179,21 +213,8 @@ def test_the_outcome_is_the_same_after_any_kill(
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device: scaler(device, init_scale=2.0**18))
     straight = asdict(train(make_model(), rows, tmp_path / "straight", **settings))
 
-    def broken(*_: Any, **__: Any) -> None:
-        raise Interrupted
-
-    compute = run_module.StageTrainer.compute_loss
-    with monkeypatch.context() as patch:
-        if stop == 8:
-            patch.setattr(run_module.StageTrainer, "last_evaluation", broken)
-        else:
-            patch.setattr(
-                run_module.StageTrainer,
-                "compute_loss",
-                lambda self, *a, **k: compute(self, *a, **k) if self.state.global_step < stop else broken(),
-            )
-        with pytest.raises(Interrupted):
-            train(make_model(), rows, tmp_path / "broken", **settings)
+    with broken_off_in(step=stop + 1) if stop < 8 else broken_off_at_the_end():
+        train(make_model(), rows, tmp_path / "broken", **settings)
     again = asdict(train(make_model(), rows, tmp_path / "broken", **settings))
     assert again.pop("resumed_from") == resumed
     assert straight.pop("resumed_from") == 0
@@ -207,8 +228,10 @@ def test_a_half_written_checkpoint_is_ignored(make_model: Make, rows: Rows, tmp_
     made = latest_checkpoint(tmp_path)
     identity = json.loads((made / MARK).read_text())["identity"]
     assert latest(tmp_path / "checkpoints", identity) == made
-    (made / "optimizer.pt").write_bytes((made / "optimizer.pt").read_bytes()[:-1])
-    assert latest(tmp_path / "checkpoints", identity) is None
+    before = made.with_name("checkpoint-2")
+    for checkpoint, left in ((made, before), (before, None)):
+        (checkpoint / "optimizer.pt").write_bytes((checkpoint / "optimizer.pt").read_bytes()[:-1])
+        assert latest(tmp_path / "checkpoints", identity) == left
     assert train(make_model(), rows, tmp_path, checkpoint_every=2, steps=4).resumed_from == 0
 
 
@@ -293,7 +316,7 @@ def test_evaluation_is_a_mean_over_tokens(make_model: Make, rows: Rows, tmp_path
 
 def test_faults_come_together(make_model: Make, rows: Rows, tmp_path: Path) -> None:
     with pytest.raises(PlanError) as error:
-        train(make_model(), rows, tmp_path, learning_rate=0.0, optimizer="muon", precision="fp8")
+        train(make_model(), rows, tmp_path, learning_rate=0.0, optimizer="muno", precision="fp4")
     assert len(error.value.faults) == 3
     with pytest.raises(InputError, match="device: expected auto, cpu, cuda or cuda:0, got 'tpu'"):
         Run(make_model(), rows, fields=FIELDS, scratch=tmp_path, device="tpu").train()

@@ -87,7 +87,7 @@ def row_tokens(stage: Taught, model: Outlook) -> int:
 
 def processes_of(stage: Taught) -> int:
     """In how many processes ``stage`` will train."""
-    from compresskit.training.rules import launched_processes
+    from compresskit.training.setting import launched_processes
 
     return launched_processes() or int(getattr(stage, "processes", 1))
 

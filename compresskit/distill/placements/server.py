@@ -87,7 +87,7 @@ class Server:
     def _patience_faults(self, stage: Taught, where: str) -> list[Fault]:
         """Why other processes would not wait until this one knows that the server is lost."""
         from compresskit.distill.completions import patience_s
-        from compresskit.training.rules import COLLECTIVE_S
+        from compresskit.training.setting import COLLECTIVE_S
 
         seconds = patience_s(self.timeout_s, self.retries, self.backoff_s)
         most_s = COLLECTIVE_S / 2  # a step may ask more than once before it knows

@@ -32,9 +32,12 @@ class Shard:
 
     Attributes:
         dtype: ``float32``, ``bfloat16`` or ``float16``; ``auto`` is the type they are stored in.
+        offload: whether shares are kept on the CPU, so that a GPU has no more of the teacher than what
+            computes (ZeRO-Inference, Aminabadi et al. 2022).
     """
 
     dtype: str = STORED
+    offload: bool = False
 
     def faults(self, stage: Taught, model: Outlook, teaching: Teaching, where: str) -> list[Fault]:
         """See ``Placement.faults``."""
@@ -45,17 +48,23 @@ class Shard:
         return faults
 
     def held_bytes(self, stage: Taught, model: Outlook, teaching: Teaching) -> int:
-        """See ``Placement.held_bytes``: its share, and of the rest what is gathered at a time."""
+        """See ``Placement.held_bytes``: its share, and of the rest what is gathered at a time.
+
+        Of a GPU's memory no more than what is gathered, where shares are offloaded.
+        """
         whole, anatomy = weight_bytes(teaching.teacher, self.dtype), teaching.teacher.anatomy
         count = max(processes_of(stage), 1)
         gathered = whole * _gathered(anatomy) / max(anatomy.num_parameters, 1)
+        if self.offload and model.device == "cuda":
+            return round(gathered)
         return min(whole, round(whole / count + gathered * (count - 1) / count))
 
     def part(self, teaching: Teaching) -> Part:
         """See ``Placement.part``."""
         from compresskit.training.job import Part
 
-        return Part(DIVIDED, with_blocks(teaching) | {"dtype": self.dtype, "isolated": teaching.isolated})
+        kept = {"dtype": self.dtype, "isolated": teaching.isolated, "offload": self.offload}
+        return Part(DIVIDED, with_blocks(teaching) | kept)
 
 
 def _gathered(anatomy: Anatomy) -> int:

@@ -31,7 +31,7 @@ from compresskit.training.lowrank.attach import ADAPTER
 from compresskit.training.lowrank.bits import freeze, frozen_weight, rounded
 from compresskit.training.lowrank.frozen import frozen_model
 from compresskit.training.lowrank.merge import merged
-from compresskit.training.rules import this_rank
+from compresskit.training.setting import this_rank
 from compresskit.training.write import Changed, as_stored, write_checkpoint
 
 COMPUTES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -26,7 +26,7 @@ from compresskit.training.lowrank.outlook import (
     size_faults,
 )
 from compresskit.training.outlook import LONGEST_ROW, forecast_training, student_faults
-from compresskit.training.rules import Setting, launched_processes
+from compresskit.training.setting import Setting, launched_processes
 
 if TYPE_CHECKING:
     from compresskit.modeling.anatomy import Anatomy, Linear

@@ -11,7 +11,7 @@ from compresskit.modeling import ModelSource
 from compresskit.quant.adapters.outlook import trained_parameters, unrounded_inputs
 from compresskit.targets import select
 from compresskit.training.job import Part
-from compresskit.training.rules import Setting, launched_processes, this_rank
+from compresskit.training.setting import Setting, launched_processes, this_rank
 from compresskit.training.stage import run_training
 
 if TYPE_CHECKING:

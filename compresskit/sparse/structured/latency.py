@@ -28,6 +28,7 @@ import transformers
 from torch import nn
 
 from compresskit.errors import Fault, OutputError
+from compresskit.home import cache_home
 from compresskit.modeling.anatomy import Anatomy
 from compresskit.modeling.skeleton import model_class
 from compresskit.progress import Progress
@@ -219,7 +220,7 @@ def stopwatch_for(
         decode_tokens: of a request.
     """
     stored = torch.float32 if weight_bytes > 2 else torch.bfloat16
-    home = Path(os.environ.get("COMPRESSKIT_CACHE", "~/.cache/compresskit")).expanduser()
+    home = cache_home()
     return Stopwatch(
         prompt_tokens=prompt_tokens,
         decode_tokens=decode_tokens,

@@ -127,7 +127,7 @@ def said(stage: Qlora, model: Outlook) -> str:
             {"processes": 2, "strategy": "deepspeed", "zero_stage": 3, "base": "int8"},
             ["stages[1].strategy", "base nf4"],
         ),
-        ({"optimizer": "paged_adamw_8bit"}, ["a GPU, whose memory is paged", "adamw_8bit"]),
+        ({"optimizer": "paged_adamw_8bit"}, ["a GPU for optimizer", "adamw_8bit"]),
     ],
     ids=str,
 )

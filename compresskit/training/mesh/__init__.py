@@ -1,0 +1,1 @@
+"""Several ways to divide a model at once: copies of shards, layers split among ranks, on one mesh."""

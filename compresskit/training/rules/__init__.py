@@ -1,0 +1,31 @@
+"""What does not combine: tables, a file a subject. No torch."""
+
+from compresskit.training.rules import (
+    asynchronous,
+    deepspeed,
+    engine,
+    memory,
+    mesh,
+    offload,
+    optimizer,
+    overlap,
+    pipeline,
+    precision,
+    watching,
+)
+from compresskit.training.rules.base import Rule
+
+ROOMS = (
+    engine,
+    mesh,
+    pipeline,
+    asynchronous,
+    deepspeed,
+    offload,
+    overlap,
+    optimizer,
+    precision,
+    memory,
+    watching,
+)
+RULES: tuple[Rule, ...] = tuple(rule for room in ROOMS for rule in room.RULES)

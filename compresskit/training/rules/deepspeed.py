@@ -1,0 +1,97 @@
+"""What does not combine: DeepSpeed and a ds_config.json of the user's own. No torch."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+from compresskit.training.rules.base import Rule
+from compresskit.training.setting import Setting
+
+
+def _config_stage(s: Setting) -> bool:
+    """Whether the user's ds_config.json names another ZeRO stage than the recipe."""
+    stage = read_config(s).get("zero_optimization", {}).get("stage", s.fields.zero_stage)
+    return bool(stage != s.fields.zero_stage)
+
+
+def _config_readable(s: Setting) -> bool:
+    try:
+        return isinstance(json.loads(Path(s.fields.deepspeed_config or "").read_text("utf-8")), dict)
+    except (OSError, ValueError):
+        return False
+
+
+def read_config(s: Setting) -> dict[str, dict[str, object]]:
+    """The user's ds_config.json; empty without one that can be read."""
+    if s.strategy != "deepspeed" or s.fields.deepspeed_config is None or not _config_readable(s):
+        return {}
+    config: dict[str, dict[str, object]] = json.loads(Path(s.fields.deepspeed_config).read_text("utf-8"))
+    return config
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "zero-stage",
+        "zero_stage",
+        lambda s: s.fields.zero_stage not in (1, 2, 3),
+        "1, 2 or 3",
+        "{zero_stage}",
+        "Choose one of these.",
+    ),
+    Rule(
+        "deepspeed-missing",
+        "strategy",
+        lambda s: s.strategy == "deepspeed" and find_spec("deepspeed") is None,
+        "the package deepspeed",
+        "an environment without it",
+        "Install it with `pip install compresskit[deepspeed]`, or use strategy fsdp.",
+    ),
+    Rule(
+        "deepspeed-config-without-deepspeed",
+        "deepspeed_config",
+        lambda s: s.fields.deepspeed_config is not None and s.strategy != "deepspeed",
+        "strategy deepspeed beside deepspeed_config",
+        "strategy {strategy}",
+        "Set strategy to deepspeed, or drop deepspeed_config.",
+    ),
+    Rule(
+        "deepspeed-config-unreadable",
+        "deepspeed_config",
+        lambda s: (
+            s.fields.deepspeed_config is not None and s.strategy == "deepspeed" and not _config_readable(s)
+        ),
+        "a JSON object in {deepspeed_config}",
+        "no such file, or something else in it",
+        "Correct the path or the file.",
+    ),
+    Rule(
+        "deepspeed-config-stage",
+        "zero_stage",
+        _config_stage,
+        "the ZeRO stage that {deepspeed_config} names",
+        "zero_stage={zero_stage}",
+        "Make the two agree, or take the stage out of the file.",
+    ),
+    Rule(
+        "deepspeed-config-optimizer",
+        "deepspeed_config",
+        lambda s: bool({"optimizer", "scheduler"} & set(read_config(s))),
+        "no optimizer or scheduler in {deepspeed_config}",
+        "one there, beside the recipe's own",
+        "Take it out of the file: optimizer, learning_rate and lr_schedule of the recipe are used on every "
+        "engine.",
+    ),
+    Rule(
+        "deepspeed-config-precision",
+        "deepspeed_config",
+        lambda s: any(
+            read_config(s).get(kind, {}).get("enabled") not in (None, False, "auto")
+            for kind in ("bf16", "fp16")
+        ),
+        "no bf16 or fp16 section enabled in {deepspeed_config}",
+        "one there, beside the recipe's precision",
+        "Take it out of the file and set precision in the recipe: weights are kept in fp32 on every engine.",
+    ),
+)

@@ -1,0 +1,102 @@
+"""What does not combine: what saves memory. No torch."""
+
+from __future__ import annotations
+
+from compresskit.training.rules.base import Rule
+
+ADAPTS = ("none", "memory")
+COUNT = ("qat", "sparse_train")
+"""Kinds of stages whose layers observe, or move masks, by the number of passes."""
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "prefix-checkpointing",
+        "activation_checkpointing",
+        lambda s: getattr(s.fields, "adapter", "") == "prefix" and s.fields.activation_checkpointing,
+        "a prefix, which is a cache, without recomputed activations",
+        "both",
+        "Set activation_checkpointing to false, or use adapter lora.",
+    ),
+    Rule(
+        "prefix-offload",
+        "offload_activations",
+        lambda s: (
+            getattr(s.fields, "adapter", "") == "prefix"
+            and s.fields.offload_activations
+            and not s.fields.activation_checkpointing
+        ),
+        "a prefix, which is a cache, with activations kept where they are",
+        "both",
+        "Set offload_activations to false, or use adapter lora.",
+    ),
+    Rule(
+        "adapt-batch-name",
+        "adapt_batch",
+        lambda s: s.fields.adapt_batch not in ADAPTS,
+        " or ".join(ADAPTS),
+        "{adapt_batch!r}",
+        "Choose one of these.",
+    ),
+    Rule(
+        "adapt-batch-engine",
+        "adapt_batch",
+        lambda s: (
+            s.fields.adapt_batch == "memory"
+            and (
+                s.strategy not in ("single", "ddp")
+                or s.fields.pipeline_stages > 1
+                or s.fields.synchronise != "every_step"
+                or getattr(getattr(s.fields, "teacher_placement", None), "method", "") == "shard"
+            )
+        ),
+        "none where ranks exchange weights or states in the middle of a pass, or step alone",
+        "{adapt_batch}, for which all of them must be able to break a pass off",
+        "Set micro_batch_size to what fits, or use strategy ddp alone.",
+    ),
+    Rule(
+        "adapt-batch-counts",
+        "adapt_batch",
+        lambda s: s.fields.adapt_batch == "memory" and getattr(s.fields, "kind", "") in COUNT,
+        "none in a stage whose layers count the passes of a step",
+        "{adapt_batch}",
+        "Set micro_batch_size to what fits; finetune, distill and qlora can adapt it.",
+    ),
+    Rule(
+        "adapt-batch-sentences",
+        "adapt_batch",
+        lambda s: s.fields.adapt_batch == "memory" and s.fields.learns_sentences,
+        "none where sentences of one pass are compared with each other",
+        "{adapt_batch}",
+        "Set micro_batch_size to what fits.",
+    ),
+    Rule(
+        "offload-split-layers",
+        "offload_activations",
+        lambda s: s.fields.offload_activations and s.fields.tensor_parallel > 1,
+        "false beside tensor_parallel, whose layers keep parts that are not moved",
+        "true",
+        "Use activation_checkpointing, or strategy fsdp without tensor_parallel.",
+    ),
+    Rule(
+        "checkpoint-part-of-nothing",
+        "activation_checkpointing",
+        lambda s: (
+            not s.fields.activation_checkpointing
+            and (s.fields.checkpoint_blocks > 1 or s.fields.checkpoint_operators)
+        ),
+        "true beside checkpoint_blocks or checkpoint_operators",
+        "false",
+        "Set activation_checkpointing to true, or leave the other fields out.",
+    ),
+    Rule(
+        "checkpoint-blocks-qat",
+        "checkpoint_blocks",
+        lambda s: (
+            getattr(s.fields, "kind", "") == "qat"
+            and s.fields.activation_checkpointing
+            and s.fields.checkpoint_blocks != 1
+        ),
+        "1 in qat, whose observers count the passes of all layers alike",
+        "{checkpoint_blocks}",
+        "Leave checkpoint_blocks out, or set checkpoint_operators.",
+    ),
+)

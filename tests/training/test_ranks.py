@@ -1,0 +1,208 @@
+"""What ranks know of each other: threads stand for processes, over one store."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch.distributed import TCPStore
+
+from compresskit import pipeline
+from compresskit.artifact import write_json
+from compresskit.errors import CompressKitError, OutputError, PlanError, WorkerError
+from compresskit.training import agreement, ranks
+from compresskit.training.agreement import require_same, require_shared
+from compresskit.training.ranks import Ranks
+
+RANKS = 3
+
+
+@pytest.fixture
+def server() -> TCPStore:
+    return TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+
+
+@pytest.fixture
+def port(server: TCPStore, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(ranks, "BEAT_S", 0.05)
+    monkeypatch.setattr(ranks, "LOST_S", 1.0)
+    monkeypatch.setattr(ranks, "GRACE_S", 30.0)
+    monkeypatch.setattr(agreement, "SEEN_S", 0.5)
+    return int(server.port)
+
+
+def company(port: int, rank: int) -> Ranks:
+    def client() -> TCPStore:
+        return TCPStore("127.0.0.1", port, None, False, timeout=timedelta(seconds=20))
+
+    return Ranks((client(), client()), rank, RANKS)
+
+
+def on_all(port: int, work: Callable[[Ranks], Any]) -> list[Any]:
+    """What ``work`` returns on each rank, or the error that it raises there."""
+
+    def one(rank: int) -> Any:
+        us, failure = company(port, rank), None
+        try:
+            us.start()
+            return work(us)
+        except CompressKitError as error:
+            failure = error
+            return error
+        finally:
+            us.leave(failure)
+
+    with ThreadPoolExecutor(RANKS) as pool:
+        return list(pool.map(one, range(RANKS)))
+
+
+def test_rank_0_judges_what_all_say_and_all_hear_it(port: int) -> None:
+    def work(us: Ranks) -> tuple[str, str]:
+        return us.judged("sum", str(us.rank), lambda said: "+".join(said)), us.told("word", f"of {us.rank}")
+
+    assert on_all(port, work) == [("0+1+2", "of 0")] * RANKS
+
+
+def test_a_second_company_on_the_same_store_hears_nothing_of_the_first(port: int) -> None:
+    for word in ("one", "two"):
+        assert on_all(port, lambda us, word=word: us.told("word", word)) == [word] * RANKS
+
+
+def test_ranks_that_differ_are_named_with_what_differs(port: int) -> None:
+    def work(us: Ranks) -> None:
+        versions = {"version of torch": "2.13" if us.rank < 2 else "2.12"}
+        require_same(us, "plan", {"recipe stages[0].steps": "4" if us.rank == 0 else "5", **versions})
+
+    for error in on_all(port, work):
+        assert isinstance(error, PlanError)
+        assert len(error.faults) == 2
+        assert "recipe stages[0].steps: expected 4, as on rank 0" in str(error)
+        assert "got 5 on ranks 1, 2" in str(error)
+        assert "version of torch: expected 2.13, as on ranks 0, 1" in str(error)
+        assert "got 2.12 on rank 2" in str(error)
+
+
+def test_equal_ranks_pass_and_a_missing_fact_differs(port: int) -> None:
+    assert on_all(port, lambda us: require_same(us, "plan", {"model": "x"})) == [None] * RANKS
+    for error in on_all(port, lambda us: require_same(us, "plan", {} if us.rank == 1 else {"model": "x"})):
+        assert "got none on rank 1" in str(error)
+
+
+def test_a_directory_that_is_not_the_same_everywhere_is_refused(port: int, tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+
+    def work(us: Ranks) -> None:
+        require_shared(us, tmp_path / "own" if us.rank == 2 else tmp_path, "out")
+
+    for error in on_all(port, work):
+        assert isinstance(error, OutputError)
+        assert "on rank 2" in str(error)
+    assert [path.name for path in tmp_path.iterdir()] == ["own"], "the probe stays"
+    assert on_all(port, lambda us: require_shared(us, tmp_path, "out")) == [None] * RANKS
+
+
+def test_copies_of_a_model_may_differ_in_age_and_work_begun_elsewhere_goes_on(
+    port: int, tmp_path: Path
+) -> None:
+    """Rank 0 may be on another machine after a restart, with a copy of the model of another time."""
+    out, work = tmp_path / "out", tmp_path / "work"
+    work.mkdir()
+
+    def key(us: Ranks) -> str:
+        plan: Any = SimpleNamespace(facts={"model": "same"}, resume_key=f"key of {us.rank}")
+        return pipeline._shared_key(plan, out, work, us, overwrite=False)
+
+    assert on_all(port, key) == ["key of 0"] * RANKS
+    write_json(work / pipeline.KEY, "key of 2")
+    assert on_all(port, key) == ["key of 2"] * RANKS
+    write_json(work / pipeline.KEY, "key of another plan")
+    assert on_all(port, key) == ["key of 0"] * RANKS
+
+
+def wait_for_word(us: Ranks) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        us.check()
+        time.sleep(0.01)
+
+
+def test_a_rank_that_fails_is_told_to_the_others_with_its_error(port: int) -> None:
+    def work(us: Ranks) -> None:
+        if us.rank == 1:
+            raise OutputError("no disk here")
+        wait_for_word(us)
+
+    first, second, third = on_all(port, work)
+    assert isinstance(second, OutputError)
+    for error in (first, third):
+        assert isinstance(error, WorkerError)
+        assert "training process 1 of 3" in str(error)
+        assert "OutputError: no disk here" in str(error)
+
+
+def test_a_rank_that_falls_silent_is_lost(port: int) -> None:
+    """Its thread ends without a goodbye, as at a kill; the third, which only rank 0 looks at."""
+
+    def work(us: Ranks) -> None:
+        if us.rank == 2:
+            us._is_ending.set()
+            us.leave = lambda error: None  # type: ignore[method-assign]
+            return
+        wait_for_word(us)
+
+    first, second, _ = on_all(port, work)
+    for error in (first, second):
+        assert isinstance(error, WorkerError)
+        assert "training process 2 of 3" in str(error)
+        assert "expected a sign of life, got silence for 1 s" in str(error)
+
+
+def test_a_rank_that_waits_for_ever_is_ended_and_says_why(
+    port: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It does not look, as one that waits in a collective."""
+    codes: list[int] = []
+    over = threading.Event()
+
+    def end(code: int) -> None:
+        codes.append(code)
+        if len(codes) == RANKS - 1:
+            over.set()
+
+    monkeypatch.setattr(ranks, "GRACE_S", 0.2)
+    monkeypatch.setattr(ranks.os, "_exit", end)
+
+    def work(us: Ranks) -> None:
+        if us.rank == 1:
+            raise OutputError("no disk here")
+        over.wait(20)
+
+    on_all(port, work)
+    assert codes == [3, 3]
+    assert capfd.readouterr().err.count("error: training process 1 of 3") == 2
+
+
+def test_the_transports_complaint_is_explained_by_who_is_lost(port: int) -> None:
+    def work(us: Ranks) -> BaseException | None:
+        if us.rank == 1:
+            raise OutputError("no disk here")
+        return us.explained(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"))
+
+    first, _, third = on_all(port, work)
+    assert "training process 1 of 3" in str(first)
+    assert "training process 1 of 3" in str(third)
+    own = ZeroDivisionError("own")
+    assert company(port, 0).explained(own) is own
+
+
+def test_ranks_that_never_come_are_named(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "JOIN_S", 0.3)
+    with pytest.raises(WorkerError, match=r"all within 0 s, got 1; missing: 1, 2"):
+        company(port, 0).start()
