@@ -20,7 +20,7 @@ from compresskit.registration import install
 from compresskit.registry import locate
 
 if TYPE_CHECKING:
-    from compresskit.api import bench, compress, export, load, plan, report, run
+    from compresskit.api import bench, compress, export, foresee, load, plan, report, run
     from compresskit.artifact import Artifact, open_artifact
     from compresskit.data.spec import DataSpec
     from compresskit.distill.finetune import Finetune
@@ -46,6 +46,7 @@ _HOMES = {
     "bench": "compresskit.api",
     "compress": "compresskit.api",
     "export": "compresskit.api",
+    "foresee": "compresskit.api",
     "load": "compresskit.api",
     "load_recipe": "compresskit.recipe",
     "open_artifact": "compresskit.artifact",
@@ -68,6 +69,7 @@ __all__ = [
     "bench",
     "compress",
     "export",
+    "foresee",
     "load",
     "load_recipe",
     "open_artifact",

@@ -12,6 +12,7 @@ from compresskit.artifact import EXPORT, RECORDS, Artifact, check_output, publis
 from compresskit.data import open_corpus
 from compresskit.data.spec import STDLIB, DataSpec
 from compresskit.errors import DataError, Fault, InputError, OutputError
+from compresskit.foresight.forecast import foresee
 from compresskit.modeling import load_model, load_tokenizer, open_model
 from compresskit.pipeline import run as run_plan
 from compresskit.planned import Plan
@@ -201,7 +202,8 @@ def load(
         layout: of a bitmask directory: a name of ``compresskit.kernels.packed.LAYOUTS`` for every packed
             layer, whatever is faster; empty times them, or takes what ``COMPRESSKIT_LAYOUT`` says.
         resident: of a bitmask directory: ``fastest`` keeps dense weights too where these win in larger
-            batches; ``packed`` keeps only packed ones. Empty is ``COMPRESSKIT_RESIDENT``, else ``fastest``.
+            batches; ``packed`` keeps only packed ones. Empty is ``COMPRESSKIT_RESIDENT``, else ``fastest`` if
+            there is room for both.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -293,4 +295,15 @@ def _require_text(spec: DataSpec) -> None:
         )
 
 
-__all__ = ["RECORDS", "bench", "compress", "export", "load", "load_tokenizer", "plan", "report", "run"]
+__all__ = [
+    "RECORDS",
+    "bench",
+    "compress",
+    "export",
+    "foresee",
+    "load",
+    "load_tokenizer",
+    "plan",
+    "report",
+    "run",
+]

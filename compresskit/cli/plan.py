@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from compresskit.cli._foresight import asks_machine, machine_options, show_foresight
 from compresskit.cli.common import execute, run_options
 from compresskit.cli.run import recipe_with
 
@@ -14,9 +15,14 @@ from compresskit.cli.run import recipe_with
 @click.command()
 @click.argument("recipe", type=click.Path(), required=False)
 @click.option("--schema", is_flag=True, help="Print the JSON Schema of a recipe and do nothing else.")
+@machine_options
 @run_options
 def plan(recipe: str | None, schema: bool, **given: Any) -> None:
-    """Show what RECIPE, a YAML file, will do: every fault, bytes and memory. Loads no weights."""
+    """Show what RECIPE, a YAML file, will do: every fault, bytes and memory. Loads no weights.
+
+    With --gpus or --here instead: what its training stages take there in every way that is legal, memory and
+    time, and which is best. Then a config.json is enough of a model.
+    """
     if schema:
         from compresskit.schema import recipe_schema
 
@@ -24,4 +30,7 @@ def plan(recipe: str | None, schema: bool, **given: Any) -> None:
         return
     if recipe is None:
         raise click.UsageError("missing argument 'RECIPE'")
+    if asks_machine(given):
+        show_foresight(recipe_with(recipe, given), given)
+        return
     execute(recipe_with(recipe, given), {**given, "dry_run": True})

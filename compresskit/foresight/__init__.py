@@ -1,0 +1,1 @@
+"""What training takes on machines that need not be at hand: memory, time, and which strategy to choose."""

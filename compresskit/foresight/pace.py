@@ -1,0 +1,153 @@
+"""How long a step takes: products at a share of the device's peak, bytes over links, and what of them shows.
+
+Only what grows with the model is counted: products of matrices and of attention, gradients and weights that
+processes send each other, and the optimiser's reading and writing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from compresskit.foresight.devices import HOST_LINK_BYTES_S, Machine
+from compresskit.foresight.states import ITEM, Engine, Held, numbers
+from compresskit.modeling.anatomy import Anatomy
+
+FORWARD, WHOLE = 1, 3
+"""Products of a forward pass, and of that with its backward pass: for inputs and for weights."""
+FROZEN = 2
+"""The same where weights take no gradient."""
+STEP_TRAFFIC = 7
+"""Numbers that AdamW reads or writes for a weight: it, its gradient and both moments, three of them twice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one token costs, in floating-point operations.
+
+    Attributes:
+        blocks: of the student's blocks forward.
+        head: of its output projection forward.
+        teacher: of a whole teacher forward.
+        gathered_bytes: of a teacher whose weights are divided, in each pass.
+    """
+
+    blocks: float
+    head: float
+    teacher: float = 0.0
+    gathered_bytes: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How long an optimiser step takes.
+
+    Attributes:
+        compute_s: of products.
+        communication_s: of all bytes sent.
+        exposed_s: of these what no computing hides.
+        step_s: of the optimiser.
+        tokens_s: that all processes together train on in a second.
+    """
+
+    compute_s: float
+    communication_s: float
+    exposed_s: float
+    step_s: float
+    tokens_s: float
+
+    @property
+    def total_s(self) -> float:
+        """Of one step."""
+        return self.compute_s + self.exposed_s + self.step_s
+
+
+def flops_of(anatomy: Anatomy, config: Any, tokens: int) -> tuple[float, float]:
+    """Of one token forward, in the blocks and in the output projection.
+
+    Args:
+        anatomy: of the model.
+        config: its configuration.
+        tokens: of a row, each of which looks at all of it.
+    """
+    blocks = sum(2.0 * n.out_features * n.in_features for n in anatomy.linears.values() if n.block)
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", 0) or 0
+    width = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
+    blocks += len(anatomy.blocks) * 4.0 * tokens * heads * width
+    head = anatomy.linears.get(anatomy.head or "")
+    return blocks, 2.0 * head.out_features * head.in_features if head else 0.0
+
+
+def pace(
+    work: Work,
+    engine: Engine,
+    held: Held,
+    machine: Machine,
+    *,
+    precision: str,
+    rows: int,
+    passes: int,
+    tokens: int,
+    recomputed: float,
+) -> Pace:
+    """Of one optimiser step.
+
+    Args:
+        work: of a token.
+        engine: that trains.
+        held: parameters.
+        machine: where.
+        precision: that products run in.
+        rows: of one pass of one process.
+        passes: of a step.
+        tokens: of a row.
+        recomputed: share of the blocks that are computed once more in the backward pass.
+    """
+    device = machine.device
+    each = rows * tokens
+    factor = WHOLE if not held.frozen and not held.packed_bytes else FROZEN
+    flops = work.blocks * (factor + recomputed) + work.head * WHOLE + work.teacher
+    second = device.peak_flops[precision] * device.efficiency
+    compute = passes * each * flops / second
+    sent, hides = _sent(engine, held, machine, passes)
+    exposed = max(0.0, sent - 0.5 * compute) if hides else sent
+    if work.gathered_bytes:  # the next block is gathered while one computes
+        gathering = passes * _ring(work.gathered_bytes, machine.processes, machine)
+        exposed += max(0.0, gathering - passes * each * work.teacher / second)
+        sent += gathering
+    stepped = engine.part(held.trained) if engine.shards > 1 else numbers(held.trained)
+    step = ITEM * STEP_TRAFFIC * stepped / device.memory_bytes_s
+    if engine.offloads:
+        step += 2 * ITEM * stepped / HOST_LINK_BYTES_S + ITEM * STEP_TRAFFIC * stepped / (10 * 10**9)
+    total = compute + exposed + step
+    return Pace(compute, sent, exposed, step, passes * each * machine.processes / total)
+
+
+def _sent(engine: Engine, held: Held, machine: Machine, passes: int) -> tuple[float, bool]:
+    """Seconds that a step's communication takes, and whether computing hides it."""
+    trained = ITEM * numbers(held.trained)
+    everything = trained + ITEM * numbers(held.frozen)
+    count = machine.processes
+    if count == 1:
+        return 0.0, True
+    if engine.kind == "ddp":
+        return 2 * _ring(trained, count, machine), True
+    if engine.kind == "fsdp":
+        copies, group = count // engine.shards, engine.shards
+        gather = 2 * _ring(everything, group, machine)  # once forward, once back
+        reduce = _ring(trained, group, machine)
+        # Copies of the group add up their shares once a step, all pairs at once over the nodes' links.
+        between = 2 * (copies - 1) / copies * trained / machine.link_bytes_s if copies > 1 else 0.0
+        return passes * gather + reduce + between, True
+    if engine.kind == "zero3":
+        return passes * (2 * _ring(everything, count, machine) + _ring(trained, count, machine)), False
+    reductions = passes if engine.kind == "zero2" else 1
+    return reductions * 2 * _ring(trained, count, machine) + _ring(trained, count, machine), False
+
+
+def _ring(whole: float, count: int, machine: Machine) -> float:
+    """Seconds in which ``count`` processes gather or reduce so many bytes."""
+    inside = count <= machine.gpus
+    rate = machine.device.link_bytes_s if inside else min(machine.device.link_bytes_s, machine.link_bytes_s)
+    return whole * (count - 1) / count / rate

@@ -1,0 +1,197 @@
+"""What a process holds of parameters between steps: exact, from shapes alone.
+
+While it trains a weight is in float32, whatever it is stored in, so nothing here depends on the precision.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from compresskit.training.fields import TrainingFields
+from compresskit.training.optimizers import OPTIMIZERS
+from compresskit.training.setting import Setting
+
+Shape = tuple[int, ...]
+ITEM = 4
+"""Bytes of a weight, of a gradient and of a number that an optimiser keeps."""
+STATES = {
+    "adamw_torch": 2.0,
+    "adamw_torch_fused": 2.0,
+    "adam": 2.0,
+    "lion_32bit": 1.0,
+    "rmsprop": 1.0,
+    "adagrad": 1.0,
+    "muon": 1.0,
+    "sgd": 0.0,
+    "adamw_8bit": 0.5 + 2 / 256,
+    "paged_adamw_8bit": 0.5 + 2 / 256,
+    "lion_8bit": 0.25 + 1 / 256,
+}
+"""Numbers in float32 that an optimiser keeps of each weight, scales of 8-bit states among them, one in 256.
+
+Those that are not here: as ``compresskit.training.optimizers`` has them for matrices.
+"""
+FACTORED = "adafactor"
+LEAST_8BIT = 4096
+"""Weights of a tensor; states of a smaller one are in float32."""
+BUCKET, LIVE, WHOLE = "reduce_bucket_size", "stage3_max_live_parameters", "stage3_param_persistence_threshold"
+ZERO_DEFAULTS = {BUCKET: 5e8, LIVE: 1e9, WHOLE: 1e5}
+"""Numbers that DeepSpeed takes where its configuration says none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a stage trains, and what it holds besides.
+
+    Attributes:
+        trained: shapes of the parameters that take a gradient.
+        frozen: shapes of those that take none, in float32, which an engine may divide.
+        packed_bytes: of weights frozen in few bits, which no engine divides.
+        extra_bytes: of masks and of copies of weights that are rounded or masked, in each process.
+    """
+
+    trained: tuple[Shape, ...]
+    frozen: tuple[Shape, ...] = ()
+    packed_bytes: int = 0
+    extra_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """How an engine divides what is held.
+
+    Attributes:
+        kind: ``single``, ``ddp``, ``fsdp``, ``zero1``, ``zero2`` or ``zero3``.
+        shards: processes among which states are divided; 1 where nothing is.
+        bucket: numbers of gradients that ZeRO reduces together.
+        live: numbers of parameters that ZeRO-3 keeps gathered at most.
+        whole: a parameter of so many numbers or fewer is never divided by ZeRO-3.
+        offloads: whether the optimiser's states and the weights it steps lie in the host's memory.
+    """
+
+    kind: str
+    shards: int = 1
+    bucket: int = 0
+    live: int = 0
+    whole: int = 0
+    offloads: bool = False
+
+    @property
+    def divides_weights(self) -> bool:
+        """Whether each process keeps a part of the weights between steps."""
+        return self.kind in ("fsdp", "zero3")
+
+    @property
+    def divides_gradients(self) -> bool:
+        """Whether each process keeps a part of the gradients."""
+        return self.kind in ("fsdp", "zero2", "zero3")
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether DeepSpeed trains."""
+        return self.kind.startswith("zero")
+
+    def part(self, shapes: Iterable[Shape]) -> int:
+        """Numbers of parameters of these ``shapes`` that the fullest process keeps where they are divided."""
+        if self.kind == "fsdp":  # by rows
+            return sum(-(-(s[0] if s else 1) // self.shards) * prod(s[1:]) for s in shapes)
+        if self.kind == "zero3":
+            return sum(-(-prod(s) // self.shards) for s in shapes)
+        return -(-numbers(shapes) // self.shards)
+
+
+def engine_of(setting: Setting) -> Engine:
+    """How the engine of ``setting`` divides."""
+    fields = setting.fields
+    shards = setting.processes // int(getattr(fields, "replicas", 1) or 1)
+    if setting.strategy == "fsdp":
+        return Engine("fsdp", max(shards, 1))
+    if setting.strategy != "deepspeed":
+        return Engine(setting.strategy)
+    zero = _zero_section(fields)
+    read = {n: int(float(zero[n])) if _is_number(zero.get(n)) else int(d) for n, d in ZERO_DEFAULTS.items()}
+    offload = zero.get("offload_optimizer") or {}
+    offloads = getattr(fields, "offload", "none") != "none" or offload.get("device", "none") != "none"
+    said = zero.get("overlap_comm", "auto")
+    doubles = fields.zero_stage < 3 and (fields.overlap if said == "auto" else said)
+    return Engine(
+        f"zero{fields.zero_stage}",
+        max(shards, 1),
+        bucket=read[BUCKET] * (2 if doubles else 1),
+        live=read[LIVE],
+        whole=read[WHOLE],
+        offloads=offloads,
+    )
+
+
+def _zero_section(fields: TrainingFields) -> dict[str, Any]:
+    """What the user's ds_config.json says of ZeRO; nothing where there is none to read."""
+    if fields.deepspeed_config is None:
+        return {}
+    try:
+        read = json.loads(Path(fields.deepspeed_config).read_text(encoding="utf-8"))
+        return dict(read.get("zero_optimization") or {})
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def numbers(shapes: Iterable[Shape]) -> int:
+    """Of all parameters of these shapes."""
+    return sum(map(prod, shapes))
+
+
+def weight_bytes(held: Held, engine: Engine) -> int:
+    """Of the weights that the model computes with, as one process keeps them between passes."""
+    shapes = (*held.trained, *held.frozen)
+    kept = engine.part(shapes) if engine.divides_weights else numbers(shapes)
+    return ITEM * kept
+
+
+def master_bytes(held: Held, engine: Engine) -> int:
+    """Of a second copy of the trained weights, the one that is stepped; only ZeRO has it."""
+    return ITEM * engine.part(held.trained) if engine.is_zero else 0
+
+
+def gradient_bytes(held: Held, engine: Engine) -> int:
+    """Of the gradients of one process when the optimiser steps."""
+    divided = engine.divides_gradients or engine.is_zero
+    return ITEM * (engine.part(held.trained) if divided else numbers(held.trained))
+
+
+def optimizer_bytes(held: Held, engine: Engine, optimizer: str) -> int:
+    """Of what ``optimizer`` keeps from step to step in one process."""
+    shapes = held.trained
+    if optimizer == FACTORED:
+        return ITEM * sum(_factors(shape) for shape in shapes) // (engine.shards if engine.shards > 1 else 1)
+    each = STATES.get(optimizer, OPTIMIZERS[optimizer].matrix_bytes / ITEM)
+    small = [s for s in shapes if prod(s) < LEAST_8BIT] if "8bit" in optimizer else []
+    divides = engine.divides_gradients or engine.is_zero
+    kept, whole = (engine.part(s) if divides else numbers(s) for s in (shapes, small))
+    return round(ITEM * (each * (kept - whole) + 2 * whole))
+
+
+def _factors(shape: Shape) -> int:
+    """Numbers that Adafactor keeps: of a matrix one for each row and each column."""
+    return prod(shape) if len(shape) < 2 else prod(shape[:-1]) + prod(shape[:-2]) * shape[-1]
+
+
+def stepping_bytes(held: Held, engine: Engine, optimizer: str, device: str) -> int:
+    """Of what the optimiser makes while it steps, beyond its states: about two copies of what it looks at.
+
+    On a GPU torch's optimisers look at all parameters at once, on a CPU at one; ZeRO's parameters are one.
+    """
+    if optimizer not in ("adamw_torch", "adam", "rmsprop", "adagrad") or not held.trained:
+        return 0
+    sizes = [engine.part([s]) if engine.divides_gradients else prod(s) for s in held.trained]
+    if engine.is_zero:
+        return ITEM * 2 * engine.part(held.trained)
+    return ITEM * (sum(sizes) if device == "cuda" else 2 * max(sizes))

@@ -1,0 +1,306 @@
+"""A stage that trains, as a forecast sees it: what it holds, what is done to its model, who teaches it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import prod
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from compresskit.calibration.oneshot import largest_layer
+from compresskit.distill.placements import PLACEMENTS
+from compresskit.distill.placements.base import Teaching as Asked
+from compresskit.distill.vocabulary import shared_vocabulary, vocabulary_of
+from compresskit.errors import Fault
+from compresskit.foresight.activations import Pass, forward_bytes, stretched, traced
+from compresskit.foresight.peak import Teaching, Units
+from compresskit.foresight.sketch import sketched
+from compresskit.foresight.states import Held, Shape
+from compresskit.modeling import ModelSource, context_length
+from compresskit.options import Choice, choices_of
+from compresskit.quant.adapters.outlook import BASE_BYTES, trained_parameters
+from compresskit.sparse import TRAINED_PRUNERS
+from compresskit.stage import Outlook
+from compresskit.targets import select
+from compresskit.training.bias_norm import biases_and_norms
+from compresskit.training.lesson import TEXT_ALONE
+from compresskit.training.outlook import LONGEST_ROW, live_copy_bytes
+from compresskit.training.trainable import ALL
+
+LORA, BIAS_NORM = "lora", "bias_norm"
+LIVE_TEACHERS = ("replicate", "shard", "8bit", "4bit")
+TRACED = ("activation_checkpointing", "checkpoint_blocks", "checkpoint_operators", "offload_activations")
+"""Fields that decide what a pass keeps."""
+
+
+class Updated(nn.Module):
+    """A frozen linear layer with a low-rank update, as peft computes it.
+
+    Args:
+        base: the layer.
+        inputs: I, of it.
+        outputs: O.
+        rank: of the update.
+    """
+
+    def __init__(self, base: nn.Module, inputs: int, outputs: int, rank: int) -> None:
+        super().__init__()
+        self.base = base
+        self.down, self.up = (nn.Linear(n, m, bias=False) for n, m in ((inputs, rank), (rank, outputs)))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """What the layer makes, and the update's part."""
+        made: Tensor = self.base(inputs) + self.up(self.down(inputs)) * 2.0
+        return made
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A stage that trains.
+
+    Attributes:
+        name: of the stage in its chain, such as ``2-distill``.
+        stage: its fields.
+        model: what it will be given.
+        teacher: opened or sketched; None where it learns from text alone.
+    """
+
+    name: str
+    stage: Any
+    model: Outlook
+    teacher: ModelSource | None = None
+    _passes: dict[Any, Pass] = field(default_factory=dict, repr=False, compare=False)
+    _forwards: dict[int, float] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Of a row."""
+        return self.stage.context_length or min(context_length(self.model.config), LONGEST_ROW)
+
+    @cached_property
+    def trains_all(self) -> bool:
+        """Whether every parameter takes a gradient."""
+        return self._adapter == "" and getattr(self.stage, "trainable", ALL) == ALL
+
+    @property
+    def _adapter(self) -> str:
+        return str(getattr(self.stage, "adapter", ""))
+
+    @cached_property
+    def shapes(self) -> dict[str, Shape]:
+        """Of the model's parameters, tied ones once."""
+        again = {name for group in self.model.anatomy.tied for name in group[1:]}
+        return {n: s for n, s in self.model.anatomy.parameter_shapes.items() if n not in again}
+
+    def held(self, stage: Any) -> Held:
+        """What ``stage``, which is this one with another strategy, trains and holds."""
+        every = tuple(self.shapes.values())
+        if self._adapter:
+            return self._few_bits(stage)
+        trainable = getattr(stage, "trainable", ALL)
+        if trainable == BIAS_NORM:
+            few = set(biases_and_norms(self.model.anatomy))
+            trained = tuple(s for n, s in self.shapes.items() if n in few)
+            return Held(trained, tuple(s for n, s in self.shapes.items() if n not in few))
+        if trainable == LORA:
+            return Held(self._factors(stage), every)
+        if stage.kind == "sparse_train":
+            return self._sparse(stage, every)
+        extra = 0
+        if stage.kind == "qat":
+            layers = list(stage.form.schemes(self.model.anatomy))
+            anatomy = self.model.anatomy
+            extra = live_copy_bytes(stage, anatomy, layers) + 13 * largest_layer(anatomy, layers)
+        return Held(every, extra_bytes=extra)
+
+    def _factors(self, stage: Any) -> tuple[Shape, ...]:
+        linears = self.model.anatomy.linears
+        layers = [linears[name] for name in select(self.model.anatomy, stage.targets, stage.ignore)]
+        pairs = [((stage.rank, n.in_features), (n.out_features, stage.rank)) for n in layers]
+        return tuple(shape for pair in pairs for shape in pair)
+
+    def _few_bits(self, stage: Any) -> Held:
+        """Weights that are frozen, some of them in few bits, and an adapter."""
+        anatomy = self.model.anatomy
+        layers = select(anatomy, stage.targets, stage.ignore)
+        rounded = {f"{name}.weight" for name in layers}
+        each = {n: 1.0 if n in self.model.layer_bits else BASE_BYTES[stage.base] for n in layers}
+        linears = anatomy.linears
+        packed = sum(each[n] * linears[n].out_features * linears[n].in_features for n in layers)
+        frozen = tuple(s for n, s in self.shapes.items() if n not in rounded)
+        # While a layer computes, or its gradient is carried back, its weight is there in float32.
+        extra = 4 * largest_layer(anatomy, layers)
+        if stage.adapter == LORA:
+            trained = self._factors(stage)
+        else:
+            trained = ((trained_parameters(stage, anatomy, self.model.config, layers),),)
+        return Held(trained, frozen, packed_bytes=round(packed), extra_bytes=extra)
+
+    def _sparse(self, stage: Any, every: tuple[Shape, ...]) -> Held:
+        """What zeros need that change while the model trains."""
+        anatomy, layers = self.model.anatomy, tuple(stage.patterns(self.model))
+        method: Any = TRAINED_PRUNERS[stage.method]
+        weights = tuple(self.shapes[f"{n}.weight"] for n in layers if f"{n}.weight" in self.shapes)
+        extra = live_copy_bytes(stage, anatomy, layers) if stage.swaps_layers else 0
+        extra += 5 * largest_layer(anatomy, layers)
+        if method.learns_masks:
+            each = cast(Any, stage.pruner(str(stage.pattern))).logits_per_weight
+            return Held(tuple((round(each * prod(s)),) for s in weights), every, extra_bytes=extra)
+        if method.learns_scores:
+            return Held((*every, *weights), extra_bytes=extra)
+        return Held(every, extra_bytes=extra + (4 * sum(map(prod, weights)) if method.needs_gradient else 0))
+
+    @cached_property
+    def units(self) -> Units:
+        """What FSDP2 gathers together."""
+        anatomy, blocks = self.model.anatomy, dict[str | None, int]()
+        for name, shape in self.shapes.items():
+            block = anatomy.block_of(name)
+            blocks[block] = blocks.get(block, 0) + prod(shape)
+        outside = blocks.pop(None, 0)
+        embedding = prod(self.shapes.get(f"{anatomy.embeddings}.weight", (0,)))
+        tied = any(f"{anatomy.head}.weight" in group for group in anatomy.tied)
+        return Units(
+            block=max(blocks.values(), default=0),
+            tail=outside if tied else outside - embedding,
+            embedding=embedding,
+            is_tied=tied,
+        )
+
+    def passed(self, stage: Any, rows: int) -> Pass:
+        """A pass of ``rows`` rows: traced with one row and two, which tell what each more takes."""
+        one, two = (self._traced(stage, count) for count in (1, 2))
+        return one.plus(two.plus(one, -1.0), rows - 1)
+
+    def _traced(self, stage: Any, rows: int) -> Pass:
+        key = (rows, *(getattr(stage, name, None) for name in TRACED))
+        if key not in self._passes:
+            plain = replace(stage, matmul="float")  # what int8 products keep is no more than this
+            two, four = (
+                traced(
+                    self.model.config,
+                    self.model.original,
+                    plain,
+                    rows=rows,
+                    tokens=self.tokens,
+                    blocks=count,
+                    prepare=None if self.trains_all else self._prepare,
+                    trust_remote_code=self.model.trust_remote_code,
+                )
+                for count in (2, 4)
+            )
+            self._passes[key] = stretched(two, four, len(self.model.anatomy.blocks))
+        return self._passes[key]
+
+    def _prepare(self, model: nn.Module) -> None:
+        """Freeze the model and add what is trained; adapters other than LoRA as LoRA of their rank."""
+        from compresskit.modeling.anatomy import anatomy_of
+
+        anatomy = anatomy_of(model)
+        model.requires_grad_(False)
+        if getattr(self.stage, "trainable", "") == BIAS_NORM:
+            for name in biases_and_norms(anatomy):
+                model.get_parameter(name).requires_grad_(True)
+            return
+        for name in select(anatomy, self.stage.targets, self.stage.ignore):
+            parent, _, child = name.rpartition(".")
+            linear, owner = anatomy.linears[name], model.get_submodule(parent)
+            updated = Updated(getattr(owner, child), linear.in_features, linear.out_features, self.stage.rank)
+            setattr(owner, child, updated)
+
+    def teaching(self, stage: Any, rows: int, tokens: int) -> Teaching:
+        """What the teacher takes in each process, placed as ``stage`` says."""
+        if self.teacher is None:
+            return Teaching()
+        placed, asked = placement_of(stage), self._asked(stage)
+        held = placed.held_bytes(stage, self.model, asked)
+        if stage.teacher_placement.method not in LIVE_TEACHERS:
+            return Teaching(held=held)
+        source, dtype = self.teacher, self._dtype(stage)
+        width = int(source.config.get_text_config().hidden_size)
+        signal = rows * tokens * width * dtype.itemsize
+        if stage.teacher_placement.method == "shard":  # its output projection is whole meanwhile
+            signal += shared_vocabulary(vocabulary_of(self.model.config), source) * width * dtype.itemsize
+        passing = self._forward(rows, tokens, dtype)
+        if "bit" in stage.teacher_placement.method:
+            linears = source.anatomy.linears.values()
+            passing += dtype.itemsize * max(n.out_features * n.in_features for n in linears if n.block)
+        return Teaching(held=held, passing=passing, signal=signal)
+
+    def _dtype(self, stage: Any) -> torch.dtype:
+        asked = dict(stage.teacher_placement.options).get("dtype", "auto")
+        assert self.teacher is not None
+        return self.teacher.compute_dtype if asked == "auto" else getattr(torch, asked)
+
+    def _forward(self, rows: int, tokens: int, dtype: torch.dtype) -> float:
+        source = self.teacher
+        assert source is not None
+        for count in (1, 2):
+            if count not in self._forwards:
+                self._forwards[count] = forward_bytes(
+                    source.config,
+                    source.directory,
+                    rows=count,
+                    tokens=tokens,
+                    dtype=dtype,
+                    trust_remote_code=source.trust_remote_code,
+                )
+        return self._forwards[1] + (rows - 1) * (self._forwards[2] - self._forwards[1])
+
+    def _asked(self, stage: Any) -> Asked:
+        assert self.teacher is not None
+        return Asked(
+            teacher=self.teacher,
+            vocabulary=shared_vocabulary(vocabulary_of(self.model.config), self.teacher),
+            losses=() if stage.loss == TEXT_ALONE else choices_of(stage.loss),
+            trust_remote_code=self.model.trust_remote_code,
+        )
+
+    def placement_faults(self, stage: Any, where: str) -> list[Fault]:
+        """Why the teacher cannot be placed as ``stage`` says."""
+        if self.teacher is None or stage.teacher_placement.method not in LIVE_TEACHERS:
+            return []
+        found: list[Fault] = placement_of(stage).faults(stage, self.model, self._asked(stage), where)
+        return found
+
+
+def placement_of(stage: Any) -> Any:
+    """Where the teacher of ``stage`` lives."""
+    placed: Choice = stage.teacher_placement
+    return PLACEMENTS[placed.method](**dict(placed.options))
+
+
+def with_teacher(stage: Any) -> bool:
+    """Whether a stage that trains learns from a teacher."""
+    if not hasattr(stage, "teacher_placement"):
+        return False
+    return bool(stage.loss != TEXT_ALONE or stage.features is not None)
+
+
+def teacher_of(stage: Any, model: ModelSource) -> ModelSource | None:
+    """The teacher of ``stage``, sketched where it has no weights; without a name the first model."""
+    if not with_teacher(stage):
+        return None
+    if stage.teacher is None:
+        return model
+    return sketched(stage.teacher, trust_remote_code=model.trust_remote_code)
+
+
+def untold(stage: Any) -> tuple[str, ...]:
+    """What of ``stage`` a forecast leaves out, in full sentences."""
+    told: Mapping[str, bool] = {
+        "What feature losses keep of blocks is not counted.": getattr(stage, "features", None) is not None,
+        "Text that the student generates is not counted.": getattr(stage, "on_policy", None) is not None,
+        "Products in int8 are timed and weighed as those in float.": stage.matmul != "float",
+        "Products in fp8 are timed and weighed as those in bf16.": stage.precision == "fp8",
+        "Activations that wait on the host are counted on the device.": stage.offload_activations,
+        f"Adapter {getattr(stage, 'adapter', '')} is weighed as LoRA of its rank.": getattr(
+            stage, "adapter", LORA
+        )
+        not in (LORA, "dora", ""),
+    }
+    return tuple(sentence for sentence, holds in told.items() if holds)
