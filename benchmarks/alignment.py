@@ -20,7 +20,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import compresskit as ck
-from benchmarks.run import RESULTS, append_record
+from benchmarks.run import RESULTS, append_record, settings_of
 
 TEXT = "cross_entropy"
 ALIGNMENTS = {"spans": "forward_kl", "uld": "uld"}
@@ -125,9 +125,8 @@ def main() -> None:
         ck.run(ck.Recipe(model=str(options.student), data=data, stages=(cut,)), place / "cut", measures=())
         sets = written(place, options)
         values = {name: compared(place / "cut", path, options) for name, path in sets.items()}
-    places = ("student", "teacher", "train", "evaluate", "results")
-    settings = {name: value for name, value in vars(options).items() if name not in places}
-    settings |= {name: getattr(options, name).name for name in ("teacher", "train", "evaluate")}
+    named = ("teacher", "train", "evaluate")
+    settings = settings_of(options, ("student", *named, "results"), named)
     print(
         append_record(
             "alignment",

@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import compresskit as ck
-from benchmarks.run import append_record
+from benchmarks.run import append_record, settings_of
 from compresskit.assets import teacher_path
 from compresskit.measure import measure
 from compresskit.measure.size import file_bytes
@@ -189,8 +189,7 @@ def main() -> None:
         for name, found in latencies(directories, options).items():
             values[name] |= found
             print(name, json.dumps(found, indent=1), flush=True)
-    places = ("model", "train", "evaluate", "keep")
-    settings = {name: value for name, value in vars(options).items() if name not in places}
+    settings = settings_of(options, ("model", "train", "evaluate", "keep"))
     print(
         append_record(
             "cutting", values, subject=options.model.name, settings=settings, repetitions=options.rounds

@@ -28,7 +28,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 from transformers import AutoModel, AutoTokenizer
 
 import compresskit as ck
-from benchmarks.run import append_record
+from benchmarks.run import append_record, settings_of
 from compresskit.measure.size import file_bytes
 
 TEACHER, CUT, DISTILLED, QUANTISED = "teacher", "cut", "distilled", "quantised"
@@ -181,8 +181,7 @@ def main() -> None:
         values = examined(models, options)
         for name, found in told.items():
             values[name] |= found
-    places = ("model", "train", "dev", "held_out", "keep")
-    settings = {name: value for name, value in vars(options).items() if name not in places}
+    settings = settings_of(options, ("model", "train", "dev", "held_out", "keep"))
     subject = "all-MiniLM-L6-v2" if options.model.name == "model" else options.model.name
     print(append_record("encoder", values, subject=subject, settings=settings, repetitions=1))
 

@@ -20,7 +20,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import compresskit as ck
-from benchmarks.run import RESULTS, append_record
+from benchmarks.run import RESULTS, append_record, settings_of
 from compresskit.distill import LOSSES
 from compresskit.modeling import open_model
 
@@ -136,9 +136,7 @@ def main() -> None:
                 "parameters": open_model(recipe.model).anatomy.num_parameters if name == "cut" else None
             }
             print(name, json.dumps(values[name], indent=1), flush=True)
-    places = ("model", "train", "evaluate", "results")
-    settings = {name: value for name, value in vars(options).items() if name not in places}
-    settings |= {name: Path(getattr(options, name)).name for name in ("train", "evaluate")}
+    settings = settings_of(options, ("model", "train", "evaluate", "results"), ("train", "evaluate"))
     print(
         append_record(
             "losses",

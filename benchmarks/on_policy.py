@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import compresskit as ck
-from benchmarks.run import RESULTS, append_record
+from benchmarks.run import RESULTS, append_record, settings_of
 
 OFF, HALF, ALL = None, {"fraction": 0.5}, {"fraction": 1.0}
 ARMS: dict[str, tuple[Any, dict[str, Any] | None]] = {
@@ -167,9 +167,7 @@ def main() -> None:
         for name in rows[0]:
             values[arm][f"{name}_mean"] = mean(row[name] for row in rows)
             values[arm][f"{name}_stdev"] = stdev(row[name] for row in rows) if len(rows) > 1 else 0.0
-    places = ("model", "train", "evaluate", "results")
-    settings = {name: value for name, value in vars(options).items() if name not in places}
-    settings |= {name: Path(getattr(options, name)).name for name in ("train", "evaluate")}
+    settings = settings_of(options, ("model", "train", "evaluate", "results"), ("train", "evaluate"))
     print(
         append_record(
             "on-policy",

@@ -8,6 +8,7 @@ edited, and losses stay beside wins.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -62,6 +63,14 @@ def append_record(
     older = read_records(path) if path.exists() else []
     write_json(path, [r.to_json() for r in (*older, record)])
     return path
+
+
+def settings_of(
+    options: argparse.Namespace, places: Sequence[str], named: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What was asked for, for a record: without ``places`` of this machine, ``named`` by their last part."""
+    settings = {name: value for name, value in vars(options).items() if name not in places}
+    return settings | {name: Path(getattr(options, name)).name for name in named}
 
 
 def benchmarks() -> list[str]:

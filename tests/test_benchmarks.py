@@ -63,3 +63,33 @@ def test_an_unknown_benchmark_lists_the_known(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_recipes_load(path: Path) -> None:
     assert load_recipe(path, {"model": "somewhere"}).stages
+
+
+def test_of_larger_batches_the_bytes_of_a_weight_are_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS.parent))
+    cpu = importlib.import_module("benchmarks.kernels.cpu")
+    assert cpu.limit_of("bitmap bf16", "0.5", 1) == pytest.approx(16 / 9)
+    assert cpu.limit_of("bitmap bf16", "0.5", 4) is None
+    assert cpu.limit_of("torch bf16", "0.5", 1) is None
+
+
+def test_packed_models_are_generated_with_in_both_residencies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS.parent))
+    decode = importlib.import_module("benchmarks.decode")
+    assert decode.cells_of(("dense", "2:4"), ("fastest", "packed")) == {
+        "dense": (0, ""),
+        "2:4 fastest": (1, "fastest"),
+        "2:4 packed": (1, "packed"),
+    }
+    sizes = ("load_peak", "loaded_anonymous", "loaded_file", "peak", "anonymous", "file")
+    answer = {"prompt_ms": 2.0, **{f"{size}_bytes": 5 for size in sizes}, **dict.fromkeys(decode.KEPT, 1)}
+    found = {
+        "dense": [{**answer, "tokens_per_s": [2.0]}],
+        "2:4 packed": [{**answer, "tokens_per_s": [6.0, 8.0], "load_peak_bytes": n} for n in (9, 7)],
+    }
+    values, quartiles = decode.summed_up(found)
+    assert values["2:4 packed"]["speedup"] == 3.5
+    assert values["2:4 packed"]["load_peak_bytes"] == 9, "the worst round"
+    assert quartiles["2:4 packed_tokens_per_s"][1] == 7.0
+    now = decode.memory()
+    assert now["VmHWM"] >= now["RssAnon"] > 0

@@ -28,7 +28,7 @@ from compresskit.training.trainable import TRAINABLES
 ROOT = Path(compresskit.__file__).parent
 FAMILIES = {"quant", "sparse", "distill"}
 ORDER = (
-    {"errors", "registration"},
+    {"errors", "home", "registration"},
     {"registry", "progress", "yaml12", "timing"},
     {"fields", "kernels"},
     {"options"},
@@ -42,11 +42,12 @@ ORDER = (
     {"exports"},
     {"recipe"},
     {"schema", "artifact"},
+    {"foresight"},
     {"planned"},
     {"planner"},
     {"assembly"},
     {"pipeline"},
-    {"measure", "assets"},
+    {"measure", "assets", "caches"},
     {"reports"},
     {"api"},
     {"cli"},
@@ -100,6 +101,12 @@ def test_siblings_do_not_name_each_others_code_in_texts(family: str) -> None:
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found = re.fullmatch(r"compresskit\.(\w+)[\w.]*(:\w+)?", node.value)
                 assert not found or found[1] not in FAMILIES - {family}, f"{path}:{node.lineno} {node.value}"
+
+
+def test_each_file_of_tests_has_a_name_of_its_own() -> None:
+    """pytest imports them by their names alone."""
+    names = [path.name for path in (ROOT.parent / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
 
 
 @pytest.mark.parametrize("path", modules(), ids=name_of)
