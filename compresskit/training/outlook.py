@@ -182,10 +182,8 @@ def forecast_training(
     states = (parameters * 8 + kept + frozen * 4) // shards
     if setting.strategy == "deepspeed" and fields.zero_stage < 3:
         states = parameters * 8 + kept // shards + frozen * 4
-    if fields.synchronise == "local_sgd":  # what is sent
-        states += parameters * 4
-    if fields.synchronise == "diloco":  # outer weights, their momentum, how far they are, that sent, and then
-        states += parameters * 20
+    if fields.synchronise == "diloco":  # outer weights and their momentum; what is under way, and was then
+        states += parameters * (16 if fields.synchronise_delay else 8)
     activations = 4 * tokens * kept_per_token(fields, len(anatomy.blocks), width, inner, model.device)
     logits = loss_bytes(tokens, vocabulary, width, model.device)
     if fields.tensor_parallel > 1:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 BUCKET = 1 << 25
-"""Numbers that are sent at once."""
+"""Numbers that are sent at once: beside the weights no more than these are in memory."""
 
 
 class Exchange(Protocol):
@@ -77,8 +77,9 @@ class LocalSGD:
         """See :meth:`Exchange.stepped`."""
         if not last and step % self._every:
             return
-        for weight, mean in zip(self._weights, Sent(self._weights).means(), strict=True):
-            weight.copy_(mean)
+        for weights in _buckets(self._weights):
+            for weight, mean in zip(weights, Sent(weights).means(), strict=True):
+                weight.copy_(mean)
         self.done += 1
 
     @contextmanager
@@ -130,20 +131,41 @@ class DiLoCo:
         """See :meth:`Exchange.stepped`."""
         if self._flight is not None and (last or step >= self._flight.step + self._delay):
             self._land(self._flight)
-        if last or step % self._every == 0:
-            sent = Sent([o - w for o, w in zip(self._outer, self._weights, strict=True)])
-            self._flight = _Flight(step, [weight.detach().clone() for weight in self._weights], sent)
-            if last or not self._delay:
-                self._land(self._flight)
+        if not last and step % self._every:
+            return
+        if self._delay and not last:
+            weights = [weight.detach().clone() for weight in self._weights]
+            self._flight = _Flight(step, weights, [self._send(*part) for part in self._parts()])
+            return
+        for outer, weights in self._parts():
+            self._step(outer, self._send(outer, weights))
+            for weight, agreed in zip(weights, outer, strict=True):
+                weight.copy_(agreed)
+        self.done += 1
+
+    def _parts(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """Outer weights and those in training, a bucket at a time."""
+        return zip(_buckets(self._outer), _buckets(self._weights), strict=True)
+
+    def _send(self, outer: Sequence[Tensor], weights: Sequence[Tensor]) -> Sent:
+        """How far this rank has come."""
+        return Sent([o - w for o, w in zip(outer, weights, strict=True)])
+
+    def _step(self, outer: Sequence[Tensor], sent: Sent | Came) -> None:
+        """The outer optimiser's, of the weights ``outer`` alone."""
+        for weight, mean in zip(outer, sent.means(), strict=True):
+            weight.grad = mean
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
 
     def _land(self, flight: _Flight) -> None:
         """Take the outer step, and go on from there with what this rank has come since it was sent."""
-        for outer, mean in zip(self._outer, flight.sent.means(), strict=True):
-            outer.grad = mean
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        for weight, outer, then in zip(self._weights, self._outer, flight.weights, strict=True):
-            weight.copy_(outer + (weight - then))
+        for sent, then, (outer, weights) in zip(
+            flight.sent, _buckets(flight.weights), self._parts(), strict=True
+        ):
+            self._step(outer, sent)
+            for weight, agreed, before in zip(weights, outer, then, strict=True):
+                weight.copy_(agreed + (weight - before))
         self._flight = None
         self.done += 1
 
@@ -164,7 +186,8 @@ class DiLoCo:
         state: dict[str, Any] = {"outer": self._outer, "optimizer": self._optimizer.state_dict()}
         if self._flight is not None:
             flight = self._flight
-            state["flight"] = (flight.step, flight.weights, flight.sent.means())
+            means = [mean for sent in flight.sent for mean in sent.means()]
+            state["flight"] = (flight.step, flight.weights, means)
         return state
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -175,7 +198,19 @@ class DiLoCo:
         if "flight" in state:
             step, *parts = state["flight"]
             weights, means = ([t.to(self._outer[0].device) for t in part] for part in parts)
-            self._flight = _Flight(step, weights, Came(means))
+            self._flight = _Flight(step, weights, [Came(part) for part in _buckets(means)])
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """``tensors`` in order, as many together as have at most ``BUCKET`` numbers; a larger one is alone."""
+    part: list[Tensor] = []
+    for tensor in tensors:
+        if part and sum(t.numel() for t in part) + tensor.numel() > BUCKET:
+            yield part
+            part = []
+        part.append(tensor)
+    if part:
+        yield part
 
 
 class Sent:
@@ -221,9 +256,9 @@ class _Flight:
     Attributes:
         step: after which it was sent.
         weights: of this rank, as they were then.
-        sent: how far each rank had come.
+        sent: how far each rank had come, a bucket at a time.
     """
 
     step: int
     weights: list[Tensor]
-    sent: Sent | Came
+    sent: Sequence[Sent | Came]
