@@ -11,7 +11,7 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
 
-from benchmarks import cost_peer, quality, sparsity
+from benchmarks import cost_peer, quality, sparsity, training
 from benchmarks.peers import call
 from benchmarks.random_llama import MODEL, TEXT, word_tokenizer, write_random_llama
 from compresskit.measure import read_records
@@ -283,3 +283,21 @@ def test_what_is_kept_is_not_made_again(tmp_path: Path, monkeypatch: pytest.Monk
     first, b, again, other = scored
     assert first == again
     assert len({first, b, other}) == 3
+
+
+def test_the_trainer_and_a_plain_loop_do_the_same_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"width": 64, "layers": 1, "vocabulary": 200, "context-length": 32, "steps": 3, "rounds": 1}
+    asked = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+    run_main(training, monkeypatch, "--overhead", *asked, "--results", str(tmp_path))
+    (record,) = read_records(next(tmp_path.glob("trainer-overhead-*.json")))
+    times = (record.values["compresskit_step_s"], record.values["plain_step_s"])
+    assert record.values["overhead"] == times[0] / times[1] - 1
+    assert (record.settings["rows"], record.threads) == (2, 2)
+
+
+def test_sides_that_do_other_work_are_told() -> None:
+    runs = {"ours": [{"losses": [2.0, 1.0]}], "plain": [{"losses": [2.0, 1.001]}]}
+    with pytest.raises(SystemExit, match="plain does other work than ours"):
+        training.require_same_losses(runs, ("ours", "plain"))

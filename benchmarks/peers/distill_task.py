@@ -1,4 +1,4 @@
-"""What the processes of ``benchmarks.distill_peer`` share; runs in a peer's environment too.
+"""What the processes of ``distill_peer`` and ``training`` share; runs in a peer's environment too.
 
 Nothing of this project is imported: only torch and what comes with it.
 """
@@ -6,6 +6,7 @@ Nothing of this project is imported: only torch and what comes with it.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -36,7 +37,7 @@ class Clock:
 def run(
     train: Callable[[dict[str, Any], torch.Tensor], tuple[list[float], list[float]]], packages: Sequence[str]
 ) -> None:
-    """Read the task that the command line names, do it, and write the answer.
+    """Read the task that the command line names, do it, and write the answer, of a launch as its main rank.
 
     Args:
         train: from the task and its token ids (steps, batch, tokens) to seconds and loss of each step.
@@ -46,5 +47,7 @@ def run(
     torch.set_num_threads(task["threads"])
     torch.manual_seed(0)
     seconds, losses = train(task, load_file(task["ids"])["input_ids"].long())
+    if os.environ.get("RANK", "0") != "0":
+        return
     answer = {"seconds": seconds, "losses": losses, "versions": {name: version(name) for name in packages}}
     Path(task["answer"]).write_text(json.dumps(answer))

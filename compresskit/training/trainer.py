@@ -128,6 +128,8 @@ class StageTrainer(KeptTrainer):
         rate = self.args.learning_rate
         self.optimizer_cls_and_kwargs = optimizer_of(fields, whole, decayed, rate=rate, warmup_steps=warmup)
         made: torch.optim.Optimizer = super().create_optimizer(model)
+        # A fused one would be asked to step where a gradient overflowed too, so that none could be counted.
+        bare(made)._step_supports_amp_scaling = False
         groups = bare(made).param_groups
         groups[:] = [group for group in groups if group["params"]]
         return made

@@ -118,7 +118,10 @@ def test_every_optimizer_trains(name: str, make_model: Make, rows: Any, tmp_path
 
 @pytest.mark.parametrize("name", [n for n in OPTIMIZERS if n in HERE and n != "lion"])
 def test_it_is_the_one_transformers_makes(name: str, make_model: Make, tmp_path: Path) -> None:
-    """Of the same class, with as many bits and pages; torch's own names transformers does not know."""
+    """Of the same class, with as many bits and pages; torch's own names transformers does not know.
+
+    That torch's are fused here changes no more than how long a step takes.
+    """
     try:
         theirs = TrainingArguments(str(tmp_path), optim=name, use_cpu=True, optim_target_modules="all-linear")
     except ValueError:
@@ -128,7 +131,7 @@ def test_it_is_the_one_transformers_makes(name: str, make_model: Make, tmp_path:
     kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(theirs, model)
     mine, found = optimizer_of(fields_of(name), model, (), rate=1e-3, warmup_steps=0)
     assert mine is kind
-    for argument in ("optim_bits", "fused", "scale_parameter", "relative_step"):
+    for argument in ("optim_bits", "scale_parameter", "relative_step"):
         assert found.get(argument) == kwargs.get(argument), argument
     assert bool(found.get("is_paged")) == bool(kwargs.get("is_paged"))
 
