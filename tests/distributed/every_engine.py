@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,16 @@ INT8: Mapping[str, dict[str, Any]] = {
 EVALUATED: dict[str, Any] = {"eval_every": 4, "keep_best": True}
 BEST: Mapping[str, dict[str, Any]] = {
     f"best-{engine}": {**ENGINES[engine], **EVALUATED} for engine in ("ddp", "fsdp", "zero3")
+}
+SCALE = 2.0**24
+"""Of losses in fp16 at the start, at which gradients overflow."""
+OTHERS: Mapping[str, dict[str, Any]] = {
+    name: {**ENGINES["ddp"], **changes}
+    for name, changes in {
+        "bf16": {"precision": "bf16"},
+        "fp16": {"precision": "fp16"},
+        "read-ahead": {"workers": 1, "prefetch": 2},
+    }.items()
 }
 FIELDS = TrainingFields(
     steps=STEPS,
@@ -114,7 +125,8 @@ def broken_off(start: Callable[[], TrainOutcome], step: int) -> TrainOutcome:
 
 def main(out: Path) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
-    runs = {**ENGINES, **BEST, **(INT8 if find_spec("torchao") else {})}
+    torch.amp.GradScaler = partial(torch.amp.GradScaler, init_scale=SCALE)  # type: ignore[assignment,misc]
+    runs = {**ENGINES, **BEST, **OTHERS, **(INT8 if find_spec("torchao") else {})}
     for engine, changes in runs.items():
         model, held = make_model()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,19 @@ from typing import Any
 import every_engine
 import pytest
 import torch
-from every_engine import BEST, ENGINES, EVALUATED, FIELDS, INT8, NAMES, STEPS, Counting, make_model
+from every_engine import (
+    BEST,
+    ENGINES,
+    EVALUATED,
+    FIELDS,
+    INT8,
+    NAMES,
+    OTHERS,
+    SCALE,
+    STEPS,
+    Counting,
+    make_model,
+)
 from ranks import two_ranks
 from safetensors.torch import load_file
 from torch import Tensor
@@ -143,3 +156,35 @@ def test_parameter_bytes_per_rank(engine: str, launched: Path, single: Any) -> N
         assert share == pytest.approx(0.5, abs=0.02)
     else:
         assert share == 1
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_both_ranks_compute_in_few_bits_and_skip_the_same_steps(
+    precision: str, launched: Path, single: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss scale that overflows fp16 is halved, and the step skipped, until gradients fit.
+
+    Gradients of two ranks are twice as large until DDP takes their mean.
+    """
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2 * SCALE))
+    fields = replace(FIELDS, micro_batch_size=8, precision=precision)
+    model, held = make_model()
+    true = Run(model, Counting(), fields=fields, scratch=tmp_path, held=held, device="cpu").train()
+    found = outcome_of(launched, precision)
+    assert (found["engine"], found["processes"]) == ("ddp", 2)
+    assert found["skipped_steps"] == true.skipped_steps
+    assert (true.skipped_steps > 0) == (precision == "fp16")
+    mine = losses(launched / precision)
+    assert mine == pytest.approx(losses(tmp_path), rel=0.02)
+    assert mine != losses(single[0]), "the precision had no effect"
+    saved = load_file(launched / f"{precision}.safetensors")
+    assert not any(
+        saved[f"{layer}.weight"][make_model()[0].get_submodule(layer).weight == 0].any() for layer in held
+    )
+
+
+def test_rows_that_are_read_ahead_are_the_same(launched: Path) -> None:
+    found = outcome_of(launched, "read-ahead")
+    assert (found["engine"], found["processes"]) == ("ddp", 2)
+    assert OTHERS["read-ahead"]["workers"] == 1
+    assert losses(launched / "read-ahead") == losses(launched / "ddp")
