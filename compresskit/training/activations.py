@@ -118,24 +118,31 @@ def _dear() -> frozenset[Any]:
 
 
 def _offloaded(run: Callable[..., Any], block: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-    with offloading(block):
+    states = next((a for a in args if isinstance(a, Tensor)), None)
+    tokens = 0 if states is None else states.numel() // states.shape[-1]
+    with offloading(block, tokens):
         return run(function, *args)
 
 
-def offloading(block: nn.Module, *, from_cpu: bool = False) -> saved_tensors_hooks:
+def offloading(block: nn.Module, tokens: int, *, from_cpu: bool = False) -> saved_tensors_hooks:
     """While it lasts, what ``block`` saves for its backward pass waits in pinned memory of the host.
 
-    Its weights stay, and so do copies of them in another type: an engine knows when to let go of them.
+    Its weights stay: an engine knows when to let go of them. So do copies of them in another type, which only
+    their shape tells apart from activations; where a side of it is as long as the batch, they are moved too.
 
     Args:
         block: that computes.
+        tokens: in all rows that it is given.
         from_cpu: whether tensors that are in the host's memory already are copied all the same.
     """
     copies: dict[Any, tuple[Any, Any]] = {}
     shapes = {shape for p in block.parameters() if p.dim() == 2 for shape in (p.shape, p.shape[::-1])}
 
     def is_weight(tensor: Tensor) -> bool:
-        return (tensor.is_leaf and tensor.requires_grad) or tensor.shape in shapes
+        if tensor.shape in shapes and tokens not in tensor.shape:
+            return True
+        own = tensor.untyped_storage()._cdata  # of weights as they lie now: engines make them whole in between
+        return any(own == p.untyped_storage()._cdata for p in block.parameters())
 
     def pack(tensor: Tensor) -> Any:
         stays = tensor.device.type == "cpu" and not from_cpu

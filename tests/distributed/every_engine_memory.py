@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ _offloading = activations.offloading
 
 def train(mode: str, scratch: Path, **changes: Any) -> TrainOutcome:
     """With tensors of the CPU copied as those of a GPU are."""
-    activations.offloading = lambda block: _offloading(block, from_cpu=True)
+    activations.offloading = partial(_offloading, from_cpu=True)
     model, held = make_model()
     fields = replace(FIELDS, steps=STEPS, **MODES[mode], **changes)
     rows = Counting()
