@@ -141,7 +141,7 @@ def offloading(block: nn.Module, tokens: int, *, from_cpu: bool = False) -> save
     def is_weight(tensor: Tensor) -> bool:
         if tensor.shape in shapes and tokens not in tensor.shape:
             return True
-        own = tensor.untyped_storage()._cdata  # of weights as they lie now: engines make them whole in between
+        own = tensor.untyped_storage()._cdata  # weights as they lie now: engines make them whole for a while
         return any(own == p.untyped_storage()._cdata for p in block.parameters())
 
     def pack(tensor: Tensor) -> Any:

@@ -315,8 +315,7 @@ class StageTrainer(KeptTrainer):
 
     def _validated(self) -> Tensor:
         """Summed loss and supervised tokens of this rank's share of the validation rows, float64 (2,)."""
-        model = self.model_wrapped
-        model.eval()
+        self._mode(training=False)
         settle_weights(self.optimizer)
         totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         share = Share(
@@ -329,13 +328,21 @@ class StageTrainer(KeptTrainer):
         with torch.no_grad(), shown_progress(len(share), shown=self._watch is not None) as bar:
             for batch, counts in share:
                 inputs = self._prepare_inputs(batch)
-                loss = self._sums(model, inputs)[LOSS]
-                if counts:
+                loss = self._loss_of(inputs)
+                if loss is not None and counts:
                     totals += torch.stack((loss.double(), loss.new_tensor(supervised(inputs)).double()))
                 bar.advance()
-        model.train()
+        self._mode(training=True)
         self.access.settle(cast(nn.Module, self.model))
         return totals
+
+    def _loss_of(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        """Summed loss of a batch, of which no gradient is wanted; None where another rank has it."""
+        return self._sums(self.model_wrapped, inputs)[LOSS]
+
+    def _mode(self, *, training: bool) -> None:
+        """Of all modules that take part in a pass."""
+        self.model_wrapped.train(training)
 
     def _offer(self, loss: float) -> None:
         """Keep the weights as they are if no evaluation before was better; every rank asks."""

@@ -141,7 +141,7 @@ def test_what_is_kept_lies_on_the_host(make_model: Make, copies: None) -> None:
 def test_weights_do_not_go_to_the_host(
     tokens: int, precision: str, make_model: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor do the copies in bf16 that autocast makes of them; as many tokens as a weight is wide change nothing."""
+    """Nor do the copies in bf16 that autocast makes of them; what is as wide as a weight is no weight."""
     block = make_model(hidden_size=64, intermediate_size=128).model.layers[0].mlp
     inputs, made, empty = torch.randn(2, tokens // 2, 64, requires_grad=True), [], torch.empty
 
@@ -150,9 +150,9 @@ def test_weights_do_not_go_to_the_host(
         return empty(*args, **kwargs)
 
     monkeypatch.setattr(torch, "empty", noted)
-    with offloading(block, tokens, from_cpu=True):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-            out = block(inputs)
+    rounded = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
+    with offloading(block, tokens, from_cpu=True), rounded:
+        out = block(inputs)
     monkeypatch.undo()
     assert sorted(made) == [tokens * 64, *4 * [tokens * 128]], "the input, and what the gate takes and makes"
     out.float().sum().backward()

@@ -36,7 +36,6 @@ from compresskit.training.driver.stage import (
     require_same,
     shared_by_ends,
 )
-from compresskit.training.evaluation import Share
 from compresskit.training.features import Featured
 from compresskit.training.finite import bad_gradient, first_named, not_finite, on_every_rank
 from compresskit.training.objective import LOSS, Objective, Remote
@@ -52,6 +51,8 @@ SCHEDULES: dict[str, Any] = {
     "1f1b": Schedule1F1B,
     "interleaved": ScheduleInterleaved1F1B,
 }
+PASSED = ("input_ids", "position_ids", "labels")
+"""What every stage sees of a batch."""
 
 
 class PipelineTrainer(OwnState):
@@ -204,7 +205,7 @@ class PipelineTrainer(OwnState):
         self._mode(training=True)
         batch, place, losses = self._prepare_inputs(inputs), self._place, list[Tensor]()
         self._tokens = max(int(num_items_in_batch or 0), 1)
-        fed = {name: batch[name] for name in ("input_ids", "position_ids", "labels")}
+        fed = {name: batch[name] for name in PASSED}
         first, last = self._stages[0].is_first, self._stages[-1].is_last
         self._schedule.step(
             *((fed["input_ids"],) if first else ()),
@@ -252,35 +253,15 @@ class PipelineTrainer(OwnState):
         self._parts = {name: self._parts.get(name, zero) for name in self._part_names}
         return super()._parts_of_step()
 
-    def _validated(self) -> Tensor:
-        """See :meth:`StageTrainer._validated`: forward passes alone, one stage after another."""
-        totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        place = self._place
-        share = Share(
-            cast(Any, self._validation),
-            self._collate,
-            size=self._setting.micro_batch_size,
-            rank=place.pipeline,
-            ranks=place.pipelines,
-        )
-        self._mode(training=False)
-        with torch.no_grad():
-            for batch, counts in share:
-                inputs = self._prepare_inputs(batch)
-                loss = self._passed({name: inputs[name] for name in ("input_ids", "position_ids", "labels")})
-                if loss is not None and counts:
-                    totals += torch.stack((loss.double(), loss.new_tensor(supervised(inputs)).double()))
-        self._mode(training=True)
-        return totals
-
     def _mode(self, *, training: bool) -> None:
-        """Of the stages, and of the model that they were taken from."""
+        """See :meth:`StageTrainer._mode`: of the stages, and of the model that they were taken from."""
         for module in (self._pipe, cast(nn.Module, self.model)):
             module.train(training)
 
-    def _passed(self, batch: dict[str, Tensor]) -> Tensor | None:
-        """Pass a batch through all stages; the summed loss where the last is, None elsewhere."""
+    def _loss_of(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        """See :meth:`StageTrainer._loss_of`: forward passes alone, one stage after another."""
         place, made = self._place, None
+        batch = {name: inputs[name] for name in PASSED}
         head = place.rank - place.at
         for stage in self._stages:
             given = batch["input_ids"]
