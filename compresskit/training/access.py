@@ -88,7 +88,7 @@ class Whole:
 
     def gather(self, model: nn.Module, *, keep: bool, frozen: bool = True) -> dict[str, Tensor]:
         """See :meth:`ParamAccess.gather`."""
-        return {name: _copy(t) for name, t in wanted(model, frozen=frozen).items()} if keep else {}
+        return {name: copied(t) for name, t in wanted(model, frozen=frozen).items()} if keep else {}
 
     def mask_gradient(self, parameter: nn.Parameter) -> Callable[[], None]:
         """See :meth:`ParamAccess.mask_gradient`; runs before any engine reduces the gradient."""
@@ -184,11 +184,11 @@ class Partitioned(Whole):
             parameter = parameters.get(name)
             if parameter is None:
                 if keep:
-                    tensors[name] = _copy(tensor)
+                    tensors[name] = copied(tensor)
                 continue
             with deepspeed.zero.GatheredParameters([parameter]):
                 if keep:
-                    tensors[name] = _copy(parameter.data)
+                    tensors[name] = copied(parameter.data)
         return tensors
 
     def _part(self, parameter: nn.Parameter, tensor: Tensor) -> Tensor:
@@ -263,7 +263,7 @@ class Sharded:
         for name, tensor in wanted(model, frozen=frozen).items():
             full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
             if keep:
-                tensors[name] = _copy(full)
+                tensors[name] = copied(full)
         return tensors
 
     def mask_gradient(self, parameter: nn.Parameter) -> Callable[[], None]:
@@ -357,7 +357,7 @@ def _is_flat(state: Any) -> bool:
     return isinstance(state, Tensor) and state.dim() == 1
 
 
-def _copy(tensor: Tensor) -> Tensor:
+def copied(tensor: Tensor) -> Tensor:
     """A contiguous copy on the CPU that shares nothing with the model."""
     return tensor.detach().to("cpu", copy=True).contiguous()
 

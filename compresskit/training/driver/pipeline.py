@@ -33,7 +33,7 @@ from compresskit.training.driver.stage import (
     keep_only,
     layout_of,
     owners,
-    require_same,
+    require_stages_compose,
     shared_by_ends,
 )
 from compresskit.training.features import Featured
@@ -81,7 +81,7 @@ class PipelineTrainer(OwnState):
         layout, chunks = layout_of(model), STAGES_A_RANK.get(fields.pipeline_schedule, 1)
         costs, head = layout.costs(model)
         stages = balanced_stages(costs, place.width * chunks, last=head)
-        require_same(model, layout, stages)
+        require_stages_compose(model, layout, stages)
         whole = owners(model, layout, stages)
         self._tied = shared_by_ends(model, whole, len(stages) - 1)
         placed = _placed(model, whole, place.width)

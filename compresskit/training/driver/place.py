@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from compresskit.training.access import Whole, _copy, wanted
+from compresskit.training.access import Whole, copied, wanted
 from compresskit.training.driver.exchange import BUCKET
 
 
@@ -117,11 +117,11 @@ class Staged(Whole):
                 continue
             if tensor.owner == 0:
                 if keep:
-                    found[name] = _copy(own[name])
+                    found[name] = copied(own[name])
             elif self._place.rank == tensor.owner:
                 dist.send(own[name].detach().contiguous(), 0)
             elif self._place.rank == 0:
                 whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
                 dist.recv(whole, tensor.owner)
-                found[name] = _copy(whole)
+                found[name] = copied(whole)
         return found

@@ -226,7 +226,7 @@ def keep_only(model: nn.Module, layout: Layout, own: Iterable[int], *, is_first:
         model.set_submodule(name, StandIn(model.get_submodule(name)))
 
 
-def require_same(model: nn.Module, layout: Layout, stages: tuple[range, ...]) -> None:
+def require_stages_compose(model: nn.Module, layout: Layout, stages: tuple[range, ...]) -> None:
     """Raise PlanError unless the stages, one after another, make of some tokens what the model does."""
     with torch.no_grad():
         expected = _probed(model)

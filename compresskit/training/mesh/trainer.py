@@ -11,8 +11,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import Trainer
 
-from compresskit.training.mesh.kept import load_part, save_part
 from compresskit.training.mesh.norm import by_mesh, clip
+from compresskit.training.mesh.parts import load_part, save_part
 from compresskit.training.mesh.ranks import mesh_of, place
 from compresskit.training.optimizing import bare
 from compresskit.training.setting import Setting
@@ -36,10 +36,10 @@ class MeshTrainer(Trainer):
         """Of the parts that this rank keeps: the model is divided here, once."""
         if not self._setting.on_mesh:
             return super().create_optimizer(model)
-        bare = cast(nn.Module, self.model)
+        whole = cast(nn.Module, self.model)
         self._mesh = mesh_of(self._setting)
-        place(bare, self._mesh)
-        bare._is_accelerate_prepared = True  # type: ignore[assignment]
+        place(whole, self._mesh)
+        whole._is_accelerate_prepared = True  # type: ignore[assignment]
         made = super().create_optimizer(model)
         by_mesh(made)
         return made

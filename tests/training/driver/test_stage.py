@@ -24,7 +24,7 @@ from compresskit.training.driver.stage import (
     keep_only,
     layout_of,
     owners,
-    require_same,
+    require_stages_compose,
     shared_by_ends,
 )
 
@@ -71,7 +71,7 @@ def packed() -> tuple[torch.Tensor, torch.Tensor]:
 def test_stages_make_what_the_model_makes_and_all_gradients(name: str) -> None:
     model = model_of(name).eval()
     layout = layout_of(model)
-    require_same(model, layout, STAGES)
+    require_stages_compose(model, layout, STAGES)
     ids, positions = packed()
     whole = model.base_model(input_ids=ids, position_ids=positions, use_cache=False)[0]
     whole.square().sum().backward()
@@ -133,7 +133,7 @@ def test_a_model_whose_blocks_see_the_embeddings_is_refused(fails: bool) -> None
     model.model.rotary_emb.forward = forward
     layout = layout_of(model)
     with pytest.raises(PlanError, match="no embeddings" if fails else "nothing but the states"):
-        require_same(model, layout, STAGES)
+        require_stages_compose(model, layout, STAGES)
 
 
 def test_a_stand_in_gives_on_what_it_was_given() -> None:
