@@ -86,18 +86,8 @@ def _opened(recipe: Recipe, build_dir: Path) -> tuple[ModelSource, Outlook]:
         build_dir=build_dir,
         seed=recipe.seed,
     )
-    outlook = Outlook(
-        anatomy=source.anatomy,
-        config=source.config,
-        tokenizer=source.directory,
-        original=source.directory,
-        weight_bytes=source.bytes / max(source.anatomy.num_parameters, 1),
-        data=recipe.data,
-        device=device,
-        devices=torch.cuda.device_count(),
-        trust_remote_code=recipe.trust_remote_code,
-    )
-    return source, outlook
+    devices = torch.cuda.device_count()
+    return source, Outlook.of(source, data=recipe.data, device=device, devices=devices)
 
 
 def _source_faults(source: ModelSource, recipe: Recipe) -> list[Fault]:

@@ -212,6 +212,28 @@ class Outlook:
     devices: int = 0
     trust_remote_code: bool = False
 
+    @classmethod
+    def of(cls, source: ModelSource, *, data: DataSpec, device: str, devices: int = 0) -> Outlook:
+        """What the first stage will be given: the model as it lies there.
+
+        Args:
+            source: of the recipe's model.
+            data: the recipe's.
+            device: ``cpu`` or ``cuda``.
+            devices: accelerators of this machine, 0 for none.
+        """
+        return cls(
+            anatomy=source.anatomy,
+            config=source.config,
+            tokenizer=source.directory,
+            original=source.directory,
+            weight_bytes=source.bytes / max(source.anatomy.num_parameters, 1),
+            data=data,
+            device=device,
+            devices=devices,
+            trust_remote_code=source.trust_remote_code,
+        )
+
     @property
     def checkpoint_bytes(self) -> int:
         """Size of the packed weights on disk."""

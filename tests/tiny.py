@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from compresskit.data.spec import DataSpec
 from compresskit.modeling import ModelSource
 from compresskit.stage import Outlook
 
@@ -94,11 +96,4 @@ def tiny_bert(directory: Path, *, seed: int = 0, classes: int = 0, **config: Any
 
 def outlook(source: ModelSource, **changes: Any) -> Outlook:
     """What a plan knows of the model of ``source`` before any stage, but for ``changes``."""
-    settings: dict[str, Any] = {
-        "anatomy": source.anatomy,
-        "config": source.config,
-        "tokenizer": source.directory,
-        "original": source.directory,
-        "weight_bytes": 4.0,
-    }
-    return Outlook(**settings | changes)
+    return replace(Outlook.of(source, data=DataSpec(), device="cpu"), **changes)

@@ -129,16 +129,7 @@ def foresee(recipe: Recipe, machine: Machine) -> Foresight:
     recipe = resolved(recipe)
     trust = recipe.trust_remote_code
     source = sketched(recipe.model, revision=recipe.revision, trust_remote_code=trust)
-    outlook = Outlook(
-        anatomy=source.anatomy,
-        config=source.config,
-        tokenizer=source.directory,
-        original=source.directory,
-        weight_bytes=source.bytes / max(source.anatomy.num_parameters, 1),
-        data=recipe.data,
-        device=machine.device.kind,
-        trust_remote_code=trust,
-    )
+    outlook = Outlook.of(source, data=recipe.data, device=machine.device.kind)
     found: list[Forecast] = []
     faults: list[Fault] = []
     for index, stage in enumerate(recipe.stages):

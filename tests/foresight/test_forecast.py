@@ -356,3 +356,11 @@ def test_the_recipes_own_way_is_no_part_of_the_others(place: Path) -> None:
 @pytest.mark.parametrize(("said", "known"), [("NVIDIA L40S", "l40s"), ("NVIDIA L4", "l4"), ("Voodoo 2", "")])
 def test_a_gpu_is_known_by_its_longest_name(said: str, known: str) -> None:
     assert _named(said) is DEVICES.get(known)
+
+
+def test_a_forecast_looks_at_the_model_that_a_plan_looks_at(tmp_path: Path) -> None:
+    """Of the first stage, where the machine is the same."""
+    recipe = ck.Recipe(model=str(tiny_llama(tmp_path / "model")), stages=(finetune(),), device="cpu")
+    (stage,) = ck.plan(recipe).stages
+    (one,) = ck.foresee(recipe, devices()).forecasts
+    assert one.subject.model == replace(stage.before, device="cuda", devices=0)
