@@ -141,3 +141,8 @@ def test_the_command_lists_and_removes(home: Path) -> None:
 def test_no_caches_at_all_are_no_fault(tmp_path: Path) -> None:
     assert caches.cached(home=tmp_path / "none") == []
     assert caches.sweep(home=tmp_path / "none") == 0
+
+
+def test_one_module_says_where_caches_are() -> None:
+    sources = Path(caches.__file__).parent.rglob("*.py")
+    assert [p.name for p in sources if '"~/.cache/compresskit"' in p.read_text("utf-8")] == ["home.py"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from compresskit.errors import Fault, PlanError, WorkerError
 from compresskit.foresight.candidates import Row
 from compresskit.foresight.forecast import Forecast, Foresight
 from compresskit.foresight.rank import PEAK, STEPS
+from compresskit.home import cache_home
 from compresskit.options import Choice
 from compresskit.training.launch import JOB, TRACEBACK_LINES, launch
 
@@ -94,7 +94,7 @@ def verify(foresight: Foresight, one: Forecast, row: Row, cache: Path | None = N
         raise PlanError(Fault(f"stages[{index}]", "a stage whose model is there", got, cure))
     assert row.peak is not None
     assert row.pace is not None
-    cache = cache or Path(os.environ.get("COMPRESSKIT_CACHE", "~/.cache/compresskit")).expanduser()
+    cache = cache or cache_home()
     changes = {name: _plain(value) for name, value in row.combination.changes.items()}
     job = {
         "recipe": foresight.recipe.to_json(),
