@@ -11,6 +11,7 @@ import pytest
 from compresskit.recipe import recipe_from
 from compresskit.training.faults import training_faults
 from compresskit.training.rules import ROOMS, RULES
+from compresskit.training.rules.table import OBVIOUS, with_tables
 from compresskit.yaml12 import parse_yaml
 
 PAGE = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
@@ -39,3 +40,10 @@ def test_a_stage_of_the_page_is_one_and_combines(text: str, monkeypatch: pytest.
 def test_the_rules_of_a_row_are_rules(row: str) -> None:
     named = re.findall(r"`([a-z0-9-]+)`", row.split("|")[5])
     assert set(named) <= NAMES
+
+
+def test_the_page_tells_each_rule_as_it_is_now() -> None:
+    """If not: ``python -m compresskit.training.rules.table docs/training.md``."""
+    assert with_tables(PAGE) == PAGE
+    for rule in RULES:
+        assert rule.name.endswith(OBVIOUS) or f"| `{rule.name}` | `{rule.field}` | " in PAGE, rule.name
