@@ -83,14 +83,14 @@ class Counting:
         return {"input_ids": ids, "labels": labels, "position_ids": torch.arange(12)}
 
 
-def make_model(*, tied: bool = True) -> tuple[LlamaForCausalLM, tuple[str, ...]]:
+def make_model(*, tied: bool = True, layers: int = 2) -> tuple[LlamaForCausalLM, tuple[str, ...]]:
     """A tiny Llama, half of whose projections' weights are zero, and the names of those layers."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=48,
         hidden_size=16,
         intermediate_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=32,

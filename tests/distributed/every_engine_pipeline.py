@@ -17,12 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import every_engine
 import torch
 import torch.distributed as dist
 from every_engine import FIELDS, Counting, broken_off
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from compresskit.distill.divergences import Divergences
 from compresskit.training.objective import Hidden, Signal, head_of
@@ -56,6 +56,7 @@ NAMES = {run: "pipeline 2 x 1f1b" for run in RUNS} | {
 TRUE = {"tied": "tied", "tied-four": "tied", "taught": "taught", "bf16": "bf16"}
 """Which training in one process a run has to agree with; the others with ``untied``."""
 BREAK, BROKEN = 5, ("again", "side")
+make_model = partial(every_engine.make_model, layers=4)
 
 
 class Packed(Counting):
@@ -64,28 +65,6 @@ class Packed(Counting):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         row = super().__getitem__(index)
         return row | {"position_ids": torch.cat((torch.arange(5), torch.arange(7)))}
-
-
-def make_model(*, tied: bool) -> tuple[LlamaForCausalLM, tuple[str, ...]]:
-    """A tiny Llama of four blocks, half of whose projections' weights are zero, and the names of those."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=48,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        tie_word_embeddings=tied,
-    )
-    model = LlamaForCausalLM(config)
-    held = tuple(name for name, _ in model.named_modules() if name.endswith("proj"))
-    with torch.no_grad():
-        for name in held:
-            weight = model.get_submodule(name).weight
-            weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5] = 0
-    return model, held
 
 
 class Teacher:
