@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -207,3 +208,14 @@ def test_distill_needs_a_teacher_unless_one_is_behind_a_server(tmp_path: Path) -
     server = "{method: server, url: 'http://127.0.0.1:9/v1', model: m}"
     result = CliRunner().invoke(main, [*asked, "--teacher-placement", server])
     assert "expected a server that tells its models" in result.output
+
+
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/dev/full is a disk without room; any other error of a file keeps its traceback."""
+    command = click.Command("inspect", callback=lambda: Path("/dev/full").write_text("x"))
+    monkeypatch.setattr("compresskit.cli.locate", lambda name: command)
+    found = CliRunner().invoke(main, ["inspect"])
+    assert found.exit_code == 3
+    assert "error: a file: expected room on the disk, got No space left on device" in found.output
+    command.callback = lambda: Path("/").write_text("x")
+    assert isinstance(CliRunner().invoke(main, ["inspect"]).exception, IsADirectoryError)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import Any
 
 import click
 
-from compresskit.errors import CompressKitError
+from compresskit.errors import CompressKitError, Fault, RunError
 from compresskit.registry import locate, nearest
 
 COMMANDS = {
@@ -59,6 +60,14 @@ class Commands(click.Group):
                 raise
             click.echo(f"error: {error}", err=True)
             sys.exit(error.exit_code)
+        except OSError as error:
+            if ctx.params.get("traceback") or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            cure = "Free some, or move TMPDIR, COMPRESSKIT_CACHE or the output; then run it again."
+            where = str(error.filename or "a file")
+            fault = Fault(where, "room on the disk", str(error.strerror), cure)
+            click.echo(f"error: {fault}", err=True)
+            sys.exit(RunError.exit_code)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from compresskit.errors import Fault
 from compresskit.registry import nearest
 from compresskit.training.fields import TrainingFields
-from compresskit.training.optimizers import CHANGED, EXPECTED, MOVED, OPTIMIZERS
+from compresskit.training.optimizers import CHANGED, MOVED, OPTIMIZERS
 from compresskit.training.rules import RULES
 from compresskit.training.rules.base import Rule
 from compresskit.training.setting import Setting, launched_processes
@@ -50,8 +50,8 @@ def option_faults(fields: TrainingFields, where: str) -> list[Fault]:
             expected = f"an option of {fields.optimizer}: {', '.join(known.options) or 'it has none'}"
             cure = f"Did you mean: {nearest(name, known.options)}?" if known.options else "Leave it out."
             faults.append(Fault(place, expected, repr(name), cure))
-        elif not EXPECTED[name].fits(value):
-            faults.append(Fault(place, EXPECTED[name].words, repr(value), f"Change {name}."))
+        elif not known.expected(name).fits(value):
+            faults.append(Fault(place, known.expected(name).words, repr(value), f"Change {name}."))
     return faults
 
 

@@ -42,6 +42,7 @@ class Known:
         rest_bytes: of optimiser state for any other weight; None is the same.
         low_rank: whether options such as ``rank`` apply to linear layers in blocks alone.
         constant_rate: whether it does without a schedule of the learning rate, and averages weights instead.
+        betas: how many there are.
     """
 
     source: str
@@ -57,6 +58,11 @@ class Known:
     rest_bytes: float | None = None
     low_rank: tuple[str, ...] = ()
     constant_rate: bool = False
+    betas: int = 2
+
+    def expected(self, option: str) -> Expected:
+        """What the value of one of its options may be."""
+        return _betas(self.betas) if option == "betas" else EXPECTED[option]
 
 
 ADAM = ("betas", "eps")
@@ -77,6 +83,7 @@ _MIX = replace(
     options=(*ADAM, "alpha", "t_alpha", "t_beta3"),
     zeros=HELD,
     matrix_bytes=12,
+    betas=3,
 )
 _RMS = replace(_BNB, source="bitsandbytes.optim:RMSprop", options=("alpha", "eps"), matrix_bytes=4)
 _AO = Known(
@@ -226,8 +233,11 @@ def _share(value: Any) -> bool:
     return bool(_number(value) and 0 <= value < 1)
 
 
-def _betas(value: Any) -> bool:
-    return isinstance(value, tuple | list) and len(value) in (2, 3) and all(map(_share, value))
+def _betas(count: int) -> Expected:
+    def fits(value: Any) -> bool:
+        return isinstance(value, tuple | list) and len(value) == count and all(map(_share, value))
+
+    return Expected(f"{('two', 'three')[count - 2]} numbers from 0 to below 1", fits)
 
 
 def _one_of(*names: str) -> Expected:
@@ -240,7 +250,6 @@ _SHARE = Expected("a number from 0 to below 1", _share)
 _SWITCH = Expected("true or false", lambda v: isinstance(v, bool))
 _WHOLE = Expected("a whole number of 1 or more", _count)
 EXPECTED: Mapping[str, Expected] = {
-    "betas": Expected("two numbers (three for ademamix) from 0 to below 1", _betas),
     "eps": _POSITIVE,
     "amsgrad": _SWITCH,
     "momentum_decay": _ANY,

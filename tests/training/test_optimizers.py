@@ -245,7 +245,8 @@ def test_options_reach_the_optimizer(make_model: Make) -> None:
 
 
 def test_every_option_says_what_it_may_be() -> None:
-    assert {option for known in OPTIMIZERS.values() for option in known.options} == set(EXPECTED)
+    assert {option for known in OPTIMIZERS.values() for option in known.options} == {*EXPECTED, "betas"}
+    assert all(known.expected(option).words for known in OPTIMIZERS.values() for option in known.options)
 
 
 @pytest.mark.parametrize(
@@ -254,6 +255,8 @@ def test_every_option_says_what_it_may_be() -> None:
         ("adamw_torch", {"beta": 0.9}, "Did you mean: betas?"),
         ("adamw_torch", {"betas": [0.9]}, "two numbers"),
         ("adamw_torch", {"betas": [0.9, 1.0]}, "two numbers"),
+        ("adamw_torch", {"betas": [0.9, 0.95, 0.99]}, "two numbers"),
+        ("ademamix", {"betas": [0.9, 0.95]}, "three numbers"),
         ("adamw_torch", {"eps": True}, "a number above 0"),
         ("rmsprop", {"momentum": 1.5}, "from 0 to below 1"),
         ("muon", {"adjust_lr_fn": "mine"}, "original or match_rms_adamw"),
