@@ -1,11 +1,13 @@
-"""One chain of four stages under one process, FSDP2 and ZeRO-3: what stages cost, and which zeros are left.
+"""The demo's chain under each engine: perplexity as in one process, every zero kept.
 
-    python -m benchmarks.run chain_engines --model DIR --train FILE --evaluate FILE
+    python -m benchmarks.run chain_engines
 
-Prunes to a pattern with Wanda, trains LoRA on weights frozen in NF4 and merges, distils from the dense model,
-quantises to w8a8; the two stages that train run on the engine in question, in two processes or in one. Bits
-per byte after every stage. A zero of the first stage counts as kept where the integer in the last stage's
-file is 0; a group is broken where it has fewer zeros than the pattern says.
+Prunes the bundled model to 60% zeros with Wanda, distils from the model before, quantises to w8a16, as
+`compresskit demo` does, but with a third of its steps; the stage that trains runs on the engine in
+question, in two or four processes. Perplexity is that of the report. A zero of the first stage counts as
+kept where the integer in the last stage's file is 0; a group is broken where it has fewer zeros than the
+pattern says. Ends with an error where perplexity is more than 1% from one process's, the manifest names
+another engine, or a zero or a group was lost; the record is written all the same.
 """
 
 from __future__ import annotations
@@ -13,117 +15,126 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 import compresskit as ck
 from benchmarks.run import RESULTS, append_record
+from compresskit.cli.demo import DOCUMENTS, STEPS, chain
 from compresskit.modeling import open_model
+from compresskit.modeling.packed import unpacked
 from compresskit.sparse.pattern import parse_pattern
 
-ENGINES: dict[str, dict[str, Any]] = {
-    "one process": {},
-    "fsdp, 2 processes": {"strategy": "fsdp", "processes": 2},
-    "ZeRO-3, 2 processes": {"strategy": "deepspeed", "zero_stage": 3, "processes": 2},
+ONE = "one process"
+ENGINES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    ONE: ("single", {}),
+    "DDP": ("ddp", {"processes": 2, "strategy": "ddp"}),
+    "FSDP2": ("fsdp", {"processes": 2, "strategy": "fsdp"}),
+    "ZeRO-2": ("deepspeed ZeRO-2", {"processes": 2, "strategy": "deepspeed", "zero_stage": 2}),
+    "ZeRO-3": ("deepspeed ZeRO-3", {"processes": 2, "strategy": "deepspeed", "zero_stage": 3}),
+    "TP": ("tp 2", {"processes": 2, "strategy": "tp", "tensor_parallel": 2}),
+    "PP x DP": ("pipeline 2 x 1f1b, 2 side by side", {"processes": 4, "pipeline_stages": 2}),
+    "HSDP": ("fsdp 2 x 2", {"processes": 4, "strategy": "fsdp", "replicas": 2}),
 }
+"""Name -> what the manifest has to call it, and the fields of the stage that trains."""
+TOLERANCE = 0.01
+"""Of perplexity, relative to one process."""
+NOTE = "Other work ran on the same cores: seconds are no measure of an engine's speed."
 
 
 def arguments() -> argparse.ArgumentParser:
     """The options of this benchmark."""
-    parser = argparse.ArgumentParser(description="A chain of four stages under several engines.")
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--train", required=True)
-    parser.add_argument("--evaluate", required=True)
-    parser.add_argument("--pattern", default="2:4")
-    parser.add_argument("--steps", type=int, default=60, help="of each stage that trains")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--context-length", type=int, default=256)
-    parser.add_argument("--documents", type=int, default=200)
+    parser = argparse.ArgumentParser(description="The demo's chain under every engine.")
+    parser.add_argument("--engines", nargs="+", choices=[*ENGINES], default=[*ENGINES])
+    parser.add_argument("--steps", type=int, default=20, help=f"of distillation; the demo's are {STEPS}")
+    parser.add_argument("--documents", type=int, default=DOCUMENTS, help="that perplexity is measured on")
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser
 
 
-def recipe_of(options: argparse.Namespace, engine: dict[str, Any]) -> ck.Recipe:
-    """The chain, with ``engine`` for its two stages that train."""
-    fields = {
-        "steps": options.steps,
-        "batch_size": options.batch_size,
-        "context_length": options.context_length,
-        "checkpoint_every": 0,
-        **engine,
-    }
-    return ck.Recipe(
-        model=str(options.model),
-        data=ck.DataSpec(source=options.train),
-        evaluation=ck.DataSpec(source=options.evaluate),
-        stages=(
-            ck.Prune("wanda", pattern=options.pattern),
-            ck.Qlora(base="nf4", finish="merge", rank=16, learning_rate=2e-3, **fields),
-            ck.Distill(learning_rate=1e-3, **fields),
-            ck.Quantize("rtn", scheme="w8a8"),
-        ),
-    )
+def ran(fields: Mapping[str, Any], steps: int, documents: int) -> dict[str, Any]:
+    """What the chain leaves with ``fields`` for the stage that trains."""
+    recipe, begun = chain(steps, checkpoint_every=0, **fields), time.perf_counter()
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place) / "out"
+        artifact = ck.run(recipe, out, keep_stages=True, measures=("quality",), documents=documents)
+        seconds = time.perf_counter() - begun
+        stages = artifact.manifest["stages"]
+        (trained,) = (s["result"]["metrics"] for s in stages if "engine" in s["result"]["metrics"])
+        pruned, pattern = out / "stages" / stages[0]["name"], recipe.stages[0].pattern
+        return {
+            **{name: of_stages(out, name) for name in ("perplexity", "bits_per_byte")},
+            "engine": trained["engine"],
+            "processes": trained["processes"],
+            **zeros_kept(pruned, out, pattern),
+            "seconds": seconds,
+        }
+
+
+def of_stages(out: Path, name: str) -> dict[str, float]:
+    """Stage -> its figure ``name`` in the report."""
+    stages = (step for step in json.loads(ck.report(out).json())[0]["steps"])
+    return {step["name"]: step["figures"][name] for step in stages}
 
 
 def zeros_kept(pruned: Path, packed: Path, pattern: str) -> dict[str, int]:
     """How many zeros of ``pruned`` are integers 0 in ``packed``, and how many groups have too few of them."""
-    before, form = open_model(str(pruned)), parse_pattern(pattern)
-    found = {"zeros": 0, "kept": 0, "layers": 0, "broken_layers": 0}
-    files = [safe_open(path, "pt") for path in sorted(packed.glob("*.safetensors"))]
-    integers = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+    before, after, form = open_model(pruned), unpacked(open_model(packed)), parse_pattern(pattern)
+    found = {"layers": 0, "zeros": 0, "zeros_kept": 0, "broken_groups": 0}
     for layer, linear in before.anatomy.linears.items():
         if linear.block is None:
             continue
-        zero_OI = before.weight_OI(layer) == 0
-        now_OI = integers[f"{layer}.weight"].get_tensor(f"{layer}.weight")
-        if now_OI.is_floating_point():
-            raise SystemExit(f"{layer} is not packed")
-        found["zeros"] += int(zero_OI.sum())
-        found["kept"] += int((zero_OI & (now_OI == 0)).sum())
+        grid = after.grid(layer)
+        if grid is None or grid.zero_point_OG is not None:
+            raise SystemExit(f"{layer}: no integers whose zero is 0")
+        zero_OI, now_OI = before.weight_OI(layer) == 0, grid.quantize(after.weight_OI(layer)) == 0
         found["layers"] += 1
-        found["broken_layers"] += bool(form.missing(now_OI == 0))
+        found["zeros"] += int(zero_OI.sum())
+        found["zeros_kept"] += int((zero_OI & now_OI).sum())
+        found["broken_groups"] += len(form.missing(now_OI))
     return found
+
+
+def compared(values: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Add to each run how far it is from one process; sentences about what is not as it should be."""
+    last = {name: [*found["perplexity"].values()][-1] for name, found in values.items()}
+    faults = []
+    for name, found in values.items():
+        found["difference_fraction"] = abs(last[name] / last[ONE] - 1)
+        asked, _ = ENGINES[name]
+        if found["engine"] != asked:
+            faults.append(f"{name}: {asked} was asked for, {found['engine']} ran")
+        if not found["difference_fraction"] <= TOLERANCE:
+            faults.append(f"{name}: perplexity {last[name]:.4f}, in one process {last[ONE]:.4f}")
+        if found["zeros_kept"] < found["zeros"] or found["broken_groups"] or not found["zeros"]:
+            kept = f"{found['zeros_kept']:,} of {found['zeros']:,} zeros are left"
+            faults.append(f"{name}: {kept}, {found['broken_groups']} groups are broken")
+    return faults
 
 
 def main() -> None:
     """Run the chain under each engine and append a record."""
     options = arguments().parse_args()
-    values: dict[str, Any] = {}
-    for name, engine in ENGINES.items():
-        with tempfile.TemporaryDirectory() as place:
-            out = Path(place) / "out"
-            artifact = ck.run(
-                recipe_of(options, engine),
-                out,
-                keep_stages=True,
-                measures=("quality",),
-                documents=options.documents,
-            )
-            stages = artifact.manifest["stages"]
-            bits = {}
-            for path in sorted((out / "records").glob("[0-9]*.json")):
-                if "." not in path.stem:
-                    quality = next(r for r in json.loads(path.read_text()) if r["kind"] == "quality")
-                    bits[path.stem] = quality["values"]["bits_per_byte"]
-            trained = [s["result"]["metrics"] for s in stages if "engine" in s["result"]["metrics"]]
-            values[name] = {
-                "bits_per_byte": bits,
-                "engines": [metrics["engine"] for metrics in trained],
-                "processes": [metrics["processes"] for metrics in trained],
-                **zeros_kept(out / "stages" / "1-prune", out, options.pattern),
-            }
-            print(name, json.dumps(values[name]), flush=True)
-    settings = {
-        "model": options.model.name,
-        "pattern": options.pattern,
-        "steps": options.steps,
-        "batch_size": options.batch_size,
-        "context_length": options.context_length,
-        "documents": options.documents,
-    }
-    print(append_record("chain-engines", values, subject=json.dumps(settings), results=options.results))
+    values: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys((ONE, *options.engines)):
+        _, fields = ENGINES[name]
+        values[name] = ran(fields, options.steps, options.documents)
+        print(name, json.dumps(values[name]), flush=True)
+    faults = compared(values)
+    settings = {"steps": options.steps, "steps_of_the_demo": STEPS, "documents": options.documents}
+    path = append_record(
+        "chain-engines",
+        values,
+        subject="compresskit demo",
+        settings=settings,
+        notes=(NOTE,),
+        results=options.results,
+    )
+    print(path)
+    if faults:
+        raise SystemExit("\n".join(faults))
 
 
 if __name__ == "__main__":

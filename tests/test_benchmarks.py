@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,3 +94,24 @@ def test_packed_models_are_generated_with_in_both_residencies(monkeypatch: pytes
     assert quartiles["2:4 packed_tokens_per_s"][1] == 7.0
     now = decode.memory()
     assert now["VmHWM"] >= now["RssAnon"] > 0
+
+
+def test_chains_under_engines_are_compared_with_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS.parent))
+    engines = importlib.import_module("benchmarks.chain_engines")
+
+    def faults(**changes: Any) -> list[str]:
+        counts = {"zeros": 8, "zeros_kept": 8, "broken_groups": 0}
+        one = {"perplexity": {"0-source": 5.0, "1-prune": 9.0}, "engine": "single", **counts}
+        found = {engines.ONE: one, "DDP": {**one, "engine": "ddp", **changes}}
+        said: list[str] = engines.compared(found)
+        assert found[engines.ONE]["difference_fraction"] == 0
+        return said
+
+    assert faults() == faults(perplexity={"1-prune": 9.08}) == []
+    for last in (9.1, 8.9, float("nan")):
+        assert faults(perplexity={"1-prune": last}) == [f"DDP: perplexity {last:.4f}, in one process 9.0000"]
+    assert faults(engine="single") == ["DDP: ddp was asked for, single ran"]
+    for lost in ({"zeros_kept": 7}, {"broken_groups": 1}, {"zeros": 0, "zeros_kept": 0}):
+        (said,) = faults(**lost)
+        assert "zeros are left" in said

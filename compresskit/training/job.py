@@ -29,7 +29,7 @@ from compresskit.training.outcome import TrainOutcome, outcome_from_json
 from compresskit.training.rollout import OfText, OnPolicy
 from compresskit.training.run import Run
 from compresskit.training.sentences import on_sentences
-from compresskit.training.setting import launched_processes, this_rank
+from compresskit.training.setting import Setting, launched_processes, this_rank
 from compresskit.training.surroundings import quiet_transformers
 
 OUTCOME = "outcome.json"
@@ -146,6 +146,8 @@ def carry_out(job: TrainJob) -> TrainOutcome:
     rows, validation, notes = _rows(job)
     teacher = job.teacher.make() if job.teacher else None
     prepared = _prepared(job, teacher, rows, validation)
+    if not Setting(job.training, launched_processes() or 1, "cpu").computes_loss(this_rank()):
+        teacher = None  # it would only take memory here
     adaptation: Adaptation = job.adaptation.make() if job.adaptation else Plain()
     with quiet_transformers():
         model = adaptation.load(source)

@@ -78,6 +78,11 @@ class Setting:
         """Which of them ``rank`` is, or belongs to."""
         return rank // self._together
 
+    def computes_loss(self, rank: int) -> bool:
+        """Whether ``rank`` does, and so asks a teacher; of a pipeline the one with the last stage."""
+        width = max(1, self.fields.pipeline_stages)
+        return rank % width == width - 1
+
     @property
     def _together(self) -> int:
         """Ranks that see the same rows: of split layers, or the stages of one pipeline."""

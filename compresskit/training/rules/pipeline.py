@@ -109,7 +109,7 @@ RULES: tuple[Rule, ...] = (
         "pipeline-teacher",
         "teacher_placement",
         lambda s: _divided(s) and _taught_elsewhere(s),
-        f"{' or '.join(PLACEMENTS)} beside pipeline_stages={{pipeline_stages}}: the last stage alone asks",
+        f"{' or '.join(PLACEMENTS)} beside pipeline_stages={{pipeline_stages}}: the last stage alone has it",
         "another placement",
         "Use teacher_placement replicate or cache, or pipeline_stages 1.",
     ),
