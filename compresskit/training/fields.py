@@ -15,7 +15,7 @@ class TrainingFields:
 
     Attributes:
         steps: optimiser steps; None counts epochs instead.
-        epochs: passes over the data, when ``steps`` is None.
+        epochs: passes over the data, when ``steps`` is None; the rows are the limit, however the batch grows.
         learning_rate: peak, after warm-up.
         learning_rate_scaling: ``none``, ``linear`` or ``sqrt``: multiply learning_rate by how often
             reference_batch_size goes into batch_size, or by the root of that.
@@ -38,7 +38,9 @@ class TrainingFields:
         checkpoint_blocks: recompute those of every n-th block alone.
         checkpoint_operators: keep the outputs of matrix products and attention, recompute the rest.
         offload_activations: what blocks keep for the backward pass waits in the memory of the host.
-        adapt_batch: ``memory`` halves the rows of a pass where memory runs out, and takes more passes.
+        adapt_batch: ``memory`` halves the rows of a pass where memory runs out, and takes more passes;
+            ``noise`` doubles the rows of a step where the noise scale of gradients has reached that many.
+        largest_batch_size: that ``noise`` may come to; learning_rate_scaling says what the rate does then.
         eval_every: steps between evaluations on the validation split; 0 evaluates at the end only.
         keep_best: give the weights of the best evaluation instead of those of the last step.
         trackers: services that are told of each step, through Accelerate: tensorboard, wandb, trackio.
@@ -97,6 +99,7 @@ class TrainingFields:
     checkpoint_operators: bool = False
     offload_activations: bool = False
     adapt_batch: str = "none"
+    largest_batch_size: int | None = None
     eval_every: int = 0
     keep_best: bool = False
     trackers: tuple[str, ...] = ()
@@ -134,8 +137,12 @@ class TrainingFields:
         et al., https://arxiv.org/abs/2205.10287.
         """
         times = self.batch_size / (self.reference_batch_size or self.batch_size)
+        return self.learning_rate * self.rate_times(times)
+
+    def rate_times(self, batch_times: float) -> float:
+        """What the learning rate is multiplied by for a batch of so many times the rows."""
         powers = {"linear": 1.0, "sqrt": 0.5}
-        return float(self.learning_rate * times ** powers.get(self.learning_rate_scaling, 0.0))
+        return float(batch_times ** powers.get(self.learning_rate_scaling, 0.0))
 
     def recomputes(self, block: int) -> bool:
         """Whether the backward pass computes the block of that number once more."""

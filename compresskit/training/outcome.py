@@ -31,7 +31,9 @@ class TrainOutcome:
         validation_loss_before: of an evaluation before the first step; None where none was asked for.
         given_step: whose weights were given: the last one, or with ``keep_best`` the best evaluated.
         teacher: what its provider told of its preparations.
-        learning_rate: peak, scaled with the batch where that was asked for.
+        learning_rate: peak, scaled with the batch where that was asked for; of the batch at the start.
+        batch_sizes: first step -> rows of a step from there on, where the batch may grow.
+        noise_scale_rows: of gradients at the end, if measured; None also where it is too large to tell.
         micro_batch_size: rows of a pass at the end, which may be fewer than were asked for. Not part of a
             manifest.
     """
@@ -53,6 +55,8 @@ class TrainOutcome:
     given_step: int = 0
     teacher: Mapping[str, Any] = field(default_factory=dict)
     learning_rate: float | None = None
+    batch_sizes: Mapping[str, int] = field(default_factory=dict)
+    noise_scale_rows: float | None = None
     micro_batch_size: int = 0
 
     def to_json(self) -> str:

@@ -12,6 +12,7 @@ from compresskit.training.faults import training_faults
 from compresskit.training.fields import TrainingFields
 from compresskit.training.mesh.plan import tensor_faults
 from compresskit.training.optimizers import OPTIMIZERS
+from compresskit.training.rules.memory import NOISE
 from compresskit.training.rules.pipeline import STAGES_A_RANK
 from compresskit.training.setting import Setting, launched_processes
 
@@ -196,6 +197,11 @@ def forecast_training(
         notes += (
             f"The peak learning rate is {fields.peak_rate:.4g}: {fields.learning_rate:.4g}, for batches of "
             f"{fields.reference_batch_size}, scaled to {fields.batch_size} ({fields.learning_rate_scaling}).",
+        )
+    if fields.adapt_batch == NOISE:
+        notes += (
+            f"A step has {fields.batch_size} rows at first and {fields.largest_batch_size} at most, as the "
+            "noise of gradients asks: what is told here is of the first.",
         )
     if fields.matmul == "int8":
         notes += (INT8_NOTES[model.device],)

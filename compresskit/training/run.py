@@ -29,6 +29,7 @@ from compresskit.training.faults import training_faults, zero_faults
 from compresskit.training.features import Featured, projecting, without_projections
 from compresskit.training.fields import TrainingFields
 from compresskit.training.finite import require_finite_weights
+from compresskit.training.growth import GrowingTrainer, batches_at_most
 from compresskit.training.mesh.access import access_under
 from compresskit.training.mesh.plan import ELSE, HEADS, tensor_faults
 from compresskit.training.mesh.rows import Repeated
@@ -39,6 +40,7 @@ from compresskit.training.ranks import Ranks, accompanied
 from compresskit.training.redirect import idle_in, redirected
 from compresskit.training.rollout import OnPolicy
 from compresskit.training.rules.asynchronous import EVERY_STEP
+from compresskit.training.rules.memory import NOISE
 from compresskit.training.sentences import idle_warnings, on_sentences, without_gradient
 from compresskit.training.setting import Setting, launched_processes
 from compresskit.training.surroundings import quiet_transformers, restored_environment, trainable
@@ -134,7 +136,7 @@ class Run:
 
     @cached_property
     def steps(self) -> int:
-        """Optimiser steps."""
+        """Optimiser steps; with ``epochs`` of a batch that grows there may be fewer."""
         epochs = self.fields.epochs
         return self.fields.steps or max(1, math.ceil(epochs * len(self.rows) / self.fields.batch_size))
 
@@ -198,7 +200,7 @@ class Run:
             with redirected(self.model, self.objective, precision=precision):
                 validated = _run(trainer, start)
             keep = trainer.is_world_process_zero()
-            given_step = self.steps
+            steps = given_step = trainer.state.global_step
             if self._best is None:
                 tensors = trainer.access.gather(self.model, keep=keep, frozen=self.saves_frozen)
             else:
@@ -212,7 +214,7 @@ class Run:
         log = LossLog(self.scratch / LOSSES)
         losses = log.losses() if trainer.is_world_process_zero() else [math.nan]
         return TrainOutcome(
-            steps=self.steps,
+            steps=steps,
             first_loss=losses[0],
             final_loss=sum(losses[-LAST:]) / len(losses[-LAST:]),
             validation_loss=validated,
@@ -232,6 +234,7 @@ class Run:
             final_parts=log.parts(LAST),
             validation_loss_before=trainer.first_evaluation(),
             given_step=given_step,
+            **(trainer.growth.told() if isinstance(trainer, GrowingTrainer) else {}),
         )
 
     def _start(self, ranks: Ranks | None) -> tuple[Path | None, tuple[str, ...]]:
@@ -281,6 +284,8 @@ class Run:
         """Which trainer the fields ask for."""
         if self.fields.pipeline_stages > 1:
             return partial(PipelineTrainer, objective=self.objective)
+        if self.fields.adapt_batch == NOISE:
+            return GrowingTrainer
         return StageTrainer if self.fields.synchronise == EVERY_STEP else LocalTrainer
 
     @cached_property
@@ -308,7 +313,7 @@ class Run:
         )
         ordered = Ordered(
             self.rows,
-            steps=self.steps,
+            steps=batches_at_most(fields, self.steps),
             batch_size=fields.batch_size,
             seed=self.seed,
             micro_batch_size=setting.micro_batch_size,

@@ -137,6 +137,8 @@ def _result(
         del plain["validation_loss_before"]
     if not outcome.teacher:
         del plain["teacher"]
+    if not outcome.batch_sizes:
+        del plain["batch_sizes"], plain["noise_scale_rows"]
     record = {
         name: plain.pop(name) for name in ("resumed_from", "seconds", "parameter_bytes", "micro_batch_size")
     }

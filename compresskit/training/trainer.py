@@ -256,9 +256,14 @@ class StageTrainer(KeptTrainer):
         if self._asking is not None:
             signal = self._asking.about(inputs)
             model = cast(nn.Module, self.model)
-            progress = self.state.global_step / self.state.max_steps if model.training else 1.0
+            progress = self._done_fraction if model.training else 1.0
             fed["signal"] = replace(signal, progress=progress)
         return fed
+
+    @property
+    def _done_fraction(self) -> float:
+        """How much of the training is behind it, from 0 to 1."""
+        return self.state.global_step / self.state.max_steps
 
     def _keep(self) -> str:
         """Have a checkpoint of the steps that are done; where the same command continues, in a sentence."""

@@ -24,7 +24,8 @@ class LossLog:
 
     A step has step, loss (nats per supervised token), learning_rate, grad_norm, tokens (read so far), seconds
     (so far, of this start), kernels (op -> implementation), skipped (fp16 only) and parts (what the objective
-    named of its loss, each per supervised token); an evaluation has step and validation_loss.
+    named of its loss, each per supervised token); an evaluation has step and validation_loss. Where the
+    batch may grow, each step also has a line of its batch_size and noise_scale_rows (null: no bound).
     """
 
     def __init__(self, path: Path) -> None:
@@ -122,7 +123,7 @@ class Watch:
     ) -> None:
         self.log, self.progress = log, Progress(title, steps, unit="steps", done=done)
         self._trackers, self._memory_bytes = trackers, memory_bytes
-        self._tokens_per_step, self._since = tokens_per_step, 0
+        self.tokens_per_step, self._since = tokens_per_step, 0
         self._before = log.tokens()
         self._start = time.monotonic()
 
@@ -138,7 +139,7 @@ class Watch:
     ) -> None:
         """One optimiser step is done, of so many ``tokens``; None is one on the data."""
         seconds = time.monotonic() - self._start
-        self._since += self._tokens_per_step if tokens is None else tokens
+        self._since += self.tokens_per_step if tokens is None else tokens
         record = {
             "step": step,
             "loss": loss,
@@ -158,6 +159,13 @@ class Watch:
             numbers = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
             numbers |= {"tokens_per_s": rate, "memory_bytes": memory, **parts}
             self._trackers.log(numbers, step)
+
+    def batch(self, step: int, rows: int, noise_scale_rows: float | None) -> None:
+        """How many rows a step had that is about to be told, and how large a batch its noise allows."""
+        numbers = {"batch_size": rows, "noise_scale_rows": noise_scale_rows}
+        self.log.write({"step": step, **numbers})
+        if self._trackers is not None:
+            self._trackers.log({name: n for name, n in numbers.items() if n is not None}, step)
 
     def evaluation(self, step: int, loss: float) -> None:
         """One evaluation is done."""

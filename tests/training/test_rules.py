@@ -17,6 +17,7 @@ from compresskit.training.setting import Setting, this_rank
 
 DS: dict[str, Any] = {"strategy": "deepspeed"}
 TP: dict[str, Any] = {"strategy": "tp", "processes": 2, "tensor_parallel": 2}
+GROWS: dict[str, Any] = {"adapt_batch": "noise", "largest_batch_size": 64, "micro_batch_size": 4}
 TWO: dict[str, Any] = {"pipeline_stages": 2, "processes": 2}
 ALONE: dict[str, Any] = {"synchronise": "diloco", "processes": 2}
 NVME: dict[str, Any] = DS | {
@@ -93,6 +94,10 @@ BREAKS: dict[str, dict[str, Any]] = {
     "prefix-offload": {"adapter": "prefix", "offload_activations": True},
     "adapt-batch-name": {"adapt_batch": "always"},
     "adapt-batch-engine": DS | {"adapt_batch": "memory"},
+    "adapt-batch-noise-engine": DS | GROWS | {"processes": 2},
+    "adapt-batch-noise-passes": GROWS | {"micro_batch_size": 16},
+    "adapt-batch-largest": GROWS | {"largest_batch_size": 31},
+    "largest-batch-without-noise": {"largest_batch_size": 64},
     "adapt-batch-counts": {"kind": "sparse_train", "adapt_batch": "memory"},
     "checkpoint-part-of-nothing": {"checkpoint_operators": True},
     "checkpoint-blocks-qat": {"kind": "qat", "activation_checkpointing": True, "checkpoint_blocks": 2},
@@ -206,6 +211,8 @@ def test_a_broken_rule_is_told_with_its_cure(
         TrainingFields(processes=4, pipeline_stages=2, pipeline_schedule="interleaved", precision="bf16"),
         TrainingFields(processes=2, pipeline_stages=2, pipeline_schedule="gpipe", micro_batch_size=16),
         TrainingFields(processes=2, synchronise="diloco", synchronise_delay=7, eval_every=3),
+        TrainingFields(adapt_batch="noise", largest_batch_size=32, micro_batch_size=8),
+        TrainingFields(adapt_batch="noise", largest_batch_size=64, processes=2, strategy="fsdp"),
         TrainingFields(strategy="deepspeed", offload="optimizer", overlap=False),
         TrainingFields(strategy="deepspeed", zero_stage=3, offload="parameters"),
         TrainingFields(processes=2, strategy="ddp", overlap=False, steps=3, trace=1),

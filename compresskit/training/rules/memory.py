@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from compresskit.training.rules.base import Rule
+from compresskit.training.setting import Setting
 
-ADAPTS = ("none", "memory")
+NOISE = "noise"
+ADAPTS = ("none", "memory", NOISE)
 COUNT = ("qat", "sparse_train")
 """Kinds of stages whose layers observe, or move masks, by the number of passes."""
+
+
+def _grows(s: Setting) -> bool:
+    return s.fields.adapt_batch == NOISE
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         "prefix-checkpointing",
@@ -55,10 +63,50 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "adapt-batch-counts",
         "adapt_batch",
-        lambda s: s.fields.adapt_batch == "memory" and getattr(s.fields, "kind", "") in COUNT,
+        lambda s: s.fields.adapt_batch in ADAPTS[1:] and getattr(s.fields, "kind", "") in COUNT,
         "none in a stage whose layers count the passes of a step",
         "{adapt_batch}",
-        "Set micro_batch_size to what fits; finetune, distill and qlora can adapt it.",
+        "Leave adapt_batch out; finetune, distill and qlora can adapt it.",
+    ),
+    Rule(
+        "adapt-batch-noise-engine",
+        "adapt_batch",
+        lambda s: (
+            _grows(s)
+            and (
+                s.strategy not in ("single", "ddp", "fsdp")
+                or s.on_mesh
+                or s.fields.pipeline_stages > 1
+                or s.fields.synchronise != "every_step"
+            )
+        ),
+        "none, or memory, where the gradient of one pass on one rank is never whole",
+        "{adapt_batch} with strategy {strategy}",
+        "Use one process, or strategy ddp or fsdp without replicas and tensor_parallel.",
+    ),
+    Rule(
+        "adapt-batch-noise-passes",
+        "micro_batch_size",
+        lambda s: _grows(s) and s.fields.batch_size < 2 * s.micro_batch_size,
+        "at most half of batch_size={batch_size}: noise is measured between passes of a step",
+        "{micro_batch_size}",
+        "Lower micro_batch_size, or train on several processes.",
+    ),
+    Rule(
+        "adapt-batch-largest",
+        "largest_batch_size",
+        lambda s: _grows(s) and (s.fields.largest_batch_size or 0) < 2 * s.fields.batch_size,
+        "at least twice batch_size={batch_size}, which adapt_batch noise begins with",
+        "{largest_batch_size}",
+        "Set largest_batch_size to what the steps at the end may have.",
+    ),
+    Rule(
+        "largest-batch-without-noise",
+        "largest_batch_size",
+        lambda s: not _grows(s) and s.fields.largest_batch_size is not None,
+        "none without adapt_batch noise",
+        "{largest_batch_size}",
+        "Set adapt_batch to noise, or leave largest_batch_size out.",
     ),
     Rule(
         "adapt-batch-sentences",
