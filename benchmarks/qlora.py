@@ -34,8 +34,8 @@ def child(job: dict[str, Any]) -> None:
     """One run; prints what it came to as JSON on its last line."""
     import compresskit as ck
     from compresskit import api
-    from compresskit.training.lowrank import bits
-    from compresskit.training.lowrank.attach import peft_at_work
+    from compresskit.training.adapters import bits
+    from compresskit.training.adapters.attach import peft_at_work
 
     bits.bitsandbytes()
     with peft_at_work():
@@ -69,7 +69,7 @@ def unrounded(model: Path, merged: Path, out: Path) -> None:
     """The same adapter merged into the weights of ``model`` as they were before rounding."""
     from compresskit.modeling import open_model
     from compresskit.targets import select
-    from compresskit.training.lowrank.bits import rounded
+    from compresskit.training.adapters.bits import rounded
     from compresskit.training.write import write_checkpoint
 
     source, made = open_model(model), open_model(merged)

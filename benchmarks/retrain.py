@@ -38,7 +38,7 @@ def child(job: dict[str, Any]) -> None:
     import compresskit as ck
     from compresskit import api
     from compresskit.modeling import open_model
-    from compresskit.training.lowrank.attach import peft_at_work
+    from compresskit.training.adapters.attach import peft_at_work
 
     with peft_at_work():
         import peft  # noqa: F401

@@ -17,10 +17,10 @@ from compresskit.modeling import load_model, load_tokenizer, open_model
 from compresskit.pipeline import run as run_plan
 from compresskit.planned import Plan
 from compresskit.planner import plan
-from compresskit.quant.adapters.attach import with_adapter
 from compresskit.recipe import Recipe
 from compresskit.registry import nearest
 from compresskit.stage import Json, Stage
+from compresskit.training.adapters.attach import with_adapter
 
 if TYPE_CHECKING:
     from torch import nn

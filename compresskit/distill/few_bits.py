@@ -21,8 +21,8 @@ from compresskit.kernels.ops import linear_divergence
 from compresskit.kernels.reference.linear_divergence import Term
 from compresskit.modeling import ModelSource
 from compresskit.modeling.streaming import StreamedModel, return_memory
-from compresskit.training.lowrank.bits import freeze
-from compresskit.training.lowrank.frozen import frozen_model
+from compresskit.training.adapters.bits import freeze
+from compresskit.training.adapters.frozen import frozen_model
 from compresskit.training.objective import head_of, predictions, supervised_tokens
 from compresskit.training.order import Rows, stack
 

@@ -22,14 +22,17 @@ from compresskit.foresight.sketch import sketched
 from compresskit.foresight.states import Held, Shape
 from compresskit.modeling import ModelSource, context_length
 from compresskit.options import Choice, choices_of
-from compresskit.quant.adapters.outlook import BASE_BYTES, trained_parameters
+from compresskit.quant.qlora import Qlora
+from compresskit.quant.qlora_outlook import held_bytes
 from compresskit.sparse import TRAINED_PRUNERS
 from compresskit.stage import Outlook
 from compresskit.targets import select
+from compresskit.training.adapters.outlook import as_stored_layers, trained_parameters
 from compresskit.training.bias_norm import biases_and_norms
 from compresskit.training.lesson import TEXT_ALONE
 from compresskit.training.outlook import LONGEST_ROW, live_copy_bytes
-from compresskit.training.trainable import ALL
+from compresskit.training.rules.base import adapter_of
+from compresskit.training.trainable import ALL, LOW_RANK
 
 LORA, BIAS_NORM = "lora", "bias_norm"
 LIVE_TEACHERS = ("replicate", "shard", "8bit", "4bit")
@@ -88,7 +91,8 @@ class Subject:
 
     @property
     def _adapter(self) -> str:
-        return str(getattr(self.stage, "adapter", ""))
+        """Its name; empty where none is trained."""
+        return adapter_of(self.stage)
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
@@ -100,14 +104,12 @@ class Subject:
         """What ``stage``, which is this one with another strategy, trains and holds."""
         every = tuple(self.shapes.values())
         if self._adapter:
-            return self._few_bits(stage)
+            return self._adapted(stage)
         trainable = getattr(stage, "trainable", ALL)
         if trainable == BIAS_NORM:
             few = set(biases_and_norms(self.model.anatomy))
             trained = tuple(s for n, s in self.shapes.items() if n in few)
             return Held(trained, tuple(s for n, s in self.shapes.items() if n not in few))
-        if trainable == LORA:
-            return Held(self._factors(stage), every)
         if stage.kind == "sparse_train":
             return self._sparse(stage, every)
         extra = 0
@@ -123,21 +125,25 @@ class Subject:
         pairs = [((stage.rank, n.in_features), (n.out_features, stage.rank)) for n in layers]
         return tuple(shape for pair in pairs for shape in pair)
 
-    def _few_bits(self, stage: Any) -> Held:
-        """Weights that are frozen, some of them in few bits, and an adapter."""
-        anatomy = self.model.anatomy
+    def _adapted(self, stage: Any) -> Held:
+        """Weights that are frozen as they are stored or in few bits, and an adapter."""
+        anatomy, linears = self.model.anatomy, self.model.anatomy.linears
         layers = select(anatomy, stage.targets, stage.ignore)
-        rounded = {f"{name}.weight" for name in layers}
-        each = {n: 1.0 if n in self.model.layer_bits else BASE_BYTES[stage.base] for n in layers}
-        linears = anatomy.linears
-        packed = sum(each[n] * linears[n].out_features * linears[n].in_features for n in layers)
-        frozen = tuple(s for n, s in self.shapes.items() if n not in rounded)
+        each = held_bytes(stage, self.model, layers) if isinstance(stage, Qlora) else {}
+        packed = sum(each[n] * linears[n].out_features * linears[n].in_features for n in each)
+        narrow = {f"{n}.weight" for n in as_stored_layers(anatomy)} if self.model.weight_bytes == 2 else ()
+        frozen = tuple(
+            (prod(shape) // 2,) if name in narrow else shape  # pairs of weights are one number each
+            for name, shape in self.shapes.items()
+            if name.removesuffix(".weight") not in each
+        )
         # While a layer computes, or its gradient is carried back, its weight is there in float32.
-        extra = 4 * largest_layer(anatomy, layers)
-        if stage.adapter == LORA:
+        extra = 4 * largest_layer(anatomy, tuple(each) or (as_stored_layers(anatomy) if narrow else ()))
+        if self._adapter == LORA:
             trained = self._factors(stage)
         else:
-            trained = ((trained_parameters(stage, anatomy, self.model.config, layers),),)
+            count = trained_parameters(self._adapter, stage.rank, anatomy, self.model.config, layers)
+            trained = ((count,),)
         return Held(trained, frozen, packed_bytes=round(packed), extra_bytes=extra)
 
     def _sparse(self, stage: Any, every: tuple[Shape, ...]) -> Held:
@@ -298,9 +304,7 @@ def untold(stage: Any) -> tuple[str, ...]:
         "Products in int8 are timed and weighed as those in float.": stage.matmul != "float",
         "Products in fp8 are timed and weighed as those in bf16.": stage.precision == "fp8",
         "Activations that wait on the host are counted on the device.": stage.offload_activations,
-        f"Adapter {getattr(stage, 'adapter', '')} is weighed as LoRA of its rank.": getattr(
-            stage, "adapter", LORA
-        )
-        not in (LORA, "dora", ""),
+        f"Adapter {adapter_of(stage)} is weighed as LoRA of its rank.": adapter_of(stage)
+        not in (*LOW_RANK, ""),
     }
     return tuple(sentence for sentence, holds in told.items() if holds)

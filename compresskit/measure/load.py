@@ -13,7 +13,7 @@ from transformers.models.auto import modeling_auto
 
 from compresskit.errors import Fault, ModelError
 from compresskit.modeling.quiet import hush, without_bars
-from compresskit.quant.adapters.attach import with_adapter
+from compresskit.training.adapters.attach import with_adapter
 
 # Tried in order; the first whose table lists the architecture is what users load it with.
 AUTO_CLASSES = (

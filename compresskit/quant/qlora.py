@@ -9,6 +9,7 @@ from compresskit.calibration.oneshot import as_names
 from compresskit.data.spec import DataSpec
 from compresskit.errors import Fault
 from compresskit.training.fields import TrainingFields
+from compresskit.training.trainable import ADAPTERS, BESIDE
 
 if TYPE_CHECKING:
     from compresskit.modeling.source import ModelSource
@@ -16,12 +17,11 @@ if TYPE_CHECKING:
     from compresskit.stage import Forecast, Outlook, StageContext, StageResult
 
 CHOICES = {
-    "adapter": ("lora", "dora", "prefix", "bottleneck"),
+    "adapter": ADAPTERS,
     "base": ("nf4", "int8", "none"),
     "finish": ("adapter", "merge", "grid"),
     "merge_into": ("trained", "original"),
 }
-LOW_RANK = ("lora", "dora")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +78,7 @@ class Qlora(TrainingFields):
     @property
     def ends_chain(self) -> bool:
         """Whether no stage may follow: what was trained stands beside the model, not in it."""
-        return self.finish == "adapter"
+        return self.finish == BESIDE
 
     def faults(self, model: Outlook, where: str) -> list[Fault]:
         """Everything wrong with this stage for such a ``model``; reads no weight.
@@ -90,13 +90,13 @@ class Qlora(TrainingFields):
         Returns:
             All faults together: of the training fields, the adapter, the base and the finish.
         """
-        from compresskit.quant.adapters.outlook import qlora_faults
+        from compresskit.quant.qlora_outlook import qlora_faults
 
         return qlora_faults(self, model, where)
 
     def forecast(self, model: Outlook) -> Forecast:
         """What this stage will do to such a ``model``; called only when it has no faults."""
-        from compresskit.quant.adapters.outlook import forecast_qlora
+        from compresskit.quant.qlora_outlook import forecast_qlora
 
         return forecast_qlora(self, model)
 
@@ -108,7 +108,7 @@ class Qlora(TrainingFields):
             NumericError: a loss or weight is no longer finite; names the step and the layer.
             WorkerError: a training process died.
         """
-        from compresskit.quant.adapters.work import run_qlora
+        from compresskit.quant.qlora_run import run_qlora
 
         return run_qlora(self, model, context)
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -33,7 +33,11 @@ class BiasNorm:
 
     masks_gradients: ClassVar[bool] = False
     saves_frozen: ClassVar[bool] = False
-    reads: ClassVar[tuple[str, ...]] = ()
+
+    @staticmethod
+    def reads(trainable: str) -> tuple[str, ...]:
+        """There is nothing to choose."""
+        return ()
 
     @staticmethod
     def faults(stage: TrainableFields, model: Outlook, where: str) -> list[Fault]:
@@ -46,12 +50,12 @@ class BiasNorm:
         ]
 
     @staticmethod
-    def share(stage: TrainableFields, anatomy: Anatomy) -> Share:
+    def share(stage: TrainableFields, anatomy: Anatomy, config: Any, weight_bytes: float) -> Share:
         """What of such a model is trained."""
         names = biases_and_norms(anatomy)
         trained = sum(prod(anatomy.parameter_shapes[name]) for name in names)
         layers = sum(f"{name}.bias" in names for name in anatomy.linears)
-        return Share(trained=trained, frozen=anatomy.num_parameters - trained, layers=layers)
+        return Share(trained=trained, layers=layers, frozen_bytes=4 * (anatomy.num_parameters - trained))
 
     @staticmethod
     def options(stage: TrainableFields, model: ModelSource, context: StageContext) -> dict[str, Json]:

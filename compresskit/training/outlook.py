@@ -158,7 +158,7 @@ def forecast_training(
     *,
     teacher_bytes: int = 0,
     trained: int | None = None,
-    frozen: int = 0,
+    frozen_bytes: int = 0,
     other_bytes: int = 0,
 ) -> Forecast:
     """Memory of one process, in bytes: weights, gradients, optimiser, activations and the loss's chunks.
@@ -168,8 +168,8 @@ def forecast_training(
         model: what the stage will be given.
         teacher_bytes: what every process holds of a teacher.
         trained: parameters that are; None: all of the model.
-        frozen: parameters that are not, in fp32, which an engine shards where it shards the trained ones.
-        other_bytes: what an adaptation holds besides, such as frozen weights, in each process.
+        frozen_bytes: of parameters that are not, which an engine shards where it shards the trained ones.
+        other_bytes: what an adaptation holds besides, such as weights in few bits, in each process.
     """
     setting = Setting(fields, launched_processes() or fields.processes, "cpu")
     config, anatomy = model.config, model.anatomy
@@ -180,16 +180,16 @@ def forecast_training(
     shards = setting.processes if setting.strategy == "deepspeed" else setting.parameter_parts
     parameters = anatomy.num_parameters if trained is None else trained
     kept = state_bytes(fields, anatomy, parameters)
-    states = (parameters * 8 + kept + frozen * 4) // shards
+    states = (parameters * 8 + kept + frozen_bytes) // shards
     if setting.strategy == "deepspeed" and fields.zero_stage < 3:
-        states = parameters * 8 + kept // shards + frozen * 4
+        states = parameters * 8 + kept // shards + frozen_bytes
     if fields.synchronise == "diloco":  # outer weights and their momentum; what is under way, and was then
         states += parameters * (16 if fields.synchronise_delay else 8)
     activations = 4 * tokens * kept_per_token(fields, len(anatomy.blocks), width, inner, model.device)
     logits = loss_bytes(tokens, vocabulary, width, model.device)
     if fields.tensor_parallel > 1:
         logits += 2 * 4 * vocabulary * width  # the output projection and its gradient are whole in a loss
-    loading = (parameters + frozen) * 4
+    loading = parameters * 4 + frozen_bytes
     notes: tuple[str, ...] = ()
     if setting.strategy in ("fsdp", "tp", "deepspeed") or fields.pipeline_stages > 1:
         notes = ("Each process loads the whole model once before it keeps only its shard.",)

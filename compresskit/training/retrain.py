@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from compresskit.errors import Fault
 from compresskit.registry import nearest
+from compresskit.training.adapters.outlook import beside_notes, beside_warnings
 from compresskit.training.fields import TrainingFields
 from compresskit.training.outlook import forecast_training, student_faults
 from compresskit.training.setting import this_rank
@@ -42,24 +43,24 @@ def retraining_faults(stage: TrainableFields, model: Outlook, where: str) -> lis
 
 def _idle_faults(stage: TrainableFields, where: str) -> list[Fault]:
     """Fields that were set, though what is trainable does not look at them."""
-    reads = () if stage.trainable == ALL else TRAINABLES[stage.trainable].reads
+    reads = () if stage.trainable == ALL else TRAINABLES[stage.trainable].reads(stage.trainable)
     faults = []
     for field in OWN:
         value: Any = getattr(stage, field.name)
         if field.name in reads or field.default is MISSING or value == field.default:
             continue
-        readers = [name for name in TRAINABLES if field.name in TRAINABLES[name].reads]
+        readers = [name for name in TRAINABLES if field.name in TRAINABLES[name].reads(name)]
         expected = f"nothing beside trainable {stage.trainable}"
         cure = f"Leave this field out, or set trainable to {' or '.join(readers)}."
         faults.append(Fault(f"{where}.{field.name}", expected, repr(value), cure))
     return faults
 
 
-def share_of(stage: TrainableFields, anatomy: Anatomy) -> Share:
-    """What of such a model ``stage``, which has no faults, trains."""
+def share_of(stage: TrainableFields, anatomy: Anatomy, config: Any, weight_bytes: float = 4.0) -> Share:
+    """What of such a model, stored in so many bytes a weight, ``stage``, which has no faults, trains."""
     if stage.trainable == ALL:
-        return Share(trained=anatomy.num_parameters, frozen=0, layers=len(anatomy.linears))
-    return TRAINABLES[stage.trainable].share(stage, anatomy)
+        return Share(trained=anatomy.num_parameters, layers=len(anatomy.linears))
+    return TRAINABLES[stage.trainable].share(stage, anatomy, config, weight_bytes)
 
 
 def forecast_retraining(stage: TrainableFields, model: Outlook, *, teacher_bytes: int = 0) -> Forecast:
@@ -70,13 +71,13 @@ def forecast_retraining(stage: TrainableFields, model: Outlook, *, teacher_bytes
         model: what the stage will be given.
         teacher_bytes: what every process holds of a teacher.
     """
-    share = share_of(stage, model.anatomy)
+    share = share_of(stage, model.anatomy, model.config, model.weight_bytes)
     found = forecast_training(
         stage,
         model,
         teacher_bytes=teacher_bytes,
         trained=share.trained,
-        frozen=share.frozen,
+        frozen_bytes=share.frozen_bytes,
         other_bytes=share.other_bytes,
     )
     return replace(found, layers=share.layers, notes=(*found.notes, *_notes(stage, share, model.anatomy)))
@@ -86,7 +87,8 @@ def _notes(stage: TrainableFields, share: Share, anatomy: Anatomy) -> tuple[str,
     if stage.trainable == ALL:
         return ()
     percent = 100 * share.trained / anatomy.num_parameters
-    return (f"{share.trained:,} parameters are trained, {percent:.3g}% of the model's: {stage.trainable}.",)
+    told = f"{share.trained:,} parameters are trained, {percent:.3g}% of the model's: {stage.trainable}."
+    return (told, *beside_notes(stage.trainable, stage.finish))
 
 
 def run_retraining(
@@ -117,10 +119,12 @@ def run_retraining(
     from compresskit.training.job import Part
     from compresskit.training.stage import CROSS_ENTROPY, run_training
 
-    adaptation = None
+    adaptation, warnings = None, tuple[str, ...]()
     if stage.trainable != ALL:
         cls: Any = TRAINABLES[stage.trainable]
-        adaptation = Part(f"{cls.__module__}:{cls.__qualname__}", cls.options(stage, model, context))
+        options = cls.options(stage, model, context)
+        adaptation = Part(f"{cls.__module__}:{cls.__qualname__}", options)
+        warnings = beside_warnings(stage.finish, holds=bool(options.get("held")))
     result = run_training(
         stage,
         model,
@@ -134,6 +138,6 @@ def run_retraining(
     )
     if this_rank():
         return result
-    trained = share_of(stage, model.anatomy).trained
+    trained = share_of(stage, model.anatomy, model.config).trained
     told = {"trained_parameters": trained, "trained_fraction": trained / model.anatomy.num_parameters}
-    return replace(result, metrics={**result.metrics, **told})
+    return replace(result, metrics={**result.metrics, **told}, warnings=(*result.warnings, *warnings))

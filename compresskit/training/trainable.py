@@ -1,4 +1,4 @@
-"""Which parameters a stage trains: all of them, or few, to win back what compression cost. No torch.
+"""Which parameters a stage trains: all of them, few of them, or an adapter's. No torch.
 
 The table stands here, below the families of methods, since stages of more than one may use what it names.
 
@@ -9,7 +9,7 @@ https://arxiv.org/abs/2312.15230.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from compresskit.calibration.oneshot import as_names
 from compresskit.data.spec import DataSpec
@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 ALL = "all"
 """Every parameter of the model as it is."""
+LOW_RANK = ("lora", "dora")
+"""Adapters that a weight can take in."""
+ADAPTERS = (*LOW_RANK, "prefix", "bottleneck")
+MERGE, BESIDE = "merge", "adapter"
+FINISHES = (MERGE, BESIDE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,11 +36,15 @@ class TrainableFields(TrainingFields):
     """How to train, and what of the model; inherited by stages that may train few parameters.
 
     Attributes:
-        trainable: ``all``, ``bias_norm`` (biases and the weights of norms; no parameter is added) or ``lora``
-            (low-rank updates of frozen layers, merged at the end where no zero is held).
-        rank: of LoRA's updates.
+        trainable: ``all``, ``bias_norm`` (biases and the weights of norms; no parameter is added), or an
+            adapter on the model, which is frozen as it is stored: ``lora``, ``dora``, ``prefix`` or
+            ``bottleneck``.
+        rank: of LoRA and DoRA; width of a bottleneck; virtual tokens of a prefix.
         alpha: LoRA's update is multiplied by alpha / rank.
-        targets: which layers LoRA updates: module names, patterns or ``Linear``.
+        dropout: of the adapter's input, while it trains; the frozen weight sees all of it.
+        finish: ``merge`` folds LoRA and DoRA in where no zero is held, ``adapter`` keeps an adapter beside
+            the model, for peft to load.
+        targets: which layers LoRA and DoRA update: module names, patterns or ``Linear``.
         ignore: which of those to leave alone; the output projection takes no update.
         data: text to train on; None takes the recipe's.
     """
@@ -46,6 +55,8 @@ class TrainableFields(TrainingFields):
     trainable: str = ALL
     rank: int = 16
     alpha: float = 32.0
+    dropout: float = 0.0
+    finish: str = MERGE
     targets: tuple[str, ...] = ("Linear",)
     ignore: tuple[str, ...] = ("lm_head",)
     data: DataSpec | None = None
@@ -62,6 +73,11 @@ class TrainableFields(TrainingFields):
         """Whether the weights of layers are trained under their own names."""
         return self.trainable == ALL
 
+    @property
+    def ends_chain(self) -> bool:
+        """Whether no stage may follow: what was trained stands beside the model, not in it."""
+        return self.finish == BESIDE
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
@@ -69,25 +85,24 @@ class Share:
 
     Attributes:
         trained: parameters that take a gradient.
-        frozen: parameters that take none.
-        layers: linear layers that change.
+        layers: linear layers that change, or are added to.
+        frozen_bytes: of parameters that take none, as they are held, before an engine divides them.
         other_bytes: that training holds besides, in each process.
     """
 
     trained: int
-    frozen: int
     layers: int
+    frozen_bytes: int = 0
     other_bytes: int = 0
 
 
 class Trainable(Protocol):
-    """An ``Adaptation`` that trains few parameters, and what the plan asks of it.
+    """An ``Adaptation`` that trains few parameters, and what the plan asks of it."""
 
-    Attributes:
-        reads: fields of the stage that it looks at.
-    """
-
-    reads: ClassVar[tuple[str, ...]]
+    @staticmethod
+    def reads(trainable: str) -> tuple[str, ...]:
+        """Fields of the stage that it looks at under this name of the table."""
+        ...
 
     @staticmethod
     def faults(stage: TrainableFields, model: Outlook, where: str) -> list[Fault]:
@@ -95,13 +110,17 @@ class Trainable(Protocol):
         ...
 
     @staticmethod
-    def share(stage: TrainableFields, anatomy: Anatomy) -> Share:
-        """What of such a model is trained; ``stage`` has no faults."""
+    def share(stage: TrainableFields, anatomy: Anatomy, config: Any, weight_bytes: float) -> Share:
+        """What of such a model, stored in so many bytes a weight, is trained; ``stage`` has no faults."""
         ...
 
     @staticmethod
     def options(stage: TrainableFields, model: ModelSource, context: StageContext) -> dict[str, Json]:
-        """Keyword arguments that make the adaptation."""
+        """Keyword arguments that make the adaptation.
+
+        Raises:
+            PlanError: what is trained does not go with the weights of ``model``.
+        """
         ...
 
 
@@ -109,6 +128,6 @@ TRAINABLES: Registry[Trainable] = Registry(
     "trainable",
     {
         "bias_norm": "compresskit.training.bias_norm:BiasNorm",
-        "lora": "compresskit.training.lora:Lora",
+        **dict.fromkeys(ADAPTERS, "compresskit.training.adapters.trainable:Adapter"),
     },
 )

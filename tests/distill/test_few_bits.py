@@ -21,7 +21,7 @@ from compresskit.distill.placements.base import Teaching
 from compresskit.distill.placements.few_bits import rounded_layers
 from compresskit.distill.stage import Distill
 from compresskit.modeling import ModelSource, load_model, open_model
-from compresskit.training.lowrank.bits import rounded
+from compresskit.training.adapters.bits import rounded
 
 pytest.importorskip("bitsandbytes")
 BITS = {"8bit": "int8", "4bit": "nf4"}

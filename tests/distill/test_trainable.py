@@ -31,9 +31,9 @@ from compresskit.modeling.anatomy import anatomy_of
 from compresskit.modeling.skeleton import skeleton
 from compresskit.quant.qlora import Qlora
 from compresskit.stage import StageContext, StageResult
-from compresskit.training import lora as lora_module
+from compresskit.training.adapters import outlook as adapters_outlook
+from compresskit.training.adapters.trainable import Adapter
 from compresskit.training.bias_norm import BiasNorm, biases_and_norms
-from compresskit.training.lora import Lora
 from compresskit.training.retrain import _notes as retrain_notes
 from compresskit.training.trainable import TRAINABLES, Share
 
@@ -123,7 +123,7 @@ def test_ways_as_they_stand_have_no_fault(source: ModelSource, monkeypatch: pyte
         assert Finetune(**way).faults(outlook(source), "s") == []
     assert Finetune(**LORA, optimizer="adamw_8bit").faults(outlook(source), "s") == []
     assert Finetune(optimizer="adamw_8bit").faults(outlook(source), "s") == []  # no zero is promised
-    monkeypatch.setattr(lora_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(adapters_outlook, "find_spec", lambda name: None)
     (fault,) = Finetune(**LORA).faults(outlook(source), "s")
     assert "the package peft" in str(fault)
     assert "pip install 'compresskit[qlora]'" in str(fault)
@@ -235,7 +235,16 @@ def test_lora_is_to_the_byte_what_qlora_makes_of_weights_frozen_as_they_are(
 
 def test_what_was_trained_is_what_was_merged(source: ModelSource, text: DataSpec, tmp_path: Path) -> None:
     """The very model that was trained against the checkpoint it left, layer by layer without a mask too."""
-    adapted = Lora(rank=4, alpha=8.0, targets=projections(source), held=projections(source)[3:], seed=0)
+    adapted = Adapter(
+        adapter="lora",
+        rank=4,
+        alpha=8.0,
+        dropout=0.0,
+        finish="merge",
+        targets=projections(source),
+        held=projections(source)[3:],
+        seed=0,
+    )
     model: Any = adapted.load(source)
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -303,7 +312,7 @@ def test_the_forecast_has_no_states_for_what_is_frozen(source: ModelSource) -> N
 
 def test_a_share_above_all_of_the_model_is_told_in_plain_digits(source: ModelSource) -> None:
     """Factors of a high rank are more than the weights they update."""
-    share = Share(trained=400, frozen=200, layers=1)
+    share = Share(trained=400, layers=1)
     (note,) = retrain_notes(Finetune(**LORA), share, replace(source.anatomy, num_parameters=200))
     assert note == "400 parameters are trained, 200% of the model's: lora."
 
@@ -346,4 +355,4 @@ def test_the_plan_shows_what_is_trained(source: ModelSource, text: DataSpec) -> 
     assert "1-finetune     lora" in shown
     assert "parameters are trained" in shown
     assert replace(Finetune(), targets="a").targets == ("a",)
-    assert BiasNorm.reads == ()
+    assert BiasNorm.reads("bias_norm") == ()

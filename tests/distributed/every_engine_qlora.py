@@ -20,7 +20,7 @@ from every_engine import FIELDS, Counting, broken_off
 from torch import Tensor
 
 from compresskit.modeling import ModelSource
-from compresskit.quant.adapters.adaptation import Adapted
+from compresskit.training.adapters.adaptation import Adapted
 from compresskit.training.fields import TrainingFields
 from compresskit.training.outcome import TrainOutcome
 from compresskit.training.run import Run

@@ -16,7 +16,7 @@ from ranks import two_ranks
 from tiny import tiny_llama
 
 from compresskit.modeling import ModelSource
-from compresskit.training.lowrank.bits import rounded
+from compresskit.training.adapters.bits import rounded
 from compresskit.training.watch import LossLog
 from compresskit.training.write import write_checkpoint
 

@@ -90,8 +90,10 @@ BREAKS: dict[str, dict[str, Any]] = {
     "adapt-batch-sentences": {"adapt_batch": "memory", "learns_sentences": True},
     "offload-split-layers": TP | {"offload_activations": True, "batch_size": 2},
     "optimizer-paged-cpu": {"optimizer": "paged_adamw_8bit"},
+    "adapter-sentences": {"trainable": "lora", "learns_sentences": True},
+    "prefix-learns": {"trainable": "prefix", "on_policy": {"fraction": 0.5}},
     "prefix-checkpointing": {"adapter": "prefix", "activation_checkpointing": True},
-    "prefix-offload": {"adapter": "prefix", "offload_activations": True},
+    "prefix-offload": {"trainable": "prefix", "offload_activations": True},
     "adapt-batch-name": {"adapt_batch": "always"},
     "adapt-batch-engine": DS | {"adapt_batch": "memory"},
     "adapt-batch-noise-engine": DS | GROWS | {"processes": 2},
@@ -144,7 +146,8 @@ class AdapterFields(TrainingFields):
     """Those of a stage that trains adapters, or has another name."""
 
     kind: str = "finetune"
-    adapter: str = "lora"
+    adapter: str = ""
+    trainable: str = "all"
     base: str = "none"
     on_policy: dict[str, Any] | None = None
     learns_sentences: bool = False

@@ -1,6 +1,7 @@
 """What does not combine: tables, a file a subject. No torch."""
 
 from compresskit.training.rules import (
+    adapters,
     asynchronous,
     deepspeed,
     engine,
@@ -26,6 +27,7 @@ ROOMS = (
     optimizer,
     precision,
     memory,
+    adapters,
     watching,
 )
 RULES: tuple[Rule, ...] = tuple(rule for room in ROOMS for rule in room.RULES)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from compresskit.training.setting import Setting
+from compresskit.training.trainable import ADAPTERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,5 +35,11 @@ def swaps_layers(s: Setting) -> bool:
     return (
         getattr(s.fields, "kind", "") in ("qat", "qlora")
         or getattr(s.fields, "swaps_layers", False)
-        or getattr(s.fields, "trainable", "") == "lora"
+        or adapter_of(s.fields) != ""
     )
+
+
+def adapter_of(stage: object) -> str:
+    """The adapter that ``stage`` trains on a frozen model; empty where it trains none."""
+    named = str(getattr(stage, "adapter", "") or getattr(stage, "trainable", ""))
+    return named if named in ADAPTERS else ""

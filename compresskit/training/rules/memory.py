@@ -17,26 +17,6 @@ def _grows(s: Setting) -> bool:
 
 RULES: tuple[Rule, ...] = (
     Rule(
-        "prefix-checkpointing",
-        "activation_checkpointing",
-        lambda s: getattr(s.fields, "adapter", "") == "prefix" and s.fields.activation_checkpointing,
-        "a prefix, which is a cache, without recomputed activations",
-        "both",
-        "Set activation_checkpointing to false, or use adapter lora.",
-    ),
-    Rule(
-        "prefix-offload",
-        "offload_activations",
-        lambda s: (
-            getattr(s.fields, "adapter", "") == "prefix"
-            and s.fields.offload_activations
-            and not s.fields.activation_checkpointing
-        ),
-        "a prefix, which is a cache, with activations kept where they are",
-        "both",
-        "Set offload_activations to false, or use adapter lora.",
-    ),
-    Rule(
         "adapt-batch-name",
         "adapt_batch",
         lambda s: s.fields.adapt_batch not in ADAPTS,

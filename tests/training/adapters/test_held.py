@@ -10,12 +10,12 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compresskit.quant.adapters.frozen import GridLinear
-from compresskit.quant.adapters.held import hold
 from compresskit.quant.affine import grid_for
 from compresskit.quant.scheme import parse
-from compresskit.training.lowrank.bits import freeze, frozen_weight
-from compresskit.training.lowrank.merge import merged, update
+from compresskit.training.adapters.bits import freeze, frozen_weight
+from compresskit.training.adapters.held import hold
+from compresskit.training.adapters.merge import merged, update
+from compresskit.training.adapters.on_grid import GridLinear
 
 O, I, R, SCALING = 24, 40, 4, 2.0  # noqa: E741
 

@@ -1,4 +1,4 @@
-"""What a QLoRA stage trains in place of the plain model, and the three ways it becomes a checkpoint again.
+"""What a stage trains in place of the plain model, and the three ways it becomes a checkpoint again.
 
 Shapes: O = out_features, I = in_features, R = rank.
 """
@@ -21,17 +21,18 @@ from compresskit.formats.grid import GRIDS_FILE
 from compresskit.modeling import ModelSource
 from compresskit.modeling.skeleton import skeleton
 from compresskit.progress import Progress
-from compresskit.quant.adapters.attach import attach, marked, write_adapter
-from compresskit.quant.adapters.frozen import GridLinear
-from compresskit.quant.adapters.held import hold
-from compresskit.quant.adapters.loftq import Start, loftq
-from compresskit.quant.adapters.prefix import add_prefix
-from compresskit.quant.qlora import LOW_RANK
-from compresskit.training.lowrank.attach import ADAPTER
-from compresskit.training.lowrank.bits import freeze, frozen_weight, rounded
-from compresskit.training.lowrank.frozen import frozen_model
-from compresskit.training.lowrank.merge import merged
+from compresskit.training.adapters.attach import attach, marked, write_adapter
+from compresskit.training.adapters.bits import freeze, frozen_weight, rounded
+from compresskit.training.adapters.frozen import frozen_linear, frozen_model
+from compresskit.training.adapters.held import hold
+from compresskit.training.adapters.loftq import Start, loftq
+from compresskit.training.adapters.masked import ADAPTER
+from compresskit.training.adapters.merge import merged
+from compresskit.training.adapters.on_grid import GridLinear
+from compresskit.training.adapters.outlook import as_stored_layers
+from compresskit.training.adapters.prefix import add_prefix
 from compresskit.training.setting import this_rank
+from compresskit.training.trainable import LOW_RANK
 from compresskit.training.write import Changed, as_stored, write_checkpoint
 
 COMPUTES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,7 +51,7 @@ class Adapted:
         loftq_rounds: alternations of LoftQ; 0 starts from a zero update.
         finish: ``adapter``, ``merge`` or ``grid``.
         merge_into: ``trained``, the frozen weight as it was rounded, or ``original``.
-        targets: names of linear layers.
+        targets: names of linear layers: those that LoRA and DoRA update, or that are frozen in few bits.
         held: layers whose zeros stay.
         precision: of the matrix products: ``fp32``, ``bf16`` or ``fp16``.
         seed: of the adapter's first weights.
@@ -64,13 +65,13 @@ class Adapted:
     rank: int
     alpha: float
     dropout: float
-    base: str
-    loftq_rounds: int
+    base: str = "none"
+    loftq_rounds: int = 0
     finish: str
-    merge_into: str
+    merge_into: str = "original"
     targets: tuple[str, ...]
     held: tuple[str, ...]
-    precision: str
+    precision: str = "fp32"
     seed: int
     sharded: bool = False
     _loaded: list[nn.Module] = field(default_factory=list, init=False, repr=False, compare=False)
@@ -94,7 +95,7 @@ class Adapted:
             A causal language model of transformers.
         """
         starts: dict[str, Start] = {}
-        layers = frozenset(self.targets)
+        layers = frozenset((*self.targets, *as_stored_layers(source.anatomy)))
         stream = StringIO() if this_rank() else None
         with Progress("Freezing weights", len(layers), unit="layers", stream=stream) as bar:
 
@@ -157,6 +158,8 @@ class Adapted:
         starts: dict[str, Start],
     ) -> nn.Module:
         """The layer to put under an adapter; where LoftQ chooses its start, that is left in ``starts``."""
+        if layer not in self.targets:
+            return frozen_linear(weight_OI, bias_O)
         grid = source.grid(layer)
         if grid is not None:
             return GridLinear(weight_OI, bias_O, grid)

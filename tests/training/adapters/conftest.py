@@ -14,7 +14,7 @@ from tiny import tiny_llama
 from torch import Tensor, nn
 
 from compresskit.modeling import ModelSource
-from compresskit.quant.adapters.adaptation import Adapted
+from compresskit.training.adapters.adaptation import Adapted
 from compresskit.training.fields import TrainingFields
 from compresskit.training.outcome import TrainOutcome
 from compresskit.training.run import Run

@@ -11,10 +11,10 @@ from peft import PeftModel, get_peft_model
 from torch.nn import functional as F
 
 from compresskit.modeling import ModelSource, load_model
-from compresskit.quant.adapters.attach import parts_of
-from compresskit.quant.adapters.bottleneck import BottleneckConfig
+from compresskit.training.adapters.attach import parts_of
+from compresskit.training.adapters.bottleneck import BottleneckConfig
 
-# peft asks transformers by an old name; compresskit.quant.adapters.attach says the same.
+# peft asks transformers by an old name; compresskit.training.adapters.attach says the same.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
 
 

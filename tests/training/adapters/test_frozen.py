@@ -7,13 +7,14 @@ import torch
 from bitsandbytes import functional
 from conftest import projections
 
+from compresskit.errors import EngineError
 from compresskit.formats.grid import Grid
 from compresskit.modeling import ModelSource, load_model
-from compresskit.quant.adapters.frozen import GridLinear
 from compresskit.quant.affine import grid_for
 from compresskit.quant.scheme import parse
-from compresskit.training.lowrank.bits import freeze, frozen_weight, rounded
-from compresskit.training.lowrank.frozen import frozen_model
+from compresskit.training.adapters.bits import freeze, frozen_weight, rounded
+from compresskit.training.adapters.frozen import frozen_linear, frozen_model
+from compresskit.training.adapters.on_grid import GridLinear
 
 
 @pytest.fixture
@@ -46,6 +47,35 @@ def test_the_layer_multiplies_with_the_weight_it_tells_and_keeps_zeros(
         layer(x), x @ frozen_OI.T + bias_O, rtol=0, atol=0.1 if base == "int8" else 1e-5
     )
     assert not layer.weight.requires_grad
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_weight_of_16_bits_stays_one_and_computes_what_a_wide_one_does(
+    weight_OI: torch.Tensor, dtype: torch.dtype, autocast: torch.dtype | None
+) -> None:
+    draw = torch.Generator().manual_seed(1)
+    bias_O = torch.randn(48, generator=draw)
+    x = torch.randn(2, 5, 40, generator=draw)
+    narrow = frozen_linear(weight_OI.to(dtype), bias_O).float()
+    wide = frozen_linear(weight_OI.to(dtype).float(), bias_O)
+    assert sum(p.nbytes for p in narrow.parameters()) == 2 * 48 * 40 + 4 * 48
+    assert torch.equal(narrow.weight, wide.weight)
+    found = []
+    for layer in (narrow, wide):
+        inputs = x.clone().requires_grad_()
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            made = layer(inputs)
+        (made.float() * torch.arange(48)).sum().backward()
+        found.append((made, inputs.grad))
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+    assert not any(p.requires_grad for p in narrow.parameters())
+
+
+def test_what_an_engine_has_cast_is_no_weight_any_more(weight_OI: torch.Tensor) -> None:
+    layer = frozen_linear(weight_OI.bfloat16(), None).to(torch.bfloat16)
+    with pytest.raises(EngineError, match="bytes that the engine leaves alone"):
+        layer(torch.zeros(1, 40))
 
 
 def test_an_evaluation_leaves_every_byte_alone() -> None:

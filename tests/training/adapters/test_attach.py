@@ -17,7 +17,7 @@ WRITE = """
 import sys
 from pathlib import Path
 from compresskit.modeling import ModelSource, skeleton
-from compresskit.quant.adapters.attach import attach, write_adapter
+from compresskit.training.adapters.attach import attach, write_adapter
 source, out, targets = ModelSource(Path(sys.argv[1])), Path(sys.argv[2]), sys.argv[3:]
 for kind in ("lora", "bottleneck"):
     tuned = attach(

@@ -9,17 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import projections
 from safetensors.torch import load_file
 from tiny import tiny_llama
 
 import compresskit as ck
 from compresskit.errors import PlanError
 from compresskit.modeling import ModelSource, open_model
-from compresskit.quant.adapters import outlook as adapters_outlook
-from compresskit.quant.adapters.outlook import trained_parameters
 from compresskit.quant.qlora import Qlora
 from compresskit.stage import Outlook, StageContext
+from compresskit.training.adapters import outlook as adapters_outlook
+from compresskit.training.adapters.outlook import trained_parameters
 from compresskit.training.write import write_checkpoint
 
 FIELDS: dict[str, Any] = {
@@ -37,6 +36,15 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("\n\n".join(f"The {i}th story is about the number {i * i}." for i in range(100)))
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    return ModelSource(tiny_llama(tmp_path_factory.mktemp("dense")))
+
+
+def projections(source: ModelSource) -> tuple[str, ...]:
+    return tuple(name for name in source.anatomy.linears if name.endswith("proj"))
 
 
 @pytest.fixture
@@ -146,7 +154,7 @@ def test_a_stage_as_it_stands_has_no_fault_and_tells_its_memory(model: Outlook, 
     assert light < replace(stage, base="none").forecast(model).memory_bytes
     linears = [dense.anatomy.linears[n] for n in projections(dense)]
     rank = sum(4 * (ln.in_features + ln.out_features) for ln in linears)
-    assert trained_parameters(stage, dense.anatomy, dense.config, projections(dense)) == rank
+    assert trained_parameters("lora", 4, dense.anatomy, dense.config, projections(dense)) == rank
 
 
 @pytest.mark.parametrize(("package", "base"), [("peft", "none"), ("bitsandbytes", "nf4")])

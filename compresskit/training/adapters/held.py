@@ -2,7 +2,7 @@
 
 Where a grid is held the whole weight is rounded onto it, and where rows have a norm of their own (DoRA) they
 are given it; the gradient passes the rounding as if it were not there. Zeros alone are held by the layers of
-``compresskit.training.lowrank``.
+``compresskit.training.adapters.masked``.
 
 Paper: Bondarenko et al., "Low-Rank Quantization-Aware Training for LLMs", 2024,
 https://arxiv.org/abs/2406.06385, for the rounding of weight and update together.
@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compresskit.formats.grid import Grid
-from compresskit.training.lowrank.attach import ADAPTER
-from compresskit.training.lowrank.bits import frozen_weight
-from compresskit.training.lowrank.masked import MaskedUpdate, mask_update, recomputed
-from compresskit.training.lowrank.merge import merged
+from compresskit.training.adapters.bits import frozen_weight
+from compresskit.training.adapters.masked import ADAPTER, MaskedUpdate, mask_update, recomputed
+from compresskit.training.adapters.merge import merged
 
 
 def hold(layer: nn.Module, *, keep_OI: Tensor | None = None, grid: Grid | None = None) -> None:

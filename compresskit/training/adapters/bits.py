@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compresskit.errors import EngineError, Fault
-from compresskit.training.lowrank.frozen import frozen_linear
+from compresskit.training.adapters.frozen import frozen_linear
 
 INT8_STEPS = 127.0
 

@@ -1,21 +1,27 @@
-"""Adapters of peft on a model whose weights are frozen already, by the names of ``Qlora``."""
+"""Adapters of peft on a model whose weights are frozen already.
+
+The model that is trained is the one inside peft's wrapper: adapters live in its layers, so its forward, its
+blocks and its output projection are found where every trainer looks for them.
+"""
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from compresskit.formats.checkpoint import ADAPTER as ADAPTER_DIRECTORY
 from compresskit.formats.files import save_tensors
 from compresskit.modeling.anatomy import Anatomy
-from compresskit.quant.adapters.prefix import PREFIX
-from compresskit.quant.qlora import LOW_RANK
-from compresskit.training.lowrank.attach import ADAPTER, attach_lora, peft_at_work
+from compresskit.training.adapters.masked import ADAPTER
+from compresskit.training.adapters.outlook import parts_of
+from compresskit.training.adapters.prefix import PREFIX
+from compresskit.training.trainable import LOW_RANK
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -47,17 +53,25 @@ def attach(
     Returns:
         The ``PeftModelForCausalLM``; ``get_base_model()`` of it is ``model``.
     """
-    if adapter in LOW_RANK:
-        dora = adapter == "dora"
-        return attach_lora(model, targets=targets, rank=rank, alpha=alpha, dropout=dropout, use_dora=dora)
     with peft_at_work():
         import peft
 
         config: Any
-        if adapter == "prefix":
+        if adapter in LOW_RANK:
+            config = peft.LoraConfig(
+                task_type="CAUSAL_LM",
+                r=rank,
+                lora_alpha=cast(int, alpha),  # peft takes any number
+                lora_dropout=dropout,
+                target_modules=list(targets),
+                use_dora=adapter == "dora",
+                # As the layers are now: frozen ones are torch.nn.Linear whatever they were.
+                fan_in_fan_out=any(type(model.get_submodule(t)).__name__ == "Conv1D" for t in targets),
+            )
+        elif adapter == "prefix":
             config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=rank)
         else:
-            from compresskit.quant.adapters.bottleneck import BottleneckConfig
+            from compresskit.training.adapters.bottleneck import BottleneckConfig
 
             width = model.config.get_text_config().hidden_size
             parts = list(parts_of(anatomy))
@@ -65,16 +79,6 @@ def attach(
                 task_type="CAUSAL_LM", r=rank, width=width, dropout=dropout, target_modules=parts
             )
         return peft.get_peft_model(model, config)
-
-
-def parts_of(anatomy: Anatomy) -> tuple[str, ...]:
-    """The direct children of blocks that hold linear layers: attention and feed-forward network, usually."""
-    found: dict[str, None] = {}
-    for name, linear in anatomy.linears.items():
-        if linear.block is not None:
-            child = name.removeprefix(linear.block + ".").partition(".")[0]
-            found[f"{linear.block}.{child}"] = None
-    return tuple(found)
 
 
 def write_adapter(tuned: Any, tensors: Mapping[str, Tensor], out: Path) -> None:
@@ -118,10 +122,18 @@ def with_adapter(model: Any, directory: Path) -> Any:
         import peft
 
         if json.loads((place / CONFIG).read_text(encoding="utf-8"))["peft_type"] == "BOTTLENECK":
-            from compresskit.quant.adapters import bottleneck
+            from compresskit.training.adapters import bottleneck
 
             bottleneck.register()
         return peft.PeftModel.from_pretrained(model, str(place)).eval()
+
+
+@contextmanager
+def peft_at_work() -> Iterator[None]:
+    """No warning from peft that is about peft's own use of transformers."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from conftest import Train
 from peft import PeftModel
 
 from compresskit.modeling import ModelSource, load_model
-from compresskit.quant.adapters.prefix import visible
+from compresskit.training.adapters.prefix import visible
 
-# peft asks transformers by an old name; compresskit.quant.adapters.attach says the same.
+# peft asks transformers by an old name; compresskit.training.adapters.attach says the same.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
 
 

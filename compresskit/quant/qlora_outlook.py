@@ -7,33 +7,37 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compresskit.calibration.oneshot import fit_faults, largest_layer
 from compresskit.errors import Fault, InputError
 from compresskit.quant.assignment import AUTO
-from compresskit.quant.qlora import CHOICES, LOW_RANK, Qlora
+from compresskit.quant.qlora import CHOICES, Qlora
 from compresskit.quant.scheme import parse
 from compresskit.registry import nearest
 from compresskit.stage import Forecast
 from compresskit.targets import select
-from compresskit.training.lowrank.outlook import (
-    INSTALL,
-    factor_parameters,
+from compresskit.training.adapters.outlook import (
+    beside_notes,
+    frozen_bytes,
     layer_faults,
+    package_faults,
+    prefix_faults,
     rank_faults,
     size_faults,
+    trained_parameters,
+    unmergeable_faults,
 )
-from compresskit.training.outlook import LONGEST_ROW, forecast_training, student_faults
+from compresskit.training.outlook import forecast_training, student_faults
 from compresskit.training.setting import Setting, launched_processes
+from compresskit.training.trainable import BESIDE, LOW_RANK
 
 if TYPE_CHECKING:
     from compresskit.modeling.anatomy import Anatomy, Linear
     from compresskit.stage import Outlook
 
-BASE_BYTES = {"nf4": 0.5 + 1 / 64, "int8": 1.0, "none": 4.0}
-"""Of one frozen weight; an NF4 block of 64 has one scale of 8 bits."""
+BASE_BYTES = {"nf4": 0.5 + 1 / 64, "int8": 1.0}
+"""Of one weight frozen in few bits; an NF4 block of 64 has one scale of 8 bits."""
 
 
 def qlora_faults(stage: Qlora, model: Outlook, where: str) -> list[Fault]:
@@ -67,7 +71,9 @@ def qlora_faults(stage: Qlora, model: Outlook, where: str) -> list[Fault]:
     if stage.adapter in LOW_RANK:
         faults += rank_faults(stage.rank, model.anatomy, layers, where)
     faults += _split_faults(stage, model.anatomy, [n for n in layers if n not in gridded], where)
-    faults += _prefix_faults(stage, model, where) if stage.adapter == "prefix" else []
+    faults += (
+        prefix_faults(stage.rank, stage.context_length, model, where) if stage.adapter == "prefix" else []
+    )
     faults += _loftq_faults(stage, where) + _idle_faults(stage, all_gridded, where)
     return faults + _static_faults(stage, model, where) + _finish_faults(stage, model, layers, gridded, where)
 
@@ -89,43 +95,17 @@ def _split_faults(stage: Qlora, anatomy: Anatomy, layers: Sequence[str], where: 
 
 
 def _number_faults(stage: Qlora, where: str) -> list[Fault]:
-    wrong = {
-        "dropout": (0 <= stage.dropout < 1, "at least 0 and less than 1", "Give a share, such as 0.05."),
-        "loftq_rounds": (stage.loftq_rounds >= 0, "at least 0", "Raise loftq_rounds."),
-    }
-    return size_faults(stage.rank, stage.alpha, where) + [
-        Fault(f"{where}.{name}", expected, str(getattr(stage, name)), cure)
-        for name, (right, expected, cure) in wrong.items()
-        if not right
-    ]
+    faults = size_faults(stage.rank, stage.alpha, stage.dropout, where)
+    if stage.loftq_rounds < 0:
+        got = str(stage.loftq_rounds)
+        faults.append(Fault(f"{where}.loftq_rounds", "at least 0", got, "Raise loftq_rounds."))
+    return faults
 
 
 def _package_faults(stage: Qlora, all_gridded: bool, where: str) -> list[Fault]:
     freezes = stage.base != "none" and not all_gridded
-    needed = {"adapter": "peft"} | ({"base": "bitsandbytes"} if freezes else {})
-    return [
-        Fault(f"{where}.{field}", f"the package {package}", "an environment without it", INSTALL)
-        for field, package in needed.items()
-        if find_spec(package) is None
-    ]
-
-
-def _prefix_faults(stage: Qlora, model: Outlook, where: str) -> list[Fault]:
-    """A prefix takes positions, and is seen by tokens however far away."""
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or LONGEST_ROW
-    row = stage.context_length or min(limit, LONGEST_ROW)
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    faults = []
-    if row + stage.rank > limit:
-        got = f"{stage.rank} tokens of prefix and rows of {row}"
-        cure = f"Set context_length to {limit - stage.rank} or less."
-        faults.append(Fault(f"{where}.context_length", f"together at most {limit} positions", got, cure))
-    if window and row + stage.rank > window:
-        cure = f"Set context_length to {window - stage.rank} or less, or use another adapter."
-        got = f"{stage.rank} tokens of prefix and rows of {row}"
-        faults.append(Fault(f"{where}.context_length", f"together at most the window of {window}", got, cure))
-    return faults
+    faults = package_faults("peft", f"{where}.adapter")
+    return faults + (package_faults("bitsandbytes", f"{where}.base") if freezes else [])
 
 
 def _loftq_faults(stage: Qlora, where: str) -> list[Fault]:
@@ -134,7 +114,7 @@ def _loftq_faults(stage: Qlora, where: str) -> list[Fault]:
     wrong = {
         f"adapter {stage.adapter}": (stage.adapter in LOW_RANK, "Use lora or dora"),
         "base none, which rounds nothing": (stage.base != "none", "Use base nf4 or int8"),
-        "finish adapter, whose model stays as it was": (stage.finish != "adapter", "Use finish merge"),
+        "finish adapter, whose model stays as it was": (stage.finish != BESIDE, "Use finish merge"),
         "merge_into original": (stage.merge_into != "original", "Use merge_into trained"),
     }
     expected = "an adapter that is merged into the rounded weights it started with"
@@ -150,7 +130,7 @@ def _idle_faults(stage: Qlora, all_gridded: bool, where: str) -> list[Fault]:
     grids = "targets that all lie on a grid" if all_gridded else ""
     other = "" if stage.adapter in LOW_RANK else f"adapter {stage.adapter}"
     free = f"{other} on base none" if other and stage.base == "none" else ""
-    beside = "finish adapter" if stage.finish == "adapter" else ""
+    beside = "finish adapter" if stage.finish == BESIDE else ""
     idle = {
         "alpha": other,
         "dropout": other if stage.adapter == "prefix" else "",
@@ -189,9 +169,8 @@ def _finish_faults(
 ) -> list[Fault]:
     if gridded and (stage.adapter != "lora" or stage.finish != "grid"):
         return [_grid_fault(stage, gridded, where)]
-    if stage.adapter not in LOW_RANK and stage.finish != "adapter":
-        got = f"finish {stage.finish} of adapter {stage.adapter}, which no weight can take in"
-        return [Fault(f"{where}.finish", "adapter", got, "Set finish to adapter, or use lora or dora.")]
+    if faults := unmergeable_faults(stage.adapter, stage.finish, where):
+        return faults
     if stage.finish != "grid" and stage.scheme is not None:
         cure = "Set finish to grid, or drop scheme."
         return [Fault(f"{where}.scheme", "none", f"{stage.scheme} with finish {stage.finish}", cure)]
@@ -219,7 +198,7 @@ def _grid_fault(stage: Qlora, gridded: Sequence[str], where: str) -> Fault:
         got = f"{stage.adapter} on {got}"
         cure = "Use adapter lora with finish grid"
     # An adapter that stays beside the model ends the chain, and no quantisation can follow it.
-    last = stage.finish == "adapter" or stage.adapter not in LOW_RANK
+    last = stage.finish == BESIDE or stage.adapter not in LOW_RANK
     cure += "." if last else ", or put this stage before the quantisation."
     name = "finish" if stage.adapter == "lora" else "adapter"
     return Fault(f"{where}.{name}", "lora with finish grid, which keeps weights on theirs", got, cure)
@@ -234,21 +213,11 @@ def _renamed(fault: Fault, where: str) -> Fault:
     return fault
 
 
-def trained_parameters(stage: Qlora, anatomy: Anatomy, config: Any, layers: Iterable[str]) -> int:
-    """How many parameters the adapter has."""
-    text = config.get_text_config()
-    width = int(text.hidden_size)
-    if stage.adapter == "prefix":
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        head_width = getattr(text, "head_dim", None) or width // text.num_attention_heads
-        return int(stage.rank * 2 * text.num_hidden_layers * heads * head_width)
-    if stage.adapter == "bottleneck":
-        from compresskit.quant.adapters.attach import parts_of
-
-        return len(parts_of(anatomy)) * (2 * width * stage.rank + stage.rank + width)
-    linears = [anatomy.linears[name] for name in layers]
-    low = factor_parameters(stage.rank, anatomy, layers)
-    return low + (sum(ln.out_features for ln in linears) if stage.adapter == "dora" else 0)
+def held_bytes(stage: Qlora, model: Outlook, layers: Iterable[str]) -> dict[str, float]:
+    """Of one weight of each layer that is frozen in few bits."""
+    base = BASE_BYTES.get(stage.base)
+    each = {name: 1.0 if name in model.layer_bits else base for name in layers}
+    return {name: count for name, count in each.items() if count is not None}
 
 
 def forecast_qlora(stage: Qlora, model: Outlook) -> Forecast:
@@ -260,14 +229,11 @@ def forecast_qlora(stage: Qlora, model: Outlook) -> Forecast:
     """
     anatomy = model.anatomy
     layers = select(anatomy, stage.targets, stage.ignore)
-    weights = {n: anatomy.linears[n].out_features * anatomy.linears[n].in_features for n in layers}
-    frozen = 4.0 * (anatomy.num_parameters - sum(weights.values()))
-    for name, count in weights.items():
-        frozen += count * (1.0 if name in model.layer_bits else BASE_BYTES[stage.base])
+    frozen = frozen_bytes(anatomy, model.weight_bytes, held_bytes(stage, model, layers))
     # The layer that is frozen last, in float32, before and after it is rounded.
     frozen += 2 * 4 * largest_layer(anatomy, layers)
-    trained = trained_parameters(stage, anatomy, model.config, layers)
-    found = forecast_training(stage, model, trained=trained, other_bytes=round(frozen))
+    trained = trained_parameters(stage.adapter, stage.rank, anatomy, model.config, layers)
+    found = forecast_training(stage, model, trained=trained, other_bytes=frozen)
     notes = (*found.notes, *_notes(stage), *unrounded_inputs(_rounding_inputs(model)))
     after, memory, scratch = model, found.memory_bytes, 0
     if stage.finish == "grid" and stage.scheme is not None:
@@ -302,11 +268,9 @@ def unrounded_inputs(layers: Sequence[str]) -> tuple[str, ...]:
 
 
 def _notes(stage: Qlora) -> tuple[str, ...]:
-    if stage.finish == "adapter":
-        return (f"The model stays as it is; the {stage.adapter} adapter stands beside it, in adapter/.",)
     if stage.base != "none" and stage.finish == "merge" and stage.merge_into == "trained":
         return (
             f"The merged weights are {stage.base}-rounded ones plus the update, as they were trained, stored "
             "in the model's own type.",
         )
-    return ()
+    return beside_notes(stage.adapter, stage.finish)

@@ -6,19 +6,20 @@ import shutil
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from compresskit.errors import Fault, PlanError
 from compresskit.modeling import ModelSource
-from compresskit.quant.adapters.outlook import trained_parameters, unrounded_inputs
+from compresskit.quant.qlora_outlook import unrounded_inputs
 from compresskit.targets import select
+from compresskit.training.adapters.outlook import beside_warnings, require_live_rows, trained_parameters
 from compresskit.training.job import Part
 from compresskit.training.setting import Setting, launched_processes, this_rank
 from compresskit.training.stage import run_training
+from compresskit.training.trainable import BESIDE
 
 if TYPE_CHECKING:
     from compresskit.quant.qlora import Qlora
     from compresskit.stage import StageContext, StageResult
 
-ADAPTED = "compresskit.quant.adapters.adaptation:Adapted"
+ADAPTED = "compresskit.training.adapters.adaptation:Adapted"
 FIELDS = ("adapter", "rank", "alpha", "dropout", "base", "loftq_rounds", "finish", "merge_into", "precision")
 MERGED = "merged"
 
@@ -32,8 +33,8 @@ def run_qlora(stage: Qlora, model: ModelSource, context: StageContext) -> StageR
         SchemeError: the new grid does not fit a layer.
     """
     targets = select(model.anatomy, stage.targets, stage.ignore)
-    if stage.adapter == "dora" and stage.finish == "adapter":
-        _require_live_rows(model, targets)
+    if stage.adapter == "dora" and stage.finish == BESIDE:
+        require_live_rows(model, targets)
     held = dict.fromkeys(p.layer for p in context.promises if p.kind == "zeros" and p.layer in targets)
     options = {name: value for name, value in asdict(stage).items() if name in FIELDS}
     setting = Setting(stage, launched_processes() or stage.processes, context.device)
@@ -52,9 +53,9 @@ def run_qlora(stage: Qlora, model: ModelSource, context: StageContext) -> StageR
     )
     if this_rank():
         return result
-    trained = trained_parameters(stage, model.anatomy, model.config, targets)
+    trained = trained_parameters(stage.adapter, stage.rank, model.anatomy, model.config, targets)
     rounding = [n for n in model.anatomy.linears if (g := model.grid(n)) is not None and g.activation_bits]
-    said = _warnings(stage, bool(held)) + unrounded_inputs(rounding)
+    said = beside_warnings(stage.finish, holds=bool(held)) + unrounded_inputs(rounding)
     metrics = {**result.metrics, "trained_parameters": trained}
     result = replace(result, metrics=metrics, warnings=(*result.warnings, *said))
     if not regrids:
@@ -65,23 +66,3 @@ def run_qlora(stage: Qlora, model: ModelSource, context: StageContext) -> StageR
     return replace(
         done, metrics={**result.metrics, **done.metrics}, warnings=(*result.warnings, *done.warnings)
     )
-
-
-def _require_live_rows(model: ModelSource, targets: tuple[str, ...]) -> None:
-    """Whoever loads the adapter divides by the norm of each row."""
-    for layer in targets:
-        dead = (~model.weight_OI(layer).any(dim=1)).nonzero().flatten().tolist()
-        if dead:
-            got = f"{len(dead)} rows of zeros, the first of them {dead[0]}"
-            cure = "Use adapter lora, set finish to merge, or add this layer to ignore."
-            raise PlanError(Fault(layer, "rows with a norm, which peft's DoRA divides by", got, cure))
-
-
-def _warnings(stage: Qlora, holds: bool) -> tuple[str, ...]:
-    """What a reader of the result should know, in full sentences."""
-    if stage.finish == "adapter" and holds:
-        return (
-            "The adapter beside the model is dense: the model keeps its zeros, but with the adapter on it no "
-            "weight that a LoRA adapter touches is zero as it runs. finish: merge keeps them.",
-        )
-    return ()

@@ -1,7 +1,7 @@
 """Bottleneck adapters as a tuner of peft's: a small two-layer network behind each part of each block.
 
 peft itself has none. This one is registered with peft when the module is imported, so that after
-``import compresskit.quant.adapters.bottleneck`` a directory with such an adapter loads with
+``import compresskit.training.adapters.bottleneck`` a directory with such an adapter loads with
 ``PeftModel.from_pretrained``; without it peft refuses the directory. It is not linear and cannot be merged.
 
 Paper: Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", 2019, https://arxiv.org/abs/1902.00751.
@@ -90,7 +90,10 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _adapted(self, hidden_BTD: Tensor) -> Tensor:
         for name in self.active_adapters:
             if name in self.bottleneck_down:
-                inner_BTR = F.relu(self.bottleneck_down[name](self.bottleneck_dropout[name](hidden_BTD)))
+                down = self.bottleneck_down[name]
+                # peft loads an adapter in float32 beside a model in 16 bits.
+                given_BTD = self.bottleneck_dropout[name](hidden_BTD.to(down.weight.dtype))
+                inner_BTR = F.relu(down(given_BTD))
                 hidden_BTD = hidden_BTD + self.bottleneck_up[name](inner_BTR).to(hidden_BTD.dtype)
         return hidden_BTD
 

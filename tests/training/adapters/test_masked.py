@@ -10,8 +10,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.nn import functional as F
 
-from compresskit.training.lowrank.frozen import frozen_linear
-from compresskit.training.lowrank.masked import mask_update, packed, unpacked
+from compresskit.training.adapters.frozen import frozen_linear
+from compresskit.training.adapters.masked import mask_update, packed, unpacked
 
 O, I, R, SCALING = 24, 40, 4, 2.0  # noqa: E741
 

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from compresskit.training.lowrank.attach import ADAPTER
-from compresskit.training.lowrank.merge import update
+from compresskit.training.adapters.merge import update
+
+ADAPTER = "default"
+"""The name peft gives to an adapter that is not named."""
 
 
 def mask_update(layer: nn.Module, keep_OI: Tensor | None, *, kind: type[MaskedUpdate] | None = None) -> None:

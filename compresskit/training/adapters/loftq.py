@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compresskit.training.lowrank.merge import update
+from compresskit.training.adapters.merge import update
 
 
 class Start(NamedTuple):

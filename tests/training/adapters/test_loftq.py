@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compresskit.quant.adapters.loftq import loftq
-from compresskit.training.lowrank.bits import rounded
-from compresskit.training.lowrank.merge import update
+from compresskit.training.adapters.bits import rounded
+from compresskit.training.adapters.loftq import loftq
+from compresskit.training.adapters.merge import update
 
 
 def round_nf4(weight_OI: Tensor) -> Tensor:

@@ -17,15 +17,15 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from compresskit.formats.grid import GRIDS_FILE, write_grids
 from compresskit.modeling import ModelSource, load_model
-from compresskit.quant.adapters.attach import with_adapter
 from compresskit.quant.affine import grid_for
 from compresskit.quant.promise import OnGrid
 from compresskit.quant.scheme import parse
 from compresskit.sparse.promise import Zeros
-from compresskit.training.lowrank.bits import rounded
+from compresskit.training.adapters.attach import with_adapter
+from compresskit.training.adapters.bits import rounded
 from compresskit.training.write import write_checkpoint
 
-# peft asks transformers by an old name; compresskit.quant.adapters.attach says the same.
+# peft asks transformers by an old name; compresskit.training.adapters.attach says the same.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
 
 KINDS = [

@@ -1,0 +1,50 @@
+"""What does not combine: adapters on a frozen model. No torch."""
+
+from __future__ import annotations
+
+from compresskit.training.rules.base import Rule, adapter_of
+from compresskit.training.setting import Setting
+
+
+def _looks_inside(s: Setting) -> bool:
+    return getattr(s.fields, "on_policy", None) is not None or getattr(s.fields, "features", None) is not None
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "adapter-sentences",
+        "trainable",
+        lambda s: s.fields.learns_sentences and adapter_of(s.fields) != "",
+        "all or bias_norm where rows are sentences: peft adapts models that predict tokens",
+        "{trainable}",
+        "Set trainable to bias_norm, or to all.",
+    ),
+    Rule(
+        "prefix-learns",
+        "trainable",
+        lambda s: adapter_of(s.fields) == "prefix" and _looks_inside(s),
+        "no prefix, which is a cache, beside on_policy or features",
+        "{trainable}",
+        "Set trainable to lora or bottleneck, or leave on_policy and features out.",
+    ),
+    Rule(
+        "prefix-checkpointing",
+        "activation_checkpointing",
+        lambda s: adapter_of(s.fields) == "prefix" and s.fields.activation_checkpointing,
+        "a prefix, which is a cache, without recomputed activations",
+        "both",
+        "Set activation_checkpointing to false, or use adapter lora.",
+    ),
+    Rule(
+        "prefix-offload",
+        "offload_activations",
+        lambda s: (
+            adapter_of(s.fields) == "prefix"
+            and s.fields.offload_activations
+            and not s.fields.activation_checkpointing
+        ),
+        "a prefix, which is a cache, with activations kept where they are",
+        "both",
+        "Set offload_activations to false, or use adapter lora.",
+    ),
+)
