@@ -88,6 +88,7 @@ BREAKS: dict[str, dict[str, Any]] = {
     "optimizer-pipeline": TWO | {"optimizer": "muon"},
     "optimizer-alone": ALONE | {"optimizer": "schedule_free_adamw", "lr_schedule": "constant"},
     "adapt-batch-sentences": {"adapt_batch": "memory", "learns_sentences": True},
+    "few-sentences": {"learns_sentences": True, "trainable": "lora"},
     "offload-split-layers": TP | {"offload_activations": True, "batch_size": 2},
     "optimizer-paged-cpu": {"optimizer": "paged_adamw_8bit"},
     "adapter-sentences": {"trainable": "lora", "learns_sentences": True},
@@ -151,6 +152,7 @@ class AdapterFields(TrainingFields):
     base: str = "none"
     on_policy: dict[str, Any] | None = None
     learns_sentences: bool = False
+    trainable: str = "all"
     features: Any = None
     teacher_placement: str = "replicate"
 
