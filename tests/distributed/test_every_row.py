@@ -39,6 +39,10 @@ TESTS: Mapping[str, tuple[str, ...]] = {
         "qat_engines::test_losses_agree_step_by_step",
         "qlora_engines::test_losses_agree_step_by_step",
     ),
+    "adapters": (
+        "few_engines::test_losses_agree_step_by_step",
+        "few_engines::test_zeros_stay_and_nothing_else_moves",
+    ),
     "distillation": ("teacher_engines::test_losses_are_those_of_a_whole_teacher",),
     "load balancing": ("sentence_engines::test_losses_agree_step_by_step",),
     "adaptive optimisers": ("optimizer_engines::test_losses_agree_step_by_step",),

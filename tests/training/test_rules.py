@@ -91,7 +91,6 @@ BREAKS: dict[str, dict[str, Any]] = {
     "few-sentences": {"learns_sentences": True, "trainable": "lora"},
     "offload-split-layers": TP | {"offload_activations": True, "batch_size": 2},
     "optimizer-paged-cpu": {"optimizer": "paged_adamw_8bit"},
-    "adapter-sentences": {"trainable": "lora", "learns_sentences": True},
     "prefix-learns": {"trainable": "prefix", "on_policy": {"fraction": 0.5}},
     "prefix-checkpointing": {"adapter": "prefix", "activation_checkpointing": True},
     "prefix-offload": {"trainable": "prefix", "offload_activations": True},

@@ -90,7 +90,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _adapted(self, hidden_BTD: Tensor) -> Tensor:
         for name in self.active_adapters:
             if name in self.bottleneck_down:
-                down = self.bottleneck_down[name]
+                down: Any = self.bottleneck_down[name]
                 # peft loads an adapter in float32 beside a model in 16 bits.
                 given_BTD = self.bottleneck_dropout[name](hidden_BTD.to(down.weight.dtype))
                 inner_BTR = F.relu(down(given_BTD))

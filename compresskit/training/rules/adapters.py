@@ -12,12 +12,12 @@ def _looks_inside(s: Setting) -> bool:
 
 RULES: tuple[Rule, ...] = (
     Rule(
-        "adapter-sentences",
+        "few-sentences",
         "trainable",
-        lambda s: s.fields.learns_sentences and adapter_of(s.fields) != "",
-        "all or bias_norm where rows are sentences: peft adapts models that predict tokens",
+        lambda s: s.fields.learns_sentences and getattr(s.fields, "trainable", "all") != "all",
+        "all where rows are sentences: adapters and biases are looked for in models that generate text",
         "{trainable}",
-        "Set trainable to bias_norm, or to all.",
+        "Set trainable to all.",
     ),
     Rule(
         "prefix-learns",

@@ -105,14 +105,6 @@ RULES: tuple[Rule, ...] = (
         "Use activation_checkpointing, or strategy fsdp without tensor_parallel.",
     ),
     Rule(
-        "few-sentences",
-        "trainable",
-        lambda s: s.fields.learns_sentences and getattr(s.fields, "trainable", "all") != "all",
-        "all where rows are sentences: adapters and biases are looked for in models that generate text",
-        "{trainable}",
-        "Set trainable to all.",
-    ),
-    Rule(
         "checkpoint-part-of-nothing",
         "activation_checkpointing",
         lambda s: (
