@@ -44,6 +44,7 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "recompute": {"activation_checkpointing": True},
     "offload_activations": {"offload_activations": True},
     "adapt_batch": {"adapt_batch": "memory"},
+    "noise": {"adapt_batch": "noise", "largest_batch_size": 128},
     "keep_best": {"keep_best": True, "eval_every": 8},
     "adafactor": {"optimizer": "adafactor"},
     "muon": {"optimizer": "muon"},
@@ -58,6 +59,8 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "sentences": {"loss": "embedding_cosine"},
     "lora": {"trainable": "lora"},
     "bias_norm": {"trainable": "bias_norm"},
+    "bottleneck": {"trainable": "bottleneck", "finish": "adapter"},
+    "prefix": {"trainable": "prefix", "finish": "adapter", "context_length": 100},
     "qat": {"kind": "qat", "scheme": "w8a8"},
     "sparse_train": {"kind": "sparse_train", "method": "rigl", "pattern": "50%:layer"},
     "qlora": {"kind": "qlora"},
@@ -67,12 +70,18 @@ RUN: Mapping[str, tuple[tuple[str, str], ...]] = {
     "test_engines": (
         ("ddp fsdp zero3", "keep_best"),
         ("ddp fsdp", "int8"),
+        ("ddp", "bf16 fp16"),
     ),
     "test_memory_engines": (
         ("ddp fsdp zero2 zero3", "recompute offload_activations"),
         ("recompute", "offload_activations"),
     ),
-    "test_backoff_ranks": (("ddp fp16", "adapt_batch"), ("ddp", "fp16")),
+    "test_backoff_ranks": (("ddp fp16", "adapt_batch"),),
+    "test_noise_engines": (("ddp fsdp", "noise"),),
+    "test_pair_engines": (
+        ("pipeline", "offload_activations adafactor bits8"),
+        ("hsdp", "offload_activations int8 lora qat qlora"),
+    ),
     "test_mesh_engines": (
         ("hsdp tp fsdp_tp", "recompute keep_best distill features bias_norm sparse_train"),
         ("recompute", "keep_best"),
@@ -92,7 +101,7 @@ RUN: Mapping[str, tuple[tuple[str, str], ...]] = {
     ),
     "test_qat_engines": (("ddp fsdp zero2 zero3", "qat"),),
     "test_qlora_engines": (("ddp fsdp zero2 zero3 bf16", "qlora"),),
-    "test_few_engines": (("ddp fsdp zero2 zero3", "lora bias_norm"),),
+    "test_few_engines": (("ddp fsdp zero2 zero3", "lora bias_norm bottleneck prefix"),),
     "test_cached_teacher": (("ddp distill", "teacher_cache"),),
     "test_policy_engines": (("ddp fsdp zero3", "on_policy"), ("distill", "on_policy")),
     "test_feature_engines": (
@@ -104,77 +113,91 @@ RUN: Mapping[str, tuple[tuple[str, str], ...]] = {
 }
 """Test of several processes -> the pairs that it runs: each of the left with each of the right."""
 NOT_RUN: Mapping[str, str] = {
-    "ddp": "pipeline bf16 fp8 adafactor bits8",
+    "ddp": "pipeline fp8 adafactor bits8",
     "fsdp": "bf16 fp8 teacher_cache",
     "zero2": "bf16 keep_best teacher_cache on_policy sentences",
     "zero3": "bf16 teacher_cache",
     "zero_offload": (
         "bf16 recompute offload_activations keep_best adafactor teacher_cache on_policy sentences lora "
-        "bias_norm qat qlora"
+        "bias_norm bottleneck prefix qat qlora"
     ),
-    "hsdp": (
-        "fsdp_tp bf16 fp8 int8 offload_activations teacher_shard teacher_cache on_policy sentences lora "
-        "qat qlora"
-    ),
+    "hsdp": "fsdp_tp bf16 fp8 teacher_shard teacher_cache on_policy sentences bottleneck prefix",
     "tp": "bf16 teacher_cache",
     "fsdp_tp": "bf16 teacher_shard teacher_cache",
-    "pipeline": "offload_activations adafactor bits8 teacher_cache",
+    "pipeline": "teacher_cache",
     "local_sgd": (
         "bf16 fp8 int8 recompute offload_activations keep_best adafactor muon galore bits8 distill "
-        "teacher_shard teacher_cache features sentences lora bias_norm qat qlora"
+        "teacher_shard teacher_cache features sentences lora bias_norm bottleneck prefix qat qlora"
     ),
     "diloco": (
         "bf16 fp8 int8 recompute offload_activations keep_best adafactor muon galore bits8 distill "
-        "teacher_shard teacher_cache features sentences lora bias_norm qat qlora"
+        "teacher_shard teacher_cache features sentences lora bias_norm bottleneck prefix qat qlora"
     ),
     "bf16": (
-        "int8 recompute offload_activations adapt_batch keep_best adafactor muon galore bits8 "
+        "int8 recompute offload_activations adapt_batch noise keep_best adafactor muon galore bits8 "
         "schedule_free distill teacher_shard teacher_cache on_policy features sentences lora bias_norm "
-        "qat sparse_train"
+        "bottleneck prefix qat sparse_train"
     ),
     "fp16": (
-        "recompute offload_activations keep_best adafactor muon galore bits8 schedule_free distill "
-        "teacher_shard teacher_cache on_policy features sentences lora bias_norm qat sparse_train qlora"
+        "recompute offload_activations noise keep_best adafactor muon galore bits8 schedule_free "
+        "distill teacher_shard teacher_cache on_policy features sentences lora bias_norm bottleneck "
+        "prefix qat sparse_train qlora"
     ),
     "fp8": (
-        "recompute offload_activations adapt_batch keep_best adafactor muon galore bits8 schedule_free "
-        "distill teacher_shard teacher_cache on_policy features sentences bias_norm sparse_train"
+        "recompute offload_activations adapt_batch noise keep_best adafactor muon galore bits8 "
+        "schedule_free distill teacher_shard teacher_cache on_policy features sentences bias_norm "
+        "sparse_train"
     ),
     "int8": (
-        "recompute offload_activations adapt_batch keep_best adafactor muon galore bits8 schedule_free "
-        "distill teacher_shard teacher_cache on_policy features sentences bias_norm sparse_train"
+        "recompute offload_activations adapt_batch noise keep_best adafactor muon galore bits8 "
+        "schedule_free distill teacher_shard teacher_cache on_policy features sentences bias_norm "
+        "sparse_train"
     ),
     "recompute": (
-        "adapt_batch adafactor muon galore bits8 schedule_free teacher_shard teacher_cache on_policy "
-        "lora bias_norm qat sparse_train qlora"
+        "adapt_batch noise adafactor muon galore bits8 schedule_free teacher_shard teacher_cache "
+        "on_policy lora bias_norm bottleneck qat sparse_train qlora"
     ),
     "offload_activations": (
-        "adapt_batch keep_best adafactor muon galore bits8 schedule_free distill teacher_shard "
-        "teacher_cache on_policy features sentences lora bias_norm qat sparse_train qlora"
+        "adapt_batch noise keep_best adafactor muon galore bits8 schedule_free distill teacher_shard "
+        "teacher_cache on_policy features sentences lora bias_norm bottleneck qat sparse_train qlora"
     ),
     "adapt_batch": (
         "keep_best adafactor muon galore bits8 schedule_free distill teacher_cache on_policy features "
-        "lora bias_norm qlora"
+        "lora bias_norm bottleneck prefix qlora"
+    ),
+    "noise": (
+        "keep_best adafactor muon galore bits8 schedule_free distill teacher_shard teacher_cache "
+        "on_policy features sentences lora bias_norm bottleneck prefix qlora"
     ),
     "keep_best": (
         "adafactor muon galore bits8 schedule_free distill teacher_shard teacher_cache on_policy "
-        "features sentences lora bias_norm qat qlora"
+        "features sentences lora bias_norm bottleneck prefix qat qlora"
     ),
     "adafactor": (
-        "distill teacher_shard teacher_cache on_policy features sentences lora bias_norm qat "
-        "sparse_train qlora"
+        "distill teacher_shard teacher_cache on_policy features sentences lora bias_norm bottleneck "
+        "prefix qat sparse_train qlora"
     ),
-    "muon": "distill teacher_shard teacher_cache on_policy features sentences lora bias_norm qat qlora",
-    "galore": "distill teacher_shard teacher_cache on_policy features sentences lora bias_norm qat qlora",
-    "bits8": "distill teacher_shard teacher_cache on_policy features sentences lora bias_norm qat qlora",
+    "muon": (
+        "distill teacher_shard teacher_cache on_policy features sentences lora bias_norm bottleneck "
+        "prefix qat qlora"
+    ),
+    "galore": (
+        "distill teacher_shard teacher_cache on_policy features sentences lora bias_norm bottleneck "
+        "prefix qat qlora"
+    ),
+    "bits8": (
+        "distill teacher_shard teacher_cache on_policy features sentences lora bias_norm bottleneck "
+        "prefix qat qlora"
+    ),
     "schedule_free": (
-        "distill teacher_shard teacher_cache on_policy features sentences lora bias_norm qat qlora"
+        "distill teacher_shard teacher_cache on_policy features sentences lora bias_norm bottleneck "
+        "prefix qat qlora"
     ),
-    "distill": "lora bias_norm qat sparse_train",
-    "teacher_shard": "on_policy lora bias_norm",
-    "teacher_cache": "lora bias_norm",
-    "on_policy": "features lora bias_norm",
-    "features": "lora bias_norm",
+    "distill": "lora bias_norm bottleneck prefix qat sparse_train",
+    "teacher_shard": "on_policy lora bias_norm bottleneck prefix",
+    "teacher_cache": "lora bias_norm bottleneck prefix",
+    "on_policy": "features lora bias_norm bottleneck",
+    "features": "lora bias_norm bottleneck",
 }
 """Allowed, and no test has run it: a way -> those that stand after it in the table of ways."""
 
