@@ -151,7 +151,6 @@ class AdapterFields(TrainingFields):
     base: str = "none"
     on_policy: dict[str, Any] | None = None
     learns_sentences: bool = False
-    trainable: str = "all"
     features: Any = None
     teacher_placement: str = "replicate"
 
