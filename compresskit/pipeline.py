@@ -45,6 +45,8 @@ from compresskit.training.ranks import Ranks, accompanied
 
 SOURCE = "0-source"
 LOCK = "lock"
+MATTER = "matter.json"
+"""The key of the work, however it is carried out; ``KEY`` is that of the plan that is at it."""
 POLL_S = 0.2
 
 Measure = Callable[[Mapping[str, Path]], Mapping[str, Json]]
@@ -105,7 +107,8 @@ def run(
 
 def _clear(work: Path) -> None:
     """Empty ``work``, the key first: what a kill leaves half removed must not be taken for finished work."""
-    (work / KEY).unlink(missing_ok=True)
+    for name in (KEY, MATTER):
+        (work / name).unlink(missing_ok=True)
     for path in work.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -135,7 +138,10 @@ def _is_done(key: str, out: Path) -> bool:
 
 @contextmanager
 def _workplace(plan: Plan, key: str, work: Path, out: Path) -> Iterator[None]:
-    """Take ``work`` for this process alone; what another plan left there is thrown away."""
+    """Take ``work`` for this process alone; what another plan left there is thrown away.
+
+    A plan that differs only in how its training is carried out is no other: it goes on with what is there.
+    """
     work.mkdir(exist_ok=True)
     with (work / LOCK).open("w") as lock:
         try:
@@ -151,7 +157,10 @@ def _workplace(plan: Plan, key: str, work: Path, out: Path) -> Iterator[None]:
             ) from error
         plan.check_disk(work)
         if _key_of(work) != key:
-            _clear(work)
+            matter = plan.work_key
+            if _read(work / MATTER) != matter:
+                _clear(work)
+            write_json(work / MATTER, matter)
             write_json(work / KEY, key)
         yield
 
@@ -344,8 +353,12 @@ def _follow(plan: Plan, key: str, out: Path, work: Path, ranks: Ranks) -> Artifa
 
 def _key_of(directory: Path) -> Json:
     """The resume key that a place of work, or an artifact's records, were made with; None without one."""
+    return _read(directory / KEY)
+
+
+def _read(path: Path) -> Json:
     try:
-        return json.loads((directory / KEY).read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         return None
 

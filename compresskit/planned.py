@@ -21,6 +21,7 @@ from compresskit.modeling import ModelSource
 from compresskit.progress import size
 from compresskit.recipe import Recipe
 from compresskit.stage import Forecast, Json, Outlook, Stage
+from compresskit.training.carried import BESIDE, HOW
 from compresskit.training.rules.asynchronous import EVERY_STEP
 
 PACKAGES = (
@@ -125,10 +126,23 @@ class Plan:
     @property
     def resume_key(self) -> str:
         """:attr:`digest`, the data, the state of the source's files: a restart continues where all agree."""
+        return _digest([self.digest, self.data_fingerprints, self._file_states])
+
+    @property
+    def work_key(self) -> str:
+        """:attr:`resume_key` but for how training is carried out: what another way began goes on."""
+        recipe = self.recipe.to_json()
+        stages = [next(iter(named.items())) for named in recipe["stages"]]
+        recipe["stages"] = [{kind: _matter(stage)} for kind, stage in stages]
+        facts = [recipe, self.source_fingerprint, self.versions]
+        return _digest([*facts, self.data_fingerprints, self._file_states])
+
+    @property
+    def _file_states(self) -> list[Json]:
+        """Name, size and time of every file that the model and the teachers are made of."""
         directories = [self.source.directory, *self.teachers.values()]
         files = [f for d in directories for f in sorted(d.iterdir()) if f.suffix in MODEL_SUFFIXES]
-        states = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        return _digest([self.digest, self.data_fingerprints, states])
+        return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
     @property
     def memory_bytes(self) -> int:
@@ -242,6 +256,17 @@ def _leaves(data: Json, where: str) -> Iterator[tuple[str, str]]:
             yield from _leaves(value, f"{where}[{index}]")
     else:
         yield where, str(data)
+
+
+def _matter(stage: dict[str, Json]) -> dict[str, Json]:
+    """What a stage does; of one that trains not how that is carried out, nor where a live teacher lies."""
+    if "pipeline_stages" not in stage:
+        return stage
+    kept = {name: value for name, value in stage.items() if name not in (*HOW, *BESIDE)}
+    placement = kept.get("teacher_placement")
+    if (placement["method"] if isinstance(placement, dict) else placement) in ("replicate", "shard"):
+        del kept["teacher_placement"]
+    return kept
 
 
 def _digest(data: Json) -> str:

@@ -191,7 +191,7 @@ class Partitioned(Whole):
                     tensors[name] = copied(parameter.data)
         return tensors
 
-    def _part(self, parameter: nn.Parameter, tensor: Tensor) -> Tensor:
+    def part(self, parameter: nn.Parameter, tensor: Tensor) -> Tensor:
         """This rank's part of a ``tensor`` shaped as the whole parameter, zeros behind its end."""
         size, rank = self.local(parameter).numel(), dist.get_rank(_group(parameter))
         start = min(rank * size, tensor.numel())
@@ -202,7 +202,7 @@ class Partitioned(Whole):
         """Add this rank's part of the gradient of all ranks, so that none keeps a whole one."""
         total = gradient.clone()
         dist.all_reduce(total, group=_group(parameter))
-        super()._collect(parameter, self._part(parameter, total))
+        super()._collect(parameter, self.part(parameter, total))
 
     def _collected(self, parameter: nn.Parameter) -> Tensor | None:
         """The parts of all ranks together."""
@@ -226,9 +226,9 @@ class Partitioned(Whole):
         with deepspeed.zero.GatheredParameters([parameter]):
             whole = parameter.detach().clone()
         made = new(whole, self._collected(parameter))
-        self.local(parameter).copy_(self._part(parameter, made))
-        safe_set_local_fp32_param(parameter, self._part(parameter, made))
-        turned = self._part(parameter, _turned(whole, made))
+        self.local(parameter).copy_(self.part(parameter, made))
+        safe_set_local_fp32_param(parameter, self.part(parameter, made))
+        turned = self.part(parameter, _turned(whole, made))
         for name in sorted({n for s in optimizer.state.values() for n, t in s.items() if _is_flat(t)}):
             state = safe_get_local_optimizer_state(parameter, name)
             safe_set_local_optimizer_state(parameter, state.masked_fill(turned.to(state.device), 0), name)

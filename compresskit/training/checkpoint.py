@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
@@ -29,17 +30,33 @@ SAID = 300
 """Characters that are told of the last of an error."""
 
 
-def seal(checkpoint: Path, identity: str) -> None:
-    """Declare ``checkpoint`` complete; ``identity`` says which run it belongs to."""
+def seal(
+    checkpoint: Path, identity: str, carried: Mapping[str, Any] | None = None, names: Sequence[str] = ()
+) -> None:
+    """Declare ``checkpoint`` complete.
+
+    Args:
+        checkpoint: all of whose files are written.
+        identity: which run it belongs to.
+        carried: how that was carried out.
+        names: of the parameters whose states the optimiser saved by number.
+    """
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != MARK]
     for path in files:
         _flush(path)
     sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
     partial = checkpoint / (MARK + ".partial")
-    partial.write_text(json.dumps({"identity": identity, "files": sizes}, sort_keys=True), encoding="utf-8")
+    mark = {"identity": identity, "files": sizes, "carried": dict(carried or {}), "names": list(names)}
+    partial.write_text(json.dumps(mark, sort_keys=True), encoding="utf-8")
     _flush(partial)
     os.replace(partial, checkpoint / MARK)
     _flush(checkpoint)
+
+
+def mark_of(checkpoint: Path) -> dict[str, Any]:
+    """What :func:`seal` wrote of a complete one."""
+    found: dict[str, Any] = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))
+    return found
 
 
 def latest(folder: Path, identity: str) -> Path | None:
@@ -121,7 +138,7 @@ def _all(folder: Path) -> list[Path]:
 def _identity(checkpoint: Path) -> str | None:
     """Of the run it says that it belongs to; None if it cannot be read."""
     try:
-        return str(json.loads((checkpoint / MARK).read_text(encoding="utf-8"))["identity"])
+        return str(mark_of(checkpoint)["identity"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -129,7 +146,7 @@ def _identity(checkpoint: Path) -> str | None:
 def _is_whole(checkpoint: Path, identity: str | None) -> bool:
     """Whether it is complete, and of the run ``identity``; None is any."""
     try:
-        mark = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))
+        mark = mark_of(checkpoint)
         return identity in (None, mark["identity"]) and all(
             (checkpoint / name).stat().st_size == size for name, size in mark["files"].items()
         )

@@ -23,6 +23,7 @@ from compresskit.training.access import cast_like, local_bytes
 from compresskit.training.agreement import require_same
 from compresskit.training.arguments import CHECKPOINTS, training_arguments
 from compresskit.training.best import BEST, Best
+from compresskit.training.carried import BESIDE, COUNTS, HOW, Carried, carried_out, moved, refusal, words
 from compresskit.training.driver.local import LocalTrainer
 from compresskit.training.driver.pipeline import PipelineTrainer
 from compresskit.training.faults import training_faults, zero_faults
@@ -42,7 +43,7 @@ from compresskit.training.rollout import OnPolicy
 from compresskit.training.rules.asynchronous import EVERY_STEP
 from compresskit.training.rules.memory import NOISE
 from compresskit.training.sentences import idle_warnings, on_sentences, without_gradient
-from compresskit.training.setting import Setting, launched_processes
+from compresskit.training.setting import Setting, launched_processes, this_rank
 from compresskit.training.surroundings import quiet_transformers, restored_environment, trainable
 from compresskit.training.trace import trace_steps
 from compresskit.training.trackers import Trackers
@@ -142,9 +143,15 @@ class Run:
 
     @cached_property
     def identity(self) -> str:
-        """Which run a checkpoint belongs to; a change of anything here starts anew."""
-        text = json.dumps(self._facts, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()
+        """Which run a checkpoint belongs to, however it is carried out; another one starts anew."""
+        facts = {name: value for name, value in self._facts.items() if name not in (*HOW, "device")}
+        facts["adaptation"] = COUNTS.sub("", self.adaptation)
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+    @cached_property
+    def carried(self) -> dict[str, Any]:
+        """How the run is carried out; a checkpoint of another way is converted where that can be done."""
+        return carried_out(self.setting, self.adaptation)
 
     @property
     def _facts(self) -> dict[str, Any]:
@@ -155,7 +162,7 @@ class Run:
         told = {"objective": self.objective, "zeroing": self.zeroing, "on_policy": self.on_policy}
         facts |= {name: ADDRESS.sub("", repr(value)) for name, value in told.items()}
         facts |= {"adaptation": self.adaptation, "held": self.held}
-        for name in ("eval_every", "checkpoint_every", "trackers", "workers", "prefetch", "trace"):
+        for name in ("eval_every", *BESIDE):
             facts.pop(name)
         return facts
 
@@ -196,6 +203,7 @@ class Run:
             without_gradient(self.model, idle := self._idle()),
         ):
             trainer = self._trainer(done, idle)
+            trainer.carried, trainer.before = self.carried, self._before(start)
             precision = self.fields.precision
             with redirected(self.model, self.objective, precision=precision):
                 validated = _run(trainer, start)
@@ -249,10 +257,30 @@ class Run:
             name, damaged = json.loads(ranks.told(f"start {self.title} {self.scratch}", told))
             start = folder / name if name else None
         after = f"step {checkpoint.step_of(start)}" if start else "the beginning"
-        return start, tuple(
+        sentences = [
             f"{name} was cut short or damaged after it was written: training went on from {after}."
             for name in damaged
-        )
+        ]
+        before = self._before(start)
+        if before is not None:
+            if this_rank() == 0:  # another engine must not write into what a kill has left half-written
+                checkpoint.sweep(folder, self.identity, keep=2)
+            sentences.append(
+                f"{self.title} went on from {after} of {words(before)}, on {words(self.carried)}."
+            )
+        return start, tuple(sentences)
+
+    def _before(self, start: Path | None) -> Carried | None:
+        """How the run was carried out until ``start``, where other processes held it; PlanError if that
+        cannot go on as asked now."""
+        if start is None:
+            return None
+        before: Carried = checkpoint.mark_of(start)["carried"]
+        place = f"{self.scratch}: a checkpoint after step {checkpoint.step_of(start)}"
+        fault = refusal(before, self.carried, self.fields.optimizer, place)
+        if fault is not None:
+            raise PlanError(fault)
+        return before if moved(before, self.carried) else None
 
     @cached_property
     def _best(self) -> Best | None:

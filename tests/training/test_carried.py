@@ -1,0 +1,151 @@
+"""How a run is carried out may change between two starts: what goes on, and what is refused with the cure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from broken import broken_off_in
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from compresskit.errors import EngineError, PlanError
+from compresskit.training.access import Whole
+from compresskit.training.carried import COUNTS, HOW, WITHIN, carried_out, moved, reads, refusal, words
+from compresskit.training.checkpoint import MARK, mark_of
+from compresskit.training.fields import TrainingFields
+from compresskit.training.order import Rows
+from compresskit.training.outcome import TrainOutcome
+from compresskit.training.portable.sources import Files
+from compresskit.training.portable.take import take_over
+from compresskit.training.run import Run
+from compresskit.training.setting import Setting
+from compresskit.training.watch import LossLog
+
+Make = Callable[..., LlamaForCausalLM]
+FIELDS = TrainingFields(steps=6, batch_size=4, learning_rate=3e-3, checkpoint_every=3)
+
+
+def way(processes: int = 1, adaptation: str = "", **changes: Any) -> dict[str, Any]:
+    return carried_out(Setting(replace(FIELDS, **changes), processes, "cpu"), adaptation)
+
+
+ONE, DDP, FSDP = way(), way(2, strategy="ddp"), way(2, strategy="fsdp")
+ZERO = way(2, strategy="deepspeed", zero_stage=3)
+PIPE, ALONE = way(2, pipeline_stages=2), way(2, strategy="ddp", synchronise="diloco")
+SWEPT = way(2, strategy="deepspeed", offload="optimizer", offload_device="nvme", nvme_path="/nvme")
+
+
+def test_what_an_engine_reads_by_itself() -> None:
+    assert reads(ONE, DDP)
+    assert reads(FSDP, way(4, strategy="fsdp"))
+    assert reads(ZERO, {**ZERO, "overlap": False, "micro_batch_size": 1})
+    for old, new in (
+        (FSDP, DDP),
+        (ZERO, FSDP),
+        (ZERO, {**ZERO, "processes": 4}),
+        (FSDP, way(4, strategy="tp")),
+    ):
+        assert not reads(old, new)
+    assert moved(ONE, DDP)
+    assert not moved(DDP, {**DDP, "micro_batch_size": 1})
+    assert [words(w) for w in (ONE, FSDP, ZERO)] == [
+        "one process",
+        "fsdp on 2 processes",
+        "deepspeed ZeRO-3 on 2 processes",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "optimizer", "expected"),
+    [
+        (PIPE, DDP, "adamw_torch", "no pipeline divides"),
+        (FSDP, PIPE, "adamw_torch", "no pipeline divides"),
+        (ALONE, DDP, "adamw_torch", "all ranks agree on"),
+        (DDP, ALONE, "adamw_torch", "all ranks agree on"),
+        (SWEPT, DDP, "adamw_torch", "states in memory"),
+        (ZERO, DDP, "adafactor", "numbers of single weights"),
+        (FSDP, ONE, "adamw_torch_8bit", "numbers of single weights"),
+        (way(1, "passes_per_step=4"), way(2, "passes_per_step=2"), "adamw_torch", "as many forward passes"),
+    ],
+)
+def test_what_cannot_go_on_says_what_to_go_back_to(old: Any, new: Any, optimizer: str, expected: str) -> None:
+    fault = refusal(old, new, optimizer, "here")
+    assert fault is not None
+    assert expected in fault.expected
+    changed = [name for name in HOW if name not in WITHIN and old[name] != new[name]]
+    assert changed
+    assert all(f"{name}: {old[name]}" in fault.cure for name in changed)
+    assert "another output directory" in fault.cure
+    assert refusal(old, dict(old), optimizer, "here") is None
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "muon", "sgd"])
+def test_what_goes_on(optimizer: str) -> None:
+    for old in (ONE, DDP, FSDP, ZERO):
+        assert all(refusal(old, new, optimizer, "here") is None for new in (ONE, DDP, FSDP, ZERO))
+    assert refusal(ONE, DDP, "lion_8bit", "here") is None, "whole states are read as they are"
+
+
+def test_passes_that_a_model_counts_are_no_part_of_what_it_learns() -> None:
+    told = "Chosen(layers=('a',), passes_per_step=4, twice=('b', 'c'), steps=8)"
+    assert COUNTS.findall(told) == ["passes_per_step=4", "twice=('b', 'c')"]
+    assert COUNTS.sub("", told) == COUNTS.sub("", told.replace("=4", "=2").replace("('b', 'c')", "()"))
+
+
+def train(model: nn.Module, rows: Rows, scratch: Path, **changes: Any) -> TrainOutcome:
+    return Run(model, rows, fields=replace(FIELDS, **changes), scratch=scratch, device="cpu").train()
+
+
+def losses(scratch: Path) -> list[float]:
+    return LossLog(scratch / "losses.jsonl").losses()
+
+
+def test_smaller_passes_go_on_where_larger_ones_ended(make_model: Make, rows: Rows, tmp_path: Path) -> None:
+    train(make_model(), rows, tmp_path / "whole")
+    with broken_off_in(step=5):
+        train(make_model(), rows, tmp_path / "moved")
+    outcome = train(make_model(), rows, tmp_path / "moved", micro_batch_size=1, activation_checkpointing=True)
+    assert (outcome.resumed_from, outcome.warnings) == (3, ())
+    assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "whole"), rel=2e-5)
+
+
+def test_a_refusal_leaves_the_checkpoint_alone(make_model: Make, rows: Rows, tmp_path: Path) -> None:
+    train(make_model(), rows, tmp_path, steps=3)
+    mark = tmp_path / "checkpoints" / "checkpoint-3" / MARK
+    told = mark_of(mark.parent)
+    mark.write_text(json.dumps(told | {"carried": told["carried"] | {"pipeline_stages": 2, "processes": 2}}))
+    before = mark.read_bytes()
+    with pytest.raises(
+        PlanError, match=r"after step 3: expected weights that no pipeline divides(.|\n)*Go back"
+    ):
+        train(make_model(), rows, tmp_path, steps=3)
+    assert mark.read_bytes() == before
+    mark.write_text(json.dumps(told))
+    assert train(make_model(), rows, tmp_path, steps=3).resumed_from == 3
+
+
+def test_what_a_source_lacks_or_has_otherwise_is_named(make_model: Make, rows: Rows, tmp_path: Path) -> None:
+    train(make_model(), rows, tmp_path, steps=3)
+    made = tmp_path / "checkpoints" / "checkpoint-3"
+    source = Files(made, mark_of(made)["names"])
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    take_over(source, model, optimizer, Whole())
+    for name, parameter in model.named_parameters():
+        state = optimizer.state[parameter]
+        assert int(state["step"]) == 3
+        assert torch.equal(state["exp_avg"], source.states(name, parameter.shape)["exp_avg"]), name
+        assert torch.equal(parameter, source.tensor(name, parameter.shape)), name
+    number = source._numbers["model.norm.weight"]
+    source._states[number]["exp_avg"] = torch.zeros(2)
+    with pytest.raises(EngineError, match=r"exp_avg of model.norm.weight"):
+        take_over(source, model, optimizer, Whole())
+    del source._files["model.norm.weight"]
+    with pytest.raises(EngineError, match=r"model.norm.weight: expected \(\d+,\), got none"):
+        take_over(source, model, optimizer, Whole())
