@@ -41,6 +41,7 @@ class TrainingFields:
         adapt_batch: ``memory`` halves the rows of a pass where memory runs out, and takes more passes;
             ``noise`` doubles the rows of a step where the noise scale of gradients has reached that many.
         largest_batch_size: that ``noise`` may come to; learning_rate_scaling says what the rate does then.
+        shares: ``equal``, or under ``ddp`` ``measured``: rows of a step as each rank's speed allows.
         eval_every: steps between evaluations on the validation split; 0 evaluates at the end only.
         keep_best: give the weights of the best evaluation instead of those of the last step.
         trackers: services that are told of each step, through Accelerate: tensorboard, wandb, trackio.
@@ -100,6 +101,7 @@ class TrainingFields:
     offload_activations: bool = False
     adapt_batch: str = "none"
     largest_batch_size: int | None = None
+    shares: str = "equal"
     eval_every: int = 0
     keep_best: bool = False
     trackers: tuple[str, ...] = ()

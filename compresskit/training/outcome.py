@@ -34,6 +34,7 @@ class TrainOutcome:
         learning_rate: peak, scaled with the batch where that was asked for; of the batch at the start.
         batch_sizes: first step -> rows of a step from there on, where the batch may grow.
         noise_scale_rows: of gradients at the end, if measured; None also where it is too large to tell.
+        shares: rows of a step for each rank at the end, where speed was measured. Not part of a manifest.
         micro_batch_size: rows of a pass at the end, which may be fewer than were asked for. Not part of a
             manifest.
     """
@@ -57,6 +58,7 @@ class TrainOutcome:
     learning_rate: float | None = None
     batch_sizes: Mapping[str, int] = field(default_factory=dict)
     noise_scale_rows: float | None = None
+    shares: tuple[int, ...] = ()
     micro_batch_size: int = 0
 
     def to_json(self) -> str:
@@ -67,4 +69,4 @@ class TrainOutcome:
 def outcome_from_json(text: str) -> TrainOutcome:
     """Inverse of :meth:`TrainOutcome.to_json`."""
     data = json.loads(text)
-    return TrainOutcome(**data | {"warnings": tuple(data["warnings"])})
+    return TrainOutcome(**data | {name: tuple(data[name]) for name in ("warnings", "shares")})

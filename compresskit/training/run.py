@@ -42,8 +42,10 @@ from compresskit.training.redirect import idle_in, redirected
 from compresskit.training.rollout import OnPolicy
 from compresskit.training.rules.asynchronous import EVERY_STEP
 from compresskit.training.rules.memory import NOISE
+from compresskit.training.rules.shares import MEASURED
 from compresskit.training.sentences import idle_warnings, on_sentences, without_gradient
 from compresskit.training.setting import Setting, launched_processes, this_rank
+from compresskit.training.shares import SharingTrainer
 from compresskit.training.surroundings import quiet_transformers, restored_environment, trainable
 from compresskit.training.trace import trace_steps
 from compresskit.training.trackers import Trackers
@@ -243,6 +245,7 @@ class Run:
             validation_loss_before=trainer.first_evaluation(),
             given_step=given_step,
             **(trainer.growth.told() if isinstance(trainer, GrowingTrainer) else {}),
+            shares=trainer.divided if isinstance(trainer, SharingTrainer) else (),
         )
 
     def _start(self, ranks: Ranks | None) -> tuple[Path | None, tuple[str, ...]]:
@@ -314,6 +317,8 @@ class Run:
             return partial(PipelineTrainer, objective=self.objective)
         if self.fields.adapt_batch == NOISE:
             return GrowingTrainer
+        if self.fields.shares == MEASURED:
+            return SharingTrainer
         return StageTrainer if self.fields.synchronise == EVERY_STEP else LocalTrainer
 
     @cached_property
@@ -339,15 +344,16 @@ class Run:
             device=self.device,
             evaluates=self.validation is not None,
         )
+        size, times = setting.micro_batch_size, fields.tensor_parallel
         ordered = Ordered(
             self.rows,
-            steps=batches_at_most(fields, self.steps),
+            # A step in shares may have as many more passes as a pass has rows.
+            steps=batches_at_most(fields, self.steps) * (size if fields.shares == MEASURED else 1),
             batch_size=fields.batch_size,
             seed=self.seed,
             micro_batch_size=setting.micro_batch_size,
             ranks=setting.data_ranks,
         )
-        size, times = setting.micro_batch_size, fields.tensor_parallel
         rows = Repeated(ordered, micro_batch_size=size, times=times) if times > 1 else ordered
         held = (*self.held, *(self.zeroing.layers if self.zeroing else ()))
         trainer = self._kind(

@@ -140,7 +140,8 @@ def _result(
     if not outcome.batch_sizes:
         del plain["batch_sizes"], plain["noise_scale_rows"]
     record = {
-        name: plain.pop(name) for name in ("resumed_from", "seconds", "parameter_bytes", "micro_batch_size")
+        name: plain.pop(name)
+        for name in ("resumed_from", "seconds", "parameter_bytes", "micro_batch_size", "shares")
     }
     (context.scratch / "record.json").write_text(json.dumps(record), encoding="utf-8")
     warnings = plain.pop("warnings") + dtype_warnings(context.dtype, stage.precision)

@@ -18,6 +18,7 @@ from compresskit.training.setting import Setting, this_rank
 DS: dict[str, Any] = {"strategy": "deepspeed"}
 TP: dict[str, Any] = {"strategy": "tp", "processes": 2, "tensor_parallel": 2}
 GROWS: dict[str, Any] = {"adapt_batch": "noise", "largest_batch_size": 64, "micro_batch_size": 4}
+SHARES: dict[str, Any] = {"shares": "measured", "processes": 2}
 TWO: dict[str, Any] = {"pipeline_stages": 2, "processes": 2}
 ALONE: dict[str, Any] = {"synchronise": "diloco", "processes": 2}
 NVME: dict[str, Any] = DS | {
@@ -96,6 +97,12 @@ BREAKS: dict[str, dict[str, Any]] = {
     "prefix-offload": {"trainable": "prefix", "offload_activations": True},
     "adapt-batch-name": {"adapt_batch": "always"},
     "adapt-batch-engine": DS | {"adapt_batch": "memory"},
+    "shares-name": {"shares": "fair"},
+    "shares-engine": {"shares": "measured", "micro_batch_size": 2},
+    "shares-passes": SHARES | {"micro_batch_size": 1},
+    "shares-adapted": SHARES | {"adapt_batch": "memory"},
+    "shares-counts": SHARES | {"kind": "qat"},
+    "shares-rows": SHARES | {"on_policy": {"fraction": 0.5}},
     "adapt-batch-noise-engine": DS | GROWS | {"processes": 2},
     "adapt-batch-noise-passes": GROWS | {"micro_batch_size": 16},
     "adapt-batch-largest": GROWS | {"largest_batch_size": 31},
@@ -214,6 +221,7 @@ def test_a_broken_rule_is_told_with_its_cure(
         TrainingFields(processes=4, pipeline_stages=2, pipeline_schedule="interleaved", precision="bf16"),
         TrainingFields(processes=2, pipeline_stages=2, pipeline_schedule="gpipe", micro_batch_size=16),
         TrainingFields(processes=2, synchronise="diloco", synchronise_delay=7, eval_every=3),
+        TrainingFields(processes=2, shares="measured", micro_batch_size=2, workers=1),
         TrainingFields(adapt_batch="noise", largest_batch_size=32, micro_batch_size=8),
         TrainingFields(adapt_batch="noise", largest_batch_size=64, processes=2, strategy="fsdp"),
         TrainingFields(strategy="deepspeed", offload="optimizer", overlap=False),

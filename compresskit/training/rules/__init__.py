@@ -12,6 +12,7 @@ from compresskit.training.rules import (
     overlap,
     pipeline,
     precision,
+    shares,
     watching,
 )
 from compresskit.training.rules.base import Rule
@@ -28,6 +29,7 @@ ROOMS = (
     precision,
     memory,
     adapters,
+    shares,
     watching,
 )
 RULES: tuple[Rule, ...] = tuple(rule for room in ROOMS for rule in room.RULES)
