@@ -10,10 +10,15 @@ from typing import Any
 import pytest
 import torch
 from broken import broken_off_at_the_end, broken_off_in
+from tiny import tiny_llama
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
+from compresskit.data.spec import DataSpec
+from compresskit.distill.finetune import Finetune
+from compresskit.modeling import ModelSource
+from compresskit.stage import StageContext
 from compresskit.training.fields import TrainingFields
 from compresskit.training.growth import LEAST, Growth, batches_at_most, growth_from_json
 from compresskit.training.noise_scale import DECAY, NoiseScale, PassNorms
@@ -277,3 +282,32 @@ def test_how_much_is_read_at_most() -> None:
     assert batches_at_most(FIELDS, 46) == 46 * 4
     assert batches_at_most(replace(FIELDS, steps=None), 75) == 78
     assert batches_at_most(replace(FIELDS, adapt_batch="none"), 46) == 46
+
+
+def test_the_manifest_tells_how_the_batch_grew(tmp_path: Path) -> None:
+    source, out = ModelSource(tiny_llama(tmp_path / "model")), tmp_path / "out"
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"The {i}th story is about the number {i * i}." for i in range(200)))
+    stage = Finetune(
+        steps=2,
+        batch_size=4,
+        micro_batch_size=1,
+        context_length=24,
+        adapt_batch="noise",
+        largest_batch_size=8,
+    )
+    context = StageContext(
+        out=out,
+        scratch=tmp_path / "scratch",
+        original=source.directory,
+        data=DataSpec(source=str(text)),
+        device="cpu",
+        cache=tmp_path / "cache",
+    )
+    out.mkdir()
+    context.scratch.mkdir()
+    told = stage.run(source, context).metrics
+    assert told["batch_sizes"] == {"1": 4}
+    assert told["noise_scale_rows"] == batch_lines(tmp_path / "scratch")[-1]["noise_scale_rows"]
+    plain = replace(stage, adapt_batch="none", largest_batch_size=None)
+    assert not {"batch_sizes", "noise_scale_rows", "shares"} & plain.run(source, context).metrics.keys()
