@@ -204,7 +204,8 @@ class SharingTrainer(StageTrainer):
         kept = Path(resume_from_checkpoint or "") / STATE
         if resume_from_checkpoint and kept.is_file():
             data = json.loads(kept.read_text(encoding="utf-8"))
-            self.shares = Shares(**data | {"rows": tuple(data["rows"])})
-            if step >= self.shares.first:
-                self._divide()
+            if len(data["rows"]) == self.args.world_size:  # others are measured anew
+                self.shares = Shares(**data | {"rows": tuple(data["rows"])})
+                if step >= self.shares.first:
+                    self._divide()
         return 0, step * int(self.args.gradient_accumulation_steps)
