@@ -20,7 +20,6 @@ WITHIN = (
     "checkpoint_blocks",
     "checkpoint_operators",
     "offload_activations",
-    "adapt_batch",
     "overlap",
 )
 """Fields that are of the passes of a step: no checkpoint depends on them."""
@@ -30,6 +29,7 @@ LAID_OUT: Mapping[str, tuple[str, ...]] = {
     "mesh": ("strategy", "processes", "replicas", "tensor_parallel"),
     "deepspeed": ("processes", "zero_stage", "deepspeed_config", "offload", "offload_device", "nvme_path"),
     "pipeline": ("processes", "pipeline_stages", "pipeline_schedule"),
+    "grown": ("adapt_batch", "strategy", "processes", "micro_batch_size", "zero_stage", "tensor_parallel"),
     "alone": (
         "processes",
         "micro_batch_size",
@@ -50,6 +50,7 @@ COUNTS = re.compile(r"\b(?:passes_per_step|observed_passes)=\d+|\btwice=[(\[][^)
 """What an adaptation that counts its forward passes says of how many make a step."""
 OF_RANKS = {
     "pipeline": "weights that no pipeline divides",
+    "grown": "a batch that does not grow with the noise of gradients, which passes and ranks measure",
     "alone": f"weights that all ranks agree on (synchronise {EVERY_STEP})",
 }
 
@@ -63,6 +64,8 @@ def carried_out(setting: Setting, adaptation: str = "") -> dict[str, Any]:
 
 def kind_of(carried: Carried) -> str:
     """Which of the kinds of :data:`LAID_OUT` its checkpoints are."""
+    if carried["adapt_batch"] == "noise":
+        return "grown"
     if carried["pipeline_stages"] > 1:
         return "pipeline"
     if carried["synchronise"] != EVERY_STEP:

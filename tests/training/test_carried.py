@@ -38,6 +38,7 @@ def way(processes: int = 1, adaptation: str = "", **changes: Any) -> dict[str, A
 ONE, DDP, FSDP = way(), way(2, strategy="ddp"), way(2, strategy="fsdp")
 ZERO = way(2, strategy="deepspeed", zero_stage=3)
 PIPE, ALONE = way(2, pipeline_stages=2), way(2, strategy="ddp", synchronise="diloco")
+GROWN = way(2, strategy="ddp", adapt_batch="noise")
 SWEPT = way(2, strategy="deepspeed", offload="optimizer", offload_device="nvme", nvme_path="/nvme")
 
 
@@ -68,6 +69,8 @@ def test_what_an_engine_reads_by_itself() -> None:
         (FSDP, PIPE, "adamw_torch", "no pipeline divides"),
         (ALONE, DDP, "adamw_torch", "all ranks agree on"),
         (DDP, ALONE, "adamw_torch", "all ranks agree on"),
+        (GROWN, DDP, "adamw_torch", "does not grow"),
+        (DDP, GROWN, "adamw_torch", "does not grow"),
         (SWEPT, DDP, "adamw_torch", "states in memory"),
         (ZERO, DDP, "adafactor", "numbers of single weights"),
         (FSDP, ONE, "adamw_torch_8bit", "numbers of single weights"),
