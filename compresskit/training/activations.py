@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,19 @@ def saving_activations(model: nn.Module, fields: TrainingFields) -> Iterator[Non
     if not (fields.activation_checkpointing or fields.offload_activations):
         yield
         return
+    blocks = _set(model, fields)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("_gradient_checkpointing_func", None)
+        name = "activation_checkpointing_disable"
+        disable: Any = getattr(model, name, None) or model.gradient_checkpointing_disable
+        disable()
+
+
+def _set(model: nn.Module, fields: TrainingFields) -> WeakSet[nn.Module]:
+    """Have blocks keep what ``fields`` say; they are held weakly, since a pipeline lets go of some."""
     _enable(model)
     blocks = [model.get_submodule(name) for name in anatomy_of(model).blocks]
     if not all(hasattr(block, "gradient_checkpointing") for block in blocks):
@@ -75,14 +89,7 @@ def saving_activations(model: nn.Module, fields: TrainingFields) -> Iterator[Non
             run = partial(_offloaded, run, block)
         block.gradient_checkpointing = again or fields.offload_activations  # type: ignore[assignment]
         block._gradient_checkpointing_func = run  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for block in blocks:
-            block.__dict__.pop("_gradient_checkpointing_func", None)
-        name = "activation_checkpointing_disable"
-        disable: Any = getattr(model, name, None) or model.gradient_checkpointing_disable
-        disable()
+    return WeakSet(blocks)
 
 
 def _enable(model: nn.Module) -> None:

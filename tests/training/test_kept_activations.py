@@ -69,6 +69,16 @@ def six_blocks(make_model: Make) -> LlamaForCausalLM:
     return make_model(num_hidden_layers=6, hidden_size=32, intermediate_size=64).train()
 
 
+@pytest.mark.parametrize("mode", ["full", "full-offload"])
+def test_a_block_that_a_pipeline_lets_go_of_is_gone(make_model: Make, mode: str) -> None:
+    model = six_blocks(make_model)
+    with saving_activations(model, TrainingFields(**MODES[mode])):
+        gone = weakref.ref(model.model.layers[5])
+        model.model.layers[5] = torch.nn.Identity()
+        gc.collect()
+        assert gone() is None
+
+
 def kept(model: LlamaForCausalLM, mode: str) -> tuple[int, dict[str, Tensor]]:
     """Bytes alive between the two passes in that mode, and the gradients."""
     ids = torch.arange(4 * 32).reshape(4, 32) % 48
