@@ -108,6 +108,7 @@ def traced(
     tokens: int,
     blocks: int = BLOCKS,
     prepare: Prepare | None = None,
+    accumulates: bool = False,
     trust_remote_code: bool = False,
 ) -> Pass:
     """Run a few blocks of a causal language model forward and backward, without memory.
@@ -120,6 +121,7 @@ def traced(
         tokens: T.
         blocks: to run, at least 2.
         prepare: what is done to the model before it trains.
+        accumulates: whether there are gradients already, to which the pass adds.
         trust_remote_code: whether that code may run.
 
     Returns:
@@ -136,7 +138,11 @@ def traced(
         stack.enter_context(trainable(model, fields))
         stack.enter_context(redirected(model, Predicting(), precision=fields.precision))
         ids = torch.zeros(rows, tokens, dtype=torch.int64)
-        live = Live([*model.parameters(), *model.buffers(), ids])
+        had = [p for p in model.parameters() if p.requires_grad and accumulates]
+        for parameter in had:
+            parameter.grad = torch.zeros_like(parameter)
+        there = [p.grad for p in had if p.grad is not None]
+        live = Live([*model.parameters(), *model.buffers(), *there, ids])
         with live:
             return _timed(model, ids, live)
 
@@ -204,12 +210,12 @@ class _Marks:
     def __init__(self, model: nn.Module, live: Live) -> None:
         self._model, self._live = model, live
         self.levels: list[tuple[float, float, float]] = []
-        self._backward = False
+        self._backward, self._had = False, gradient_bytes(model)
         live.mark()
 
     def mark(self) -> None:
-        """A phase ends here: what was alive at most, what is alive, and the gradients there are."""
-        live, gradients = self._live, gradient_bytes(self._model)
+        """A phase ends here: what was alive at most, what is alive, and the gradients that are new."""
+        live, gradients = self._live, gradient_bytes(self._model) - self._had
         self.levels.append((live.peak_bytes, live.bytes, gradients))
         live.mark()
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from math import log
+from math import log, prod
 from typing import Any
 
 from compresskit.foresight.devices import Machine
+from compresskit.foresight.gathering import most_gathered, visits_of
 from compresskit.foresight.pace import Pace, Work, flops_of, pace
-from compresskit.foresight.peak import Load, Moment, loss_inside, peak
-from compresskit.foresight.states import engine_of
+from compresskit.foresight.peak import WHOLE_BLOCKS, Load, Moment, loss_inside, peak
+from compresskit.foresight.pipeline import Course, pipeline_pace, pipeline_peak, ranks_of
+from compresskit.foresight.split import exchanged_bytes
+from compresskit.foresight.states import ITEM, Engine, engine_of
 from compresskit.foresight.subject import LIVE_TEACHERS, Subject
 from compresskit.options import Choice
 from compresskit.training.faults import broken_rules, number_faults
@@ -56,8 +59,8 @@ class Row:
         combination: which.
         passes: forward passes of an optimiser step, in each process.
         refused: why it cannot be had; empty where it can.
-        peak: where a process holds most, and of what; None where that is not told.
-        pace: how long a step takes; None where that is not told.
+        peak: where a process holds most, and of what; None where it is refused.
+        pace: how long a step takes; None where it is refused.
         fits: whether the device holds it.
     """
 
@@ -75,7 +78,7 @@ PLAIN = {"offload": "none", "replicas": 1, "tensor_parallel": 1, "pipeline_stage
 
 def candidates(subject: Subject, machine: Machine) -> list[Row]:
     """Every combination for ``subject``, the best first, those that are refused last."""
-    rows = [_row(subject, machine, combination) for combination in combinations(subject, machine)]
+    rows = [weighed(subject, machine, combination) for combination in combinations(subject, machine)]
     return sorted(rows, key=_order)
 
 
@@ -87,7 +90,7 @@ def best(rows: list[Row]) -> Row | None:
 def _order(row: Row) -> tuple[int, int, int, int]:
     """What fits by speed, within 2% the one with fewer passes, then the smaller; the rest by size."""
     if row.peak is None or row.pace is None:
-        return (3 if row.refused else 2, 0, 0, 0)
+        return (2, 0, 0, 0)
     if row.fits:
         return (0, -round(50 * log(row.pace.tokens_s)), row.passes, row.peak.bytes)
     return (1, row.peak.bytes, 0, 0)
@@ -173,7 +176,8 @@ def refusal(stage: Any, machine: Machine) -> str:
     return ""
 
 
-def _row(subject: Subject, machine: Machine, combination: Combination) -> Row:
+def weighed(subject: Subject, machine: Machine, combination: Combination) -> Row:
+    """What ``combination`` comes to."""
     stage = replace(subject.stage, **combination.changes)
     refused = refusal(stage, machine)
     if not refused:
@@ -182,23 +186,42 @@ def _row(subject: Subject, machine: Machine, combination: Combination) -> Row:
         return Row(combination, refused=refused)
     setting = Setting(stage, machine.processes, machine.device.kind)
     passes = stage.batch_size // (setting.micro_batch_size * setting.data_ranks)
-    if setting.data_ranks < setting.processes:
-        return Row(combination, passes=passes)  # allowed, and not predicted
-    held, engine = subject.held(stage), engine_of(setting)
-    most = peak(load_of(subject, stage, setting, passes), engine)
-    recomputed = 1 / getattr(stage, "checkpoint_blocks", 1) if stage.activation_checkpointing else 0.0
-    found = pace(
-        work_of(subject, stage),
-        engine,
-        held,
-        machine,
-        precision=stage.precision if stage.precision in machine.device.peak_flops else "bf16",
-        rows=setting.micro_batch_size,
-        passes=passes,
-        tokens=subject.tokens,
-        recomputed=recomputed,
-    )
+    engine, load = engine_of(setting), load_of(subject, stage, setting, passes)
+    work, rows = work_of(subject, stage), setting.micro_batch_size
+    how: dict[str, Any] = {
+        "precision": stage.precision if stage.precision in machine.device.peak_flops else "bf16",
+        "recomputed": recomputed_of(stage),
+    }
+    if stage.pipeline_stages > 1:
+        ranks, course = ranks_of(subject, stage), course_of(subject, setting, load, passes)
+        most = pipeline_peak(load, ranks, course)
+        found = pipeline_pace(work, ranks, course, machine, tokens=rows * subject.tokens, **how)
+    else:
+        most = peak(load, engine)
+        tokens = subject.tokens
+        found = pace(work, engine, load.held, machine, rows=rows, passes=passes, tokens=tokens, **how)
     return Row(combination, passes, "", most, found, most.bytes <= machine.usable_bytes)
+
+
+def recomputed_of(stage: Any) -> float:
+    """Share of the blocks that the backward pass computes once more."""
+    return 1 / stage.checkpoint_blocks if stage.activation_checkpointing else 0.0
+
+
+def course_of(subject: Subject, setting: Setting, load: Load, passes: int) -> Course:
+    """How the micro-batches of a step go through the pipelines of ``setting``."""
+    stage, rows = setting.fields, setting.micro_batch_size
+    width = subject.model.config.get_text_config().hidden_size
+    return Course(
+        schedule=stage.pipeline_schedule,
+        width=stage.pipeline_stages,
+        count=passes,
+        pipelines=setting.data_ranks,
+        states=float(ITEM * rows * subject.tokens * width),
+        blocks=load.blocks,
+        first=load.passed,
+        later=subject.passed(stage, rows, accumulates=True),
+    )
 
 
 def load_of(subject: Subject, stage: Any, setting: Setting, passes: int) -> Load:
@@ -212,25 +235,49 @@ def load_of(subject: Subject, stage: Any, setting: Setting, passes: int) -> Load
         precision=stage.precision,
         teaches=subject.teacher is not None,
     )
+    engine = engine_of(setting)
     return Load(
         passed=subject.passed(stage, rows),
         blocks=len(subject.model.anatomy.blocks),
         held=subject.held(stage),
-        units=subject.units,
+        units=subject.units(stage),
         loss=inside,
         teaching=subject.teaching(stage, rows, subject.tokens),
         optimizer=stage.optimizer,
         accumulates=passes > 1,
         device=setting.device,
+        gathered=gathered_of(subject, stage, engine),
     )
+
+
+def gathered_of(subject: Subject, stage: Any, engine: Engine) -> Mapping[str, int]:
+    """Numbers of weights that ZeRO-3 has whole in each phase of a pass; of another engine none."""
+    if engine.kind != "zero3":
+        return {}
+    anatomy, shapes = subject.model.anatomy, subject.shapes(stage)
+    again = [stage.recomputes(i) for i in range(len(anatomy.blocks))]
+    most = most_gathered(visits_of(anatomy, shapes, again, engine.whole), engine)
+    always = sum(count for shape in shapes.values() if (count := prod(shape)) <= engine.whole)
+    return {phase: always + most.get(phase, 0) for phase in WHOLE_BLOCKS}
 
 
 def work_of(subject: Subject, stage: Any) -> Work:
     """What a token of ``subject`` costs, its teacher placed as ``stage`` says."""
-    blocks, head = flops_of(subject.model.anatomy, subject.model.config, subject.tokens)
+    anatomy, config, ways = subject.model.anatomy, subject.model.config, stage.tensor_parallel
+    blocks, head = flops_of(anatomy, config, subject.tokens)
+    work = Work(blocks, head)
+    if ways > 1:
+        item = 4 if stage.precision == "fp32" else 2
+        work = Work(
+            blocks,
+            head,
+            ways=ways,
+            exchanged_bytes=exchanged_bytes(config, anatomy, item, recomputed_of(stage)),
+            head_bytes=float(ITEM * prod(anatomy.parameter_shapes[f"{anatomy.head}.weight"])),
+        )
     if subject.teacher is None:
-        return Work(blocks, head)
+        return work
     theirs = flops_of(subject.teacher.anatomy, subject.teacher.config, subject.tokens)
     method = stage.teacher_placement.method
     gathered = float(subject.teacher.bytes) if method == SHARD else 0.0
-    return Work(blocks, head, sum(theirs) if method in LIVE_TEACHERS else 0.0, gathered)
+    return replace(work, teacher=sum(theirs) if method in LIVE_TEACHERS else 0.0, gathered_bytes=gathered)

@@ -89,8 +89,8 @@ def row_json(row: Row) -> dict[str, Json]:
     }
     if row.refused:
         return found | {"refused": row.refused}
-    if row.peak is None or row.pace is None:
-        return found | {"predicted": False}
+    assert row.peak is not None
+    assert row.pace is not None
     return found | {
         "fits": row.fits,
         "peak_bytes": row.peak.bytes,

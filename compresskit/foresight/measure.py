@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
@@ -29,11 +29,14 @@ class Counted:
         step_ends: nanoseconds since the epoch at which optimiser steps were done.
         peak_bytes: of tensors, from the end of the first step to that of the last; 0 where there were fewer.
         mapped_bytes: of these the tensors whose memory no allocator gave.
+        held_bytes: of parameters, when the optimiser has stepped once: ``weights`` of modules that train,
+            ``masters`` that are stepped in their place, ``gradients``, and ``optimiser`` states.
     """
 
     step_ends: list[int] = field(default_factory=list)
     peak_bytes: int = 0
     mapped_bytes: int = 0
+    held_bytes: Mapping[str, int] = field(default_factory=dict)
     storages: Mapping[int, int] = field(default_factory=dict)
 
 
@@ -55,7 +58,9 @@ def counting(device: str) -> Iterator[Counted]:
 
 @contextmanager
 def _watched(counted: Counted, device: str) -> Iterator[None]:
-    def ended(*_: Any) -> None:
+    def ended(optimizer: Any, *_: Any) -> None:
+        if not counted.step_ends:
+            counted.held_bytes = _held(optimizer)
         if device == "cuda":
             if counted.step_ends:
                 counted.peak_bytes = torch.cuda.max_memory_allocated()
@@ -70,6 +75,30 @@ def _watched(counted: Counted, device: str) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def _held(optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """See :attr:`Counted.held_bytes`."""
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        modules = [m for m in gc.get_objects() if issubclass(type(m), nn.Module) and m.training]
+    weights = [p for m in modules for p in m._parameters.values() if p is not None]
+    stepped = [p for group in optimizer.param_groups for p in group["params"]]
+    # Under ZeRO-3 a weight is empty, and this rank's part of it lies beside.
+    kept = [getattr(p, "ds_tensor", p) for p in weights]
+    found = {"weights": _bytes(kept)}
+    found["masters"] = _bytes([*kept, *stepped]) - found["weights"]
+    found["gradients"] = _bytes([p.grad for p in (*weights, *stepped) if p.grad is not None])
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    found["optimiser"] = _bytes([t for t in states if isinstance(t, Tensor) and t.dim()])
+    return found
+
+
+def _bytes(tensors: list[Any]) -> int:
+    """Of these on this rank, each once."""
+    parts = [part for tensor in tensors for part in _parts(tensor)]
+    return sum({(part.data_ptr(), part.nbytes): part.nbytes for part in parts}.values())
 
 
 def _storages() -> dict[int, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from compresskit.foresight.devices import HOST_LINK_BYTES_S, Machine
+from compresskit.foresight.devices import HOST_LINK_BYTES_S, Device, Machine
 from compresskit.foresight.states import ITEM, Engine, Held, numbers
 from compresskit.modeling.anatomy import Anatomy
 
@@ -30,12 +30,18 @@ class Work:
         head: of its output projection forward.
         teacher: of a whole teacher forward.
         gathered_bytes: of a teacher whose weights are divided, in each pass.
+        ways: ranks that share each layer of the blocks.
+        exchanged_bytes: added up over these, of each token.
+        head_bytes: gathered from these in each pass.
     """
 
     blocks: float
     head: float
     teacher: float = 0.0
     gathered_bytes: float = 0.0
+    ways: int = 1
+    exchanged_bytes: float = 0.0
+    head_bytes: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,38 +113,47 @@ def pace(
     device = machine.device
     each = rows * tokens
     factor = WHOLE if not held.frozen and not held.packed_bytes else FROZEN
-    flops = work.blocks * (factor + recomputed) + work.head * WHOLE + work.teacher
+    flops = work.blocks * (factor + recomputed) / work.ways + work.head * WHOLE + work.teacher
     second = device.peak_flops[precision] * device.efficiency
     compute = passes * each * flops / second
-    sent, hides = _sent(engine, held, machine, passes)
+    sent, hides = _sent(engine, held, machine, passes, work.ways)
     exposed = max(0.0, sent - 0.5 * compute) if hides else sent
+    if work.ways > 1:  # each layer waits for the one before
+        whole = 2 * each * work.exchanged_bytes + work.head_bytes
+        splitting = passes * _ring(whole, work.ways, machine)
+        sent, exposed = sent + splitting, exposed + splitting
     if work.gathered_bytes:  # the next block is gathered while one computes
         gathering = passes * _ring(work.gathered_bytes, machine.processes, machine)
         exposed += max(0.0, gathering - passes * each * work.teacher / second)
         sent += gathering
     stepped = engine.part(held.trained) if engine.shards > 1 else numbers(held.trained)
-    step = ITEM * STEP_TRAFFIC * stepped / device.memory_bytes_s
+    step = step_s(stepped, device)
     if engine.offloads:
         step += 2 * ITEM * stepped / HOST_LINK_BYTES_S + ITEM * STEP_TRAFFIC * stepped / (10 * 10**9)
     total = compute + exposed + step
-    return Pace(compute, sent, exposed, step, passes * each * machine.processes / total)
+    return Pace(compute, sent, exposed, step, passes * each * (machine.processes // work.ways) / total)
 
 
-def _sent(engine: Engine, held: Held, machine: Machine, passes: int) -> tuple[float, bool]:
-    """Seconds that a step's communication takes, and whether computing hides it."""
+def step_s(stepped: int, device: Device) -> float:
+    """Seconds in which an optimiser looks at so many numbers."""
+    return ITEM * STEP_TRAFFIC * stepped / device.memory_bytes_s
+
+
+def _sent(engine: Engine, held: Held, machine: Machine, passes: int, ways: int) -> tuple[float, bool]:
+    """Seconds that a step's communication takes, and whether computing hides it; not that of split layers."""
     trained = ITEM * numbers(held.trained)
     everything = trained + ITEM * numbers(held.frozen)
-    count = machine.processes
+    count = machine.processes // ways
     if count == 1:
         return 0.0, True
     if engine.kind == "ddp":
         return 2 * _ring(trained, count, machine), True
     if engine.kind == "fsdp":
         copies, group = count // engine.shards, engine.shards
-        gather = 2 * _ring(everything, group, machine)  # once forward, once back
-        reduce = _ring(trained, group, machine)
+        gather = 2 * _ring(everything, group, machine, ways)  # once forward, once back
+        reduce = _ring(trained, group, machine, ways)
         # Copies of the group add up their shares once a step, all pairs at once over the nodes' links.
-        between = 2 * (copies - 1) / copies * trained / machine.link_bytes_s if copies > 1 else 0.0
+        between = 2 * (copies - 1) / copies * ways * trained / machine.link_bytes_s if copies > 1 else 0.0
         return passes * gather + reduce + between, True
     if engine.kind == "zero3":
         return passes * (2 * _ring(everything, count, machine) + _ring(trained, count, machine)), False
@@ -146,8 +161,9 @@ def _sent(engine: Engine, held: Held, machine: Machine, passes: int) -> tuple[fl
     return reductions * 2 * _ring(trained, count, machine) + _ring(trained, count, machine), False
 
 
-def _ring(whole: float, count: int, machine: Machine) -> float:
-    """Seconds in which ``count`` processes gather or reduce so many bytes."""
-    inside = count <= machine.gpus
-    rate = machine.device.link_bytes_s if inside else min(machine.device.link_bytes_s, machine.link_bytes_s)
+def _ring(whole: float, count: int, machine: Machine, abreast: int = 1) -> float:
+    """Seconds in which ``count`` processes gather or reduce so many bytes, ``abreast`` neighbours others."""
+    inside = count * abreast <= machine.gpus
+    between = min(machine.device.link_bytes_s, machine.link_bytes_s / abreast)
+    rate = machine.device.link_bytes_s if inside else between
     return whole * (count - 1) / count / rate

@@ -7,7 +7,7 @@ how the engine divides them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from compresskit.foresight.activations import Pass, Phase
@@ -89,6 +89,7 @@ class Load:
         optimizer: its name.
         accumulates: whether a step has several passes.
         device: ``cpu`` or ``cuda``.
+        gathered: phase -> numbers of weights that ZeRO-3 has whole in it.
     """
 
     passed: Pass
@@ -100,6 +101,7 @@ class Load:
     optimizer: str
     accumulates: bool
     device: str
+    gathered: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,17 +124,21 @@ class Moment:
 
 def peak(load: Load, engine: Engine) -> Moment:
     """The moment of a step at which a process holds most."""
-    always = _always(load, engine)
+    return fullest(always(load, engine), (*_passes(load, engine), stepping(load, engine)))
+
+
+def fullest(kept: Mapping[str, float], times: Iterable[tuple[str, Mapping[str, float]]]) -> Moment:
+    """Of some times the one at which most is held, with what is ``kept`` all the time."""
     found: Moment | None = None
-    for name, terms in (*_passes(load, engine), _step(load, engine)):
-        moment = Moment(name, {term: always.get(term, 0) + terms.get(term, 0) for term in TERMS})
+    for name, terms in times:
+        moment = Moment(name, {term: kept.get(term, 0) + terms.get(term, 0) for term in TERMS})
         if found is None or moment.bytes > found.bytes:
             found = moment
     assert found is not None
     return found
 
 
-def _always(load: Load, engine: Engine) -> dict[str, float]:
+def always(load: Load, engine: Engine) -> dict[str, float]:
     """What is held all the time; the device's part of it."""
     held = load.held
     stepped = 0 if engine.offloads else 1
@@ -211,8 +217,7 @@ def _gathered(load: Load, engine: Engine, name: str) -> float:
     """Weights that are whole for a phase, beyond the part that is kept."""
     units = load.units
     if engine.kind == "zero3":
-        shapes = (*load.held.trained, *load.held.frozen)
-        return float(ITEM * min(numbers_of(shapes), engine.live))
+        return float(ITEM * load.gathered[name])
     if engine.kind != "fsdp":
         return 0.0
     whole = {
@@ -227,14 +232,14 @@ def _gathered(load: Load, engine: Engine, name: str) -> float:
     return float(ITEM * (outside + WHOLE_BLOCKS[name] * units.block))
 
 
-def _step(load: Load, engine: Engine) -> tuple[str, dict[str, float]]:
+def stepping(load: Load, engine: Engine) -> tuple[str, dict[str, float]]:
     """The optimiser's step, when there are all gradients and no activations."""
     if engine.offloads:
         return "step", {"gradients": gradient_bytes(load.held, engine) if engine.kind != "zero3" else 0}
     gradients = gradient_bytes(load.held, engine)
     making = stepping_bytes(load.held, engine, load.optimizer, load.device)
     twice = {"zero1": 2, "zero2": 2, "zero3": 1}.get(engine.kind, 1)  # laid out as one tensor once more
-    kept = 0 if engine.kind in ("ddp", "zero3") else twice * gradients
+    kept = 0 if engine.kind == "ddp" else twice * gradients
     return "step", {"gradients": kept, "buffers": making}
 
 

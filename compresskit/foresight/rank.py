@@ -57,9 +57,6 @@ def _try(job: dict[str, Any], scratch: Path) -> None:
     with counting(resolve_device(recipe.device).type) as counted:
         stage.run(source, context)
     found = {name: count for name, count in asdict(counted).items() if name != "storages"}
-    if this_rank() == 0:
-        told = json.loads((context.scratch / "record.json").read_text(encoding="utf-8"))
-        found["weight_bytes"] = told["parameter_bytes"]
     (scratch / PEAK.format(this_rank())).write_text(json.dumps(found), encoding="utf-8")
 
 

@@ -40,7 +40,8 @@ FACTORED = "adafactor"
 LEAST_8BIT = 4096
 """Weights of a tensor; states of a smaller one are in float32."""
 BUCKET, LIVE, WHOLE = "reduce_bucket_size", "stage3_max_live_parameters", "stage3_param_persistence_threshold"
-ZERO_DEFAULTS = {BUCKET: 5e8, LIVE: 1e9, WHOLE: 1e5}
+REUSE, PREFETCH = "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"
+ZERO_DEFAULTS = {BUCKET: 5e8, LIVE: 1e9, WHOLE: 1e5, REUSE: 1e9, PREFETCH: 5e7}
 """Numbers that DeepSpeed takes where its configuration says none."""
 
 
@@ -66,10 +67,12 @@ class Engine:
     """How an engine divides what is held.
 
     Attributes:
-        kind: ``single``, ``ddp``, ``fsdp``, ``zero1``, ``zero2`` or ``zero3``.
+        kind: ``single``, ``ddp``, ``fsdp``, ``tp``, ``pipeline``, ``zero1``, ``zero2`` or ``zero3``.
         shards: processes among which states are divided; 1 where nothing is.
         bucket: numbers of gradients that ZeRO reduces together.
-        live: numbers of parameters that ZeRO-3 keeps gathered at most.
+        live: numbers of parameters beyond which ZeRO-3 gathers none ahead.
+        reuse: numbers of others before whose use a parameter is not given up by ZeRO-3.
+        prefetch: numbers of parameters that ZeRO-3 gathers ahead together.
         whole: a parameter of so many numbers or fewer is never divided by ZeRO-3.
         offloads: whether the optimiser's states and the weights it steps lie in the host's memory.
     """
@@ -78,6 +81,8 @@ class Engine:
     shards: int = 1
     bucket: int = 0
     live: int = 0
+    reuse: int = 0
+    prefetch: int = 0
     whole: int = 0
     offloads: bool = False
 
@@ -108,7 +113,9 @@ class Engine:
 def engine_of(setting: Setting) -> Engine:
     """How the engine of ``setting`` divides."""
     fields = setting.fields
-    shards = setting.processes // int(getattr(fields, "replicas", 1) or 1)
+    shards = setting.processes // (fields.replicas * fields.tensor_parallel)
+    if fields.pipeline_stages > 1:
+        return Engine("pipeline")
     if setting.strategy == "fsdp":
         return Engine("fsdp", max(shards, 1))
     if setting.strategy != "deepspeed":
@@ -124,6 +131,8 @@ def engine_of(setting: Setting) -> Engine:
         max(shards, 1),
         bucket=read[BUCKET] * (2 if doubles else 1),
         live=read[LIVE],
+        reuse=read[REUSE],
+        prefetch=read[PREFETCH],
         whole=read[WHOLE],
         offloads=offloads,
     )
@@ -188,8 +197,9 @@ def stepping_bytes(held: Held, engine: Engine, optimizer: str, device: str) -> i
     """Of what the optimiser makes while it steps, beyond its states: about two copies of what it looks at.
 
     On a GPU torch's optimisers look at all parameters at once, on a CPU at one; ZeRO's parameters are one.
+    One that is fused makes nothing.
     """
-    if optimizer not in ("adamw_torch", "adam", "rmsprop", "adagrad") or not held.trained:
+    if optimizer not in ("rmsprop", "adagrad") or not held.trained:
         return 0
     sizes = [engine.part([s]) if engine.divides_gradients else prod(s) for s in held.trained]
     if engine.is_zero:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from compresskit.errors import Fault
 from compresskit.foresight.activations import Pass, forward_bytes, stretched, traced
 from compresskit.foresight.peak import Teaching, Units
 from compresskit.foresight.sketch import sketched
+from compresskit.foresight.split import local_shapes, split
 from compresskit.foresight.states import Held, Shape
 from compresskit.modeling import ModelSource, context_length
 from compresskit.options import Choice, choices_of
@@ -36,8 +37,17 @@ from compresskit.training.trainable import ALL, LOW_RANK
 
 LORA, BIAS_NORM = "lora", "bias_norm"
 LIVE_TEACHERS = ("replicate", "shard", "8bit", "4bit")
-TRACED = ("activation_checkpointing", "checkpoint_blocks", "checkpoint_operators", "offload_activations")
+TRACED = (
+    "activation_checkpointing",
+    "checkpoint_blocks",
+    "checkpoint_operators",
+    "offload_activations",
+    "tensor_parallel",
+)
 """Fields that decide what a pass keeps."""
+
+KNOWN: dict[Any, Pass] = {}
+"""Passes of models of which all is trained, by all that they depend on: one that was traced is not again."""
 
 
 class Updated(nn.Module):
@@ -94,22 +104,24 @@ class Subject:
         """Its name; empty where none is trained."""
         return adapter_of(self.stage)
 
-    @cached_property
-    def shapes(self) -> dict[str, Shape]:
-        """Of the model's parameters, tied ones once."""
-        again = {name for group in self.model.anatomy.tied for name in group[1:]}
-        return {n: s for n, s in self.model.anatomy.parameter_shapes.items() if n not in again}
+    def shapes(self, stage: Any) -> dict[str, Shape]:
+        """Of the model's parameters, tied ones once, as far as a rank has of split layers."""
+        anatomy = self.model.anatomy
+        again = {name for group in anatomy.tied for name in group[1:]}
+        whole = {n: s for n, s in anatomy.parameter_shapes.items() if n not in again}
+        return local_shapes(self.model.config, anatomy, whole, stage.tensor_parallel)
 
     def held(self, stage: Any) -> Held:
         """What ``stage``, which is this one with another strategy, trains and holds."""
-        every = tuple(self.shapes.values())
+        shapes = self.shapes(stage)
+        every = tuple(shapes.values())
         if self._adapter:
             return self._adapted(stage)
         trainable = getattr(stage, "trainable", ALL)
         if trainable == BIAS_NORM:
             few = set(biases_and_norms(self.model.anatomy))
-            trained = tuple(s for n, s in self.shapes.items() if n in few)
-            return Held(trained, tuple(s for n, s in self.shapes.items() if n not in few))
+            trained = tuple(s for n, s in shapes.items() if n in few)
+            return Held(trained, tuple(s for n, s in shapes.items() if n not in few))
         if stage.kind == "sparse_train":
             return self._sparse(stage, every)
         extra = 0
@@ -134,7 +146,7 @@ class Subject:
         narrow = {f"{n}.weight" for n in as_stored_layers(anatomy)} if self.model.weight_bytes == 2 else ()
         frozen = tuple(
             (prod(shape) // 2,) if name in narrow else shape  # pairs of weights are one number each
-            for name, shape in self.shapes.items()
+            for name, shape in self.shapes(stage).items()
             if name.removesuffix(".weight") not in each
         )
         # While a layer computes, or its gradient is carried back, its weight is there in float32.
@@ -150,7 +162,8 @@ class Subject:
         """What zeros need that change while the model trains."""
         anatomy, layers = self.model.anatomy, tuple(stage.patterns(self.model))
         method: Any = TRAINED_PRUNERS[stage.method]
-        weights = tuple(self.shapes[f"{n}.weight"] for n in layers if f"{n}.weight" in self.shapes)
+        shapes = self.shapes(stage)
+        weights = tuple(shapes[f"{n}.weight"] for n in layers if f"{n}.weight" in shapes)
         extra = live_copy_bytes(stage, anatomy, layers) if stage.swaps_layers else 0
         extra += 5 * largest_layer(anatomy, layers)
         if method.learns_masks:
@@ -160,15 +173,15 @@ class Subject:
             return Held((*every, *weights), extra_bytes=extra)
         return Held(every, extra_bytes=extra + (4 * sum(map(prod, weights)) if method.needs_gradient else 0))
 
-    @cached_property
-    def units(self) -> Units:
+    def units(self, stage: Any) -> Units:
         """What FSDP2 gathers together."""
         anatomy, blocks = self.model.anatomy, dict[str | None, int]()
-        for name, shape in self.shapes.items():
+        shapes = self.shapes(stage)
+        for name, shape in shapes.items():
             block = anatomy.block_of(name)
             blocks[block] = blocks.get(block, 0) + prod(shape)
         outside = blocks.pop(None, 0)
-        embedding = prod(self.shapes.get(f"{anatomy.embeddings}.weight", (0,)))
+        embedding = prod(shapes.get(f"{anatomy.embeddings}.weight", (0,)))
         tied = any(f"{anatomy.head}.weight" in group for group in anatomy.tied)
         return Units(
             block=max(blocks.values(), default=0),
@@ -177,14 +190,24 @@ class Subject:
             is_tied=tied,
         )
 
-    def passed(self, stage: Any, rows: int) -> Pass:
-        """A pass of ``rows`` rows: traced with one row and two, which tell what each more takes."""
-        one, two = (self._traced(stage, count) for count in (1, 2))
+    def passed(self, stage: Any, rows: int, *, accumulates: bool = False) -> Pass:
+        """A pass of ``rows`` rows: traced with one row and two, which tell what each more takes.
+
+        Args:
+            stage: this one with another strategy.
+            rows: of the pass.
+            accumulates: whether there are gradients already, to which it adds.
+        """
+        one, two = (self._traced(stage, count, accumulates) for count in (1, 2))
         return one.plus(two.plus(one, -1.0), rows - 1)
 
-    def _traced(self, stage: Any, rows: int) -> Pass:
-        key = (rows, *(getattr(stage, name, None) for name in TRACED))
-        if key not in self._passes:
+    def _traced(self, stage: Any, rows: int, accumulates: bool) -> Pass:
+        key: tuple[Any, ...] = (rows, accumulates, *(getattr(stage, name, None) for name in TRACED))
+        if self.trains_all:  # nothing else of the stage matters then
+            model = self.model
+            key = (self.tokens, stage.precision, str(model.original), model.config.to_json_string(), *key)
+        known = KNOWN if self.trains_all else self._passes
+        if key not in known:
             plain = replace(stage, matmul="float")  # what int8 products keep is no more than this
             two, four = (
                 traced(
@@ -194,18 +217,23 @@ class Subject:
                     rows=rows,
                     tokens=self.tokens,
                     blocks=count,
-                    prepare=None if self.trains_all else self._prepare,
+                    prepare=partial(self._prepare, ways=stage.tensor_parallel),
+                    accumulates=accumulates,
                     trust_remote_code=self.model.trust_remote_code,
                 )
                 for count in (2, 4)
             )
-            self._passes[key] = stretched(two, four, len(self.model.anatomy.blocks))
-        return self._passes[key]
+            known[key] = stretched(two, four, len(self.model.anatomy.blocks))
+        return known[key]
 
-    def _prepare(self, model: nn.Module) -> None:
-        """Freeze the model and add what is trained; adapters other than LoRA as LoRA of their rank."""
+    def _prepare(self, model: nn.Module, ways: int) -> None:
+        """Split layers; freeze what is not trained; add adapters, others than LoRA as LoRA of their rank."""
         from compresskit.modeling.anatomy import anatomy_of
 
+        if ways > 1:
+            split(model, ways)
+        if self.trains_all:
+            return
         anatomy = anatomy_of(model)
         model.requires_grad_(False)
         if getattr(self.stage, "trainable", "") == BIAS_NORM:

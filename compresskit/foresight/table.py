@@ -88,8 +88,8 @@ def _line(row: Row) -> str:
     first = (way.strategy, way.checkpointing, way.placement or "-", way.rows, row.passes or "-")
     if row.refused:
         return FORM.format(way.strategy, *("-",) * 7, f"refused: {row.refused}")
-    if row.peak is None or row.pace is None:
-        return FORM.format(*first, "-", "-", "-", "allowed, not predicted")
+    assert row.peak is not None
+    assert row.pace is not None
     word = "" if row.fits else "too large"
     pace = f"{row.pace.total_s:,.3g} s"
     return FORM.format(*first, size(row.peak.bytes), pace, f"{row.pace.tokens_s:,.0f}", word)

@@ -39,6 +39,7 @@ class Verified:
         measured_weight_bytes: the same.
         predicted_tokens_s: of all processes.
         measured_tokens_s: the same, slowed by the counting on a CPU.
+        held_bytes: of parameters, in each process; see ``compresskit.foresight.measure.Counted``.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Verified:
     measured_weight_bytes: int
     predicted_tokens_s: float
     measured_tokens_s: float
+    held_bytes: tuple[Mapping[str, int], ...] = ()
 
     @property
     def error(self) -> float:
@@ -106,7 +108,7 @@ def verify(foresight: Foresight, one: Forecast, row: Row, cache: Path | None = N
     with tempfile.TemporaryDirectory(prefix="compresskit-") as place:
         _run(json.dumps(job), processes, Path(place), zero=changes["strategy"] == "deepspeed")
         read = [json.loads((Path(place) / PEAK.format(r)).read_text("utf-8")) for r in range(processes)]
-    ends = read[0]["step_ends"]
+    ends, fullest = read[0]["step_ends"], max(read, key=lambda found: found["peak_bytes"])
     tokens = (STEPS - 1) * one.subject.stage.batch_size * one.subject.tokens
     return Verified(
         name=one.subject.name,
@@ -114,11 +116,12 @@ def verify(foresight: Foresight, one: Forecast, row: Row, cache: Path | None = N
         checkpointing=row.combination.checkpointing,
         micro_batch_size=row.combination.rows,
         predicted_bytes=row.peak.bytes,
-        measured_bytes=max(found["peak_bytes"] for found in read),
+        measured_bytes=fullest["peak_bytes"],
         predicted_weight_bytes=round(row.peak.terms["weights"]),
-        measured_weight_bytes=read[0]["weight_bytes"],
+        measured_weight_bytes=fullest["held_bytes"]["weights"],
         predicted_tokens_s=row.pace.tokens_s,
         measured_tokens_s=tokens * 1e9 / max(ends[-1] - ends[0], 1),
+        held_bytes=tuple(found["held_bytes"] for found in read),
     )
 
 
