@@ -46,7 +46,10 @@ TESTS: Mapping[str, tuple[str, ...]] = {
         "few_engines::test_losses_agree_step_by_step",
         "few_engines::test_zeros_stay_and_nothing_else_moves",
     ),
-    "distillation": ("teacher_engines::test_losses_are_those_of_a_whole_teacher",),
+    "distillation": (
+        "teacher_engines::test_losses_are_those_of_a_whole_teacher",
+        "chain_engines::test_the_chain_ends_as_in_one_process",
+    ),
     "load balancing": (
         "sentence_engines::test_losses_agree_step_by_step",
         "shared_ranks::test_the_slower_rank_has_fewer_rows_of_the_same_steps",
