@@ -21,6 +21,7 @@ WITHIN = (
     "checkpoint_operators",
     "offload_activations",
     "overlap",
+    "shares",
 )
 """Fields that are of the passes of a step: no checkpoint depends on them."""
 LAID_OUT: Mapping[str, tuple[str, ...]] = {
