@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from math import log, prod
 from typing import Any
 
+from compresskit.errors import Fault
 from compresskit.foresight.devices import Machine
 from compresskit.foresight.gathering import most_gathered, visits_of
 from compresskit.foresight.pace import Pace, Work, flops_of, pace
@@ -22,6 +23,8 @@ from compresskit.foresight.subject import LIVE_TEACHERS, Subject
 from compresskit.options import Choice
 from compresskit.training.faults import broken_rules, number_faults
 from compresskit.training.lesson import REPLICATE
+from compresskit.training.mesh.plan import tensor_faults
+from compresskit.training.rules.pipeline import STAGES_A_RANK
 from compresskit.training.setting import Setting
 
 SHARD = "shard"
@@ -181,7 +184,8 @@ def weighed(subject: Subject, machine: Machine, combination: Combination) -> Row
     stage = replace(subject.stage, **combination.changes)
     refused = refusal(stage, machine)
     if not refused:
-        refused = next((str(f) for f in subject.placement_faults(stage, "teacher_placement")), "")
+        faults = [*divided_faults(subject, stage), *subject.placement_faults(stage, "teacher_placement")]
+        refused = next(map(str, faults), "")
     if refused:
         return Row(combination, refused=refused)
     setting = Setting(stage, machine.processes, machine.device.kind)
@@ -201,6 +205,18 @@ def weighed(subject: Subject, machine: Machine, combination: Combination) -> Row
         tokens = subject.tokens
         found = pace(work, engine, load.held, machine, rows=rows, passes=passes, tokens=tokens, **how)
     return Row(combination, passes, "", most, found, most.bytes <= machine.usable_bytes)
+
+
+def divided_faults(subject: Subject, stage: Any) -> list[Fault]:
+    """Why such a model cannot be split, or has too few blocks for a pipeline."""
+    config, anatomy = subject.model.config, subject.model.anatomy
+    if stage.tensor_parallel > 1:
+        return tensor_faults(config, anatomy, stage.tensor_parallel, "stage")
+    stages = stage.pipeline_stages * STAGES_A_RANK.get(stage.pipeline_schedule, 1)
+    if stage.pipeline_stages > 1 and stages > len(anatomy.blocks):
+        expected, got = f"at least {stages} blocks, one for each stage", str(len(anatomy.blocks))
+        return [Fault("stage.pipeline_stages", expected, got, "Lower pipeline_stages.")]
+    return []
 
 
 def recomputed_of(stage: Any) -> float:

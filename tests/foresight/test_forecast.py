@@ -129,7 +129,8 @@ def test_less_memory_has_the_states_divided_and_then_nothing_fits(place: Path, p
 
 def test_rows_that_processes_cannot_share_are_refused_with_the_rule(place: Path) -> None:
     one = forecast(place, finetune(batch_size=6), devices())
-    assert one.best is None
+    assert one.best is not None
+    assert one.best.combination.strategy == "pipeline 4"  # whose ranks see the same rows
     alone = [r for r in one.rows if not r.combination.strategy.startswith(("tensor", "pipeline"))]
     assert {r.refused.partition(":")[0] for r in alone} == {"batch-divides"}
     assert all("Choose a batch_size" in r.refused for r in alone)
@@ -149,6 +150,7 @@ def test_fp16_is_refused_where_it_does_not_work_and_no_package_is_missed_elsewhe
     here = forecast(place, finetune(), replace(devices(), here=True))
     refused = {r.combination.strategy: r.refused.partition(":")[0] for r in here.rows if r.refused}
     assert refused.pop("pipeline 4").startswith("pipeline-")
+    assert "tensor_parallel" in refused.pop("tensor 4")
     assert refused == dict.fromkeys(("zero1", "zero2", "zero3", *offloaded), "deepspeed-missing")
 
 
@@ -187,7 +189,7 @@ def test_adapters_have_few_states_and_frozen_bits(place: Path, plain: Forecast) 
         for one in (plain, lora, frozen)
     )
     assert factors["optimiser"] < 0.05 * whole["optimiser"]
-    assert factors["weights"] > whole["weights"]
+    assert 0.5 * whole["weights"] < factors["weights"] < whole["weights"]  # frozen as they are stored
     assert bits["weights"] < 0.3 * whole["weights"]
     assert 0 < bits["frozen"] < 0.2 * whole["weights"]
 
@@ -338,6 +340,14 @@ def test_ways_are_asked_about_where_the_stage_has_fields_for_them(place: Path) -
     assert parallel.peak is not None
     # All but 13 norms lie in four parts.
     assert parallel.peak.terms["weights"] == pytest.approx(count, abs=4 * 13 * 128)
+
+
+def test_a_model_that_cannot_be_divided_so_is_refused(place: Path, plain: Forecast) -> None:
+    """Two key-value heads for four ranks; six blocks for eight stages, two in each of four ranks."""
+    assert all("num_key_value_heads" in r.refused for r in plain.rows if r.combination.strategy == "tensor 4")
+    one = forecast(place, finetune(pipeline_schedule="interleaved"), devices())
+    (few,) = [r for r in rows_of(one, "pipeline 4") if r.combination.rows == 4]
+    assert "at least 8 blocks" in few.refused
 
 
 @pytest.mark.parametrize("strategy", ["tensor 4", "pipeline 4"])
