@@ -42,6 +42,10 @@ class Shares:
     passes: int
     first: int = 0
 
+    def fit(self, *, ranks: int, micro_batch_size: int) -> bool:
+        """Whether they are for so many ranks, and passes of no more rows."""
+        return len(self.rows) == ranks and max(self.rows) <= self.passes * micro_batch_size
+
     def parts(self, rank: int) -> list[range]:
         """Of the rows of a step, those of each pass of ``rank``."""
         begin, own = sum(self.rows[:rank]), self.rows[rank]
@@ -204,8 +208,10 @@ class SharingTrainer(StageTrainer):
         kept = Path(resume_from_checkpoint or "") / STATE
         if resume_from_checkpoint and kept.is_file():
             data = json.loads(kept.read_text(encoding="utf-8"))
-            if len(data["rows"]) == self.args.world_size:  # others are measured anew
-                self.shares = Shares(**data | {"rows": tuple(data["rows"])})
-                if step >= self.shares.first:
+            found, micro = Shares(**data | {"rows": tuple(data["rows"])}), self._setting.micro_batch_size
+            # Else it goes on with other ranks, or passes, than it was begun with, and measures anew.
+            if found.fit(ranks=self.args.world_size, micro_batch_size=micro):
+                self.shares = found
+                if step >= found.first:
                     self._divide()
         return 0, step * int(self.args.gradient_accumulation_steps)

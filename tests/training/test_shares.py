@@ -44,3 +44,10 @@ def test_items_of_a_rank() -> None:
     made = Divided(Shares((5, 3), 2), rank=1, steps=4, batch_size=8, begin=2)
     assert list(made) == [[21], [22, 23], [29], [30, 31]]
     assert len(made) == 4
+
+
+def test_shares_of_other_ranks_or_larger_passes_do_not_fit() -> None:
+    shares = Shares((5, 3), 2)
+    assert shares.fit(ranks=2, micro_batch_size=3)
+    assert not shares.fit(ranks=3, micro_batch_size=3)
+    assert not shares.fit(ranks=2, micro_batch_size=2)
