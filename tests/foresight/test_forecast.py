@@ -120,11 +120,11 @@ def test_less_memory_has_the_states_divided_and_then_nothing_fits(place: Path, p
     assert fsdp < 0.6 * ddp
     tight = forecast(place, finetune(), devices(f"{(ddp + fsdp) / 2 / 0.92}B"))
     assert tight.best is not None
-    assert tight.best.combination.strategy == "fsdp"
+    assert tight.best.combination.strategy in ("fsdp", "pipeline 4")
     none = forecast(place, finetune(), devices("1MB"))
     assert none.best is None
     assert none.rows[0].peak is not None
-    assert none.rows[0].peak.bytes == fsdp  # the least comes first
+    assert none.rows[0].peak.bytes <= fsdp  # the least comes first
 
 
 def test_rows_that_processes_cannot_share_are_refused_with_the_rule(place: Path) -> None:
