@@ -14,6 +14,7 @@ the first two steps of each are not counted.
 from __future__ import annotations
 
 import argparse
+import socket
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,7 @@ from compresskit.measure.record import spread
 
 WARMUP = 2
 OURS, PLAIN = "compresskit_train.py", "plain_train.py"
-LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+LAUNCH = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1")
 Side = tuple[str, int, Mapping[str, Any]]
 """Script, ranks, fields."""
 OVERHEAD: Mapping[str, Side] = {"compresskit": (OURS, 1, {}), "plain": (PLAIN, 1, {})}
@@ -48,13 +49,21 @@ APART = "apart"
 """Two of ``one`` at once."""
 
 
+def free_port() -> int:
+    """One that nobody listens at now."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
 def steps_of(place: Path, side: Side, model: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Median seconds of a step, the losses, and the versions of one fresh run."""
     script, ranks, fields = side
     place.mkdir(exist_ok=True)
     task = {"model": str(model), "threads": options.threads, "fields": dict(fields)}
     task["ids"] = str(model.parent / f"ids-{ranks}.safetensors")
-    command = [sys.executable, *(LAUNCH if ranks > 1 else ()), str(HERE / script)]
+    launch = (*LAUNCH, "--master-port", str(free_port())) if ranks > 1 else ()
+    command = [sys.executable, *launch, str(HERE / script)]
     answer = run_jobs(command, task, place).answer
     return {**answer, "step_s": median(answer["seconds"][WARMUP:])}
 

@@ -22,7 +22,7 @@ def train(task: dict[str, Any], ids: Tensor) -> tuple[list[float], list[float]]:
     model = load_model(Path(task["student"]))
     teacher = Replica(directory=task["teacher"], vocabulary=model.config.vocab_size)
     teacher.load()
-    return trained(model, ids, objective=Divergences(), teacher=teacher)
+    return trained(task, model, ids, objective=Divergences(), teacher=teacher)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from compresskit.modeling import load_model
 
 def train(task: dict[str, Any], ids: Tensor) -> tuple[list[float], list[float]]:
     """Seconds and loss of each step."""
-    found = trained(load_model(Path(task["model"])), ids, task["fields"])
+    found = trained(task, load_model(Path(task["model"])), ids)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return found

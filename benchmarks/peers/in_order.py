@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -35,18 +34,18 @@ class InOrder:
 
 
 def trained(
-    model: nn.Module, ids: Tensor, changes: Mapping[str, Any] | None = None, **parts: Any
+    task: Mapping[str, Any], model: nn.Module, ids: Tensor, **parts: Any
 ) -> tuple[list[float], list[float]]:
     """Train on ``ids`` (steps, batch, tokens).
 
     Args:
+        task: with changes of the fields, if any; all ranks write beside its answer.
         model: in place.
         ids: of every step.
-        changes: of the fields.
         parts: further ones of the run, such as ``objective`` and ``teacher``.
 
     Returns:
-        Seconds and loss of each step; empty on ranks but the main one.
+        Seconds and loss of each step.
     """
     steps, batch, tokens = ids.shape
     fields = TrainingFields(
@@ -58,11 +57,10 @@ def trained(
         warmup_fraction=0.0,
         max_grad_norm=MAX_GRAD_NORM,
         checkpoint_every=0,
-        **(changes or {}),
+        **task.get("fields", {}),
     )
-    with tempfile.TemporaryDirectory() as scratch:
-        Run(model, InOrder(ids.flatten(0, 1), seed=0), fields=fields, scratch=Path(scratch), **parts).train()
-        log = Path(scratch, "losses.jsonl")
-        logged = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    scratch = Path(task["answer"]).parent / "scratch"
+    Run(model, InOrder(ids.flatten(0, 1), seed=0), fields=fields, scratch=scratch, **parts).train()
+    logged = [json.loads(line) for line in (scratch / "losses.jsonl").read_text().splitlines()]
     ends = [0.0, *(line["seconds"] for line in logged)]
     return [b - a for a, b in pairwise(ends)], [line["loss"] for line in logged]

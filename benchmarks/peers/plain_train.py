@@ -31,8 +31,12 @@ def train(task: dict[str, Any], ids: torch.Tensor) -> tuple[list[float], list[fl
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
         clock.tick()
+        mean = loss.detach()
+        if dist.is_initialized():
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
+        losses.append(mean.item())
     if dist.is_initialized():
         dist.destroy_process_group()
     return clock.seconds, losses
