@@ -41,7 +41,7 @@ ENGINES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 """Name -> what the manifest has to call it, and the fields of the stage that trains."""
 TOLERANCE = 0.01
 """Of perplexity, relative to one process."""
-NOTE = "Other work ran on the same cores: seconds are no measure of an engine's speed."
+NOTE = "Engines were not timed against each other: seconds are no measure of their speed."
 
 
 def arguments() -> argparse.ArgumentParser:

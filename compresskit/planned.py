@@ -21,7 +21,7 @@ from compresskit.modeling import ModelSource
 from compresskit.progress import size
 from compresskit.recipe import Recipe
 from compresskit.stage import Forecast, Json, Outlook, Stage
-from compresskit.training.carried import BESIDE, HOW
+from compresskit.training.carried import BESIDE, HOW, LEARNT
 from compresskit.training.rules.asynchronous import EVERY_STEP
 
 PACKAGES = (
@@ -262,7 +262,7 @@ def _matter(stage: dict[str, Json]) -> dict[str, Json]:
     """What a stage does; of one that trains not how that is carried out, nor where a live teacher lies."""
     if "pipeline_stages" not in stage:
         return stage
-    kept = {name: value for name, value in stage.items() if name not in (*HOW, *BESIDE)}
+    kept = {name: value for name, value in stage.items() if name in LEARNT or name not in (*HOW, *BESIDE)}
     placement = kept.get("teacher_placement")
     if (placement["method"] if isinstance(placement, dict) else placement) in ("replicate", "shard"):
         del kept["teacher_placement"]

@@ -44,7 +44,9 @@ LAID_OUT: Mapping[str, tuple[str, ...]] = {
 }
 """Kind of checkpoint -> fields that must be the same for an engine of that kind to read its own."""
 HOW = tuple(dict.fromkeys(("strategy", *(name for some in LAID_OUT.values() for name in some), *WITHIN)))
-"""Fields that change how a run is carried out, and not what it learns."""
+"""Fields that change how a run is carried out, and but for :data:`LEARNT` not what it learns."""
+LEARNT = tuple(name for name in LAID_OUT["alone"] if name not in ("processes", "micro_batch_size"))
+"""Of these, fields that change what it learns too: a finished stage is another one with others."""
 BESIDE = ("checkpoint_every", "trackers", "workers", "prefetch", "trace")
 """Fields that change neither."""
 COUNTS = re.compile(r"\b(?:passes_per_step|observed_passes)=\d+|\btwice=[(\[][^)\]]*[)\]]")

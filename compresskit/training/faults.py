@@ -10,6 +10,7 @@ from compresskit.training.fields import TrainingFields
 from compresskit.training.optimizers import CHANGED, MOVED, OPTIMIZERS
 from compresskit.training.rules import RULES
 from compresskit.training.rules.base import Rule
+from compresskit.training.rules.memory import NOISE
 from compresskit.training.setting import Setting, launched_processes
 
 DIVIDE = ("batch_size", "processes", "micro_batch_size", "replicas", "tensor_parallel")
@@ -19,13 +20,16 @@ SAID = ("device", "devices", "processes", "data_ranks", "micro_batch_size")
 
 
 def zero_faults(fields: TrainingFields, where: str, *, changing: bool = False) -> list[Fault]:
-    """What is wrong with the optimiser where weights are zero and have to stay so.
+    """What is wrong where weights are zero and have to stay so: with the optimiser, or a batch that grows.
 
     Args:
         fields: of a stage that trains these weights themselves.
         where: prefix of the fault.
         changing: whether which weights are zero changes while it trains.
     """
+    if changing and fields.adapt_batch == NOISE:
+        expected = "none where zeros change on a schedule of steps"
+        return [Fault(f"{where}.adapt_batch", expected, NOISE, "Leave adapt_batch out.")]
     known = OPTIMIZERS.get(fields.optimizer)
     if known is None or known.zeros == CHANGED or (known.zeros != MOVED and not changing):
         return []

@@ -83,6 +83,7 @@ class PassNorms:
         self._squares = torch.zeros((), dtype=torch.float64, device=device)
         self._seen: set[nn.Parameter] = set()
         self._undo: list[Callable[[], None]] = []
+        self._looked: set[nn.Module] = set()
         units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         for unit in units:
             # FSDP2 puts whole parameters in place before this hook, the same objects in every pass.
@@ -92,7 +93,10 @@ class PassNorms:
             self._look(model)
 
     def _look(self, module: nn.Module) -> None:
-        """See the gradients of what is whole in ``module`` from now on."""
+        """See the gradients of what is whole in ``module`` from now on; once is enough."""
+        if module in self._looked:
+            return
+        self._looked.add(module)
         masked = {weight_of(self._model, layer) for layer in self._held}
         for parameter in module.parameters():
             whole = not isinstance(parameter, DTensor)

@@ -12,6 +12,7 @@ from compresskit.training.faults import training_faults
 from compresskit.training.fields import TrainingFields
 from compresskit.training.mesh.plan import tensor_faults
 from compresskit.training.optimizers import OPTIMIZERS
+from compresskit.training.rules.asynchronous import BUCKET
 from compresskit.training.rules.memory import NOISE
 from compresskit.training.rules.pipeline import STAGES_A_RANK
 from compresskit.training.setting import Setting, launched_processes
@@ -183,8 +184,12 @@ def forecast_training(
     states = (parameters * 8 + kept + frozen_bytes) // shards
     if setting.strategy == "deepspeed" and fields.zero_stage < 3:
         states = parameters * 8 + kept // shards + frozen_bytes
+    bucket = min(parameters, max(BUCKET, vocabulary * width))
+    if fields.synchronise == "local_sgd":
+        states += 4 * bucket
     if fields.synchronise == "diloco":  # outer weights and their momentum; what is under way, and was then
         states += parameters * (16 if fields.synchronise_delay else 8)
+        states += bucket * (4 if fields.synchronise_delay else 8)
     activations = 4 * tokens * kept_per_token(fields, len(anatomy.blocks), width, inner, model.device)
     logits = loss_bytes(tokens, vocabulary, width, model.device)
     if fields.tensor_parallel > 1:

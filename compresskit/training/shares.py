@@ -209,9 +209,8 @@ class SharingTrainer(StageTrainer):
         if resume_from_checkpoint and kept.is_file():
             data = json.loads(kept.read_text(encoding="utf-8"))
             found, micro = Shares(**data | {"rows": tuple(data["rows"])}), self._setting.micro_batch_size
-            # Else it goes on with other ranks, or passes, than it was begun with, and measures anew.
-            if found.fit(ranks=self.args.world_size, micro_batch_size=micro):
+            # Else nothing is divided yet, or for other ranks and passes than these: it measures anew.
+            if step >= found.first and found.fit(ranks=self.args.world_size, micro_batch_size=micro):
                 self.shares = found
-                if step >= found.first:
-                    self._divide()
+                self._divide()
         return 0, step * int(self.args.gradient_accumulation_steps)

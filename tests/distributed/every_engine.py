@@ -83,6 +83,20 @@ class Counting:
         return {"input_ids": ids, "labels": labels, "position_ids": torch.arange(12)}
 
 
+class Witnessed(Counting):
+    """The same rows, which tell in a file of those that processes beside the training one have read."""
+
+    def __init__(self, place: Path) -> None:
+        super().__init__()
+        self._place = place
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if torch.utils.data.get_worker_info() is not None:
+            with self._place.open("a") as file:
+                file.write(f"{index}\n")
+        return super().__getitem__(index)
+
+
 def make_model(*, tied: bool = True, layers: int = 2) -> tuple[LlamaForCausalLM, tuple[str, ...]]:
     """A tiny Llama, half of whose projections' weights are zero, and the names of those layers."""
     torch.manual_seed(0)
@@ -136,13 +150,12 @@ def main(out: Path) -> None:
 
         fields = replace(FIELDS, **changes)
         scratch = out / engine
-        rows = Counting()
         outcome = Run(
             model,
-            rows,
+            Witnessed(out / f"{engine}.txt") if fields.workers else Counting(),
             fields=fields,
             scratch=scratch,
-            validation=Counting(7) if fields.keep_best else rows,
+            validation=Counting(7) if fields.keep_best else Counting(),
             held=held,
             device="cpu",
             save=save,

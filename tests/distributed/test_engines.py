@@ -20,7 +20,6 @@ from every_engine import (
     FIELDS,
     INT8,
     NAMES,
-    OTHERS,
     SCALE,
     STEPS,
     Counting,
@@ -186,5 +185,5 @@ def test_both_ranks_compute_in_few_bits_and_skip_the_same_steps(
 def test_rows_that_are_read_ahead_are_the_same(launched: Path) -> None:
     found = outcome_of(launched, "read-ahead")
     assert (found["engine"], found["processes"]) == ("ddp", 2)
-    assert OTHERS["read-ahead"]["workers"] == 1
     assert losses(launched / "read-ahead") == losses(launched / "ddp")
+    assert len((launched / "read-ahead.txt").read_text().split()) >= STEPS * FIELDS.batch_size

@@ -71,7 +71,7 @@ def test_every_row_has_its_tests() -> None:
 
 
 @pytest.mark.parametrize("test", sorted(set(chain(*TESTS.values()))))
-def test_it_is_there_and_runs_on_several_processes(test: str) -> None:
+def test_it_is_there_among_those_of_several_processes(test: str) -> None:
     name, _, function = test.partition("::")
     text = (HERE / f"test_{name}.py").read_text(encoding="utf-8")
     assert f"def {function}(" in text

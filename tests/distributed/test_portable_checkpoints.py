@@ -113,4 +113,7 @@ def test_a_recipe_goes_on_by_another_strategy(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "out" / "records" / "1-finetune.record.json").read_text())
     assert record["resumed_from"] == 4
     assert planned().work_key == planned(processes=2, strategy="ddp", workers=1).work_key
-    assert planned().work_key != planned(learning_rate=1e-5).work_key
+    alone = planned(processes=2, strategy="ddp", synchronise="diloco")
+    for other in (planned(learning_rate=1e-5), alone):
+        assert other.work_key != planned().work_key
+    assert alone.work_key != planned(processes=2, synchronise="diloco", outer_learning_rate=0.1).work_key

@@ -244,6 +244,12 @@ def test_options_reach_the_optimizer(make_model: Make) -> None:
     assert hash(fields) == hash(replace(fields))
 
 
+def test_a_batch_that_grows_is_refused_where_zeros_change_on_a_schedule() -> None:
+    (fault,) = zero_faults(fields_of("adamw_torch", adapt_batch="noise"), "x", changing=True)
+    assert (fault.where, fault.got) == ("x.adapt_batch", "noise")
+    assert zero_faults(fields_of("adamw_torch", adapt_batch="noise"), "x") == []
+
+
 def test_every_option_says_what_it_may_be() -> None:
     assert {option for known in OPTIMIZERS.values() for option in known.options} == {*EXPECTED, "betas"}
     assert all(known.expected(option).words for known in OPTIMIZERS.values() for option in known.options)

@@ -19,8 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-BUCKET = 1 << 25
-"""Numbers that are sent at once: beside the weights no more than these are in memory."""
+from compresskit.training.rules.asynchronous import BUCKET
 
 
 class Exchange(Protocol):

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from compresskit.training.access import Whole, copied, wanted
-from compresskit.training.driver.exchange import BUCKET
+from compresskit.training.rules.asynchronous import BUCKET
 
 
 @dataclass(frozen=True)

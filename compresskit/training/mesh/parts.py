@@ -1,6 +1,6 @@
 """What a restart needs of a model in a mesh: each rank writes its own part, and reads it back to the byte.
 
-A checkpoint is for a run of the same mesh (another one is another run), so nothing is ever divided anew.
+It is read into the same mesh: for another one, or none, ``portable`` puts the parts together.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ RULES: tuple[Rule, ...] = (
         lambda s: adapter_of(s.fields) == "prefix" and s.fields.activation_checkpointing,
         "a prefix, which is a cache, without recomputed activations",
         "both",
-        "Set activation_checkpointing to false, or use adapter lora.",
+        "Set activation_checkpointing to false, or use lora in place of the prefix.",
     ),
     Rule(
         "prefix-offload",
@@ -45,6 +45,6 @@ RULES: tuple[Rule, ...] = (
         ),
         "a prefix, which is a cache, with activations kept where they are",
         "both",
-        "Set offload_activations to false, or use adapter lora.",
+        "Set offload_activations to false, or use lora in place of the prefix.",
     ),
 )

@@ -7,6 +7,8 @@ from compresskit.training.setting import Setting
 
 EVERY_STEP = "every_step"
 SYNCHRONISING = (EVERY_STEP, "local_sgd", "diloco")
+BUCKET = 1 << 25
+"""Numbers that are exchanged at once; of a larger tensor all."""
 
 
 def _alone(s: Setting) -> bool:

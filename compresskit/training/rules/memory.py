@@ -62,7 +62,8 @@ RULES: tuple[Rule, ...] = (
         ),
         "none, or memory, where the gradient of one pass on one rank is never whole",
         "{adapt_batch} with strategy {strategy}",
-        "Use one process, or strategy ddp or fsdp without replicas and tensor_parallel.",
+        "Use one process, or strategy ddp or fsdp, without replicas, tensor_parallel, pipeline_stages and "
+        "synchronise.",
     ),
     Rule(
         "adapt-batch-noise-passes",
@@ -70,7 +71,7 @@ RULES: tuple[Rule, ...] = (
         lambda s: _grows(s) and s.fields.batch_size < 2 * s.micro_batch_size,
         "at most half of batch_size={batch_size}: noise is measured between passes of a step",
         "{micro_batch_size}",
-        "Lower micro_batch_size, or train on several processes.",
+        "Set micro_batch_size to half of batch_size / processes, or less.",
     ),
     Rule(
         "adapt-batch-largest",

@@ -52,7 +52,7 @@ RULES: tuple[Rule, ...] = (
         lambda s: _fp8(s) and (swaps_layers(s) or _int8(s)),
         "bf16 where layers compute with rounded, frozen or masked weights, or in int8",
         "{precision}",
-        "Use precision bf16; fp8 is for finetune and distill without lora, with matmul float.",
+        "Use precision bf16; fp8 is for finetune and distill without adapters, with matmul float.",
     ),
     Rule(
         "fp8-deepspeed",
@@ -100,7 +100,7 @@ RULES: tuple[Rule, ...] = (
         lambda s: _int8(s) and swaps_layers(s),
         "float in a stage whose layers compute with rounded, frozen or masked weights",
         "{matmul}",
-        "Use matmul float; int8 is for finetune and distill without lora.",
+        "Use matmul float; int8 is for finetune and distill without adapters.",
     ),
     Rule(
         "matmul-int8-deepspeed",

@@ -37,7 +37,8 @@ RULES: tuple[Rule, ...] = (
         ),
         "equal but under ddp, where forward passes, a teacher's too, wait for no other rank",
         "{shares} with strategy {strategy} on {processes}",
-        "Use strategy ddp on several processes, or leave shares out.",
+        "Use strategy ddp on several processes, without pipeline_stages, synchronise and a teacher in parts; "
+        "or leave shares out.",
     ),
     Rule(
         "shares-passes",

@@ -37,7 +37,8 @@ def test_memory_of_outer_weights_and_of_stages(model: Outlook) -> None:
         return forecast_training(fields, model).memory_bytes
 
     plain, parameters = needed(), model.anatomy.num_parameters
-    assert needed(synchronise="local_sgd") == plain
-    assert needed(synchronise="diloco") == plain + 8 * parameters
-    assert needed(synchronise="diloco", synchronise_delay=2) == plain + 16 * parameters
+    # One bucket has all of so small a model: sent, and of DiLoCo how far it has come, too.
+    assert needed(synchronise="local_sgd") == plain + 4 * parameters
+    assert needed(synchronise="diloco") == plain + (8 + 8) * parameters
+    assert needed(synchronise="diloco", synchronise_delay=2) == plain + (16 + 4) * parameters
     assert needed(pipeline_stages=2) == plain - STATE_BYTES * parameters // 2
