@@ -52,6 +52,8 @@ BREAKS: dict[str, dict[str, Any]] = {
         "strategy": "deepspeed",
         "deepspeed_config": {"optimizer": {"type": "Adam"}},
     },
+    "deepspeed-config-zenflow": DS
+    | {"deepspeed_config": {"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}},
     "deepspeed-config-precision": DS | {"deepspeed_config": {"bf16": {"enabled": True}}},
     "offload-name": {"offload": "everything"},
     "offload-device-name": {"offload_device": "disk"},

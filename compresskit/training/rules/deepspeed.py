@@ -84,6 +84,15 @@ RULES: tuple[Rule, ...] = (
         "engine.",
     ),
     Rule(
+        "deepspeed-config-zenflow",
+        "deepspeed_config",
+        lambda s: "zenflow" in read_config(s).get("zero_optimization", {}),
+        "no zenflow section in {deepspeed_config}: it steps with an Adam of its own alone",
+        "one there, beside the recipe's optimizer",
+        "Take it out of the file: offload keeps states on the host, and synchronise diloco with "
+        "synchronise_delay lets updates come late.",
+    ),
+    Rule(
         "deepspeed-config-precision",
         "deepspeed_config",
         lambda s: any(
