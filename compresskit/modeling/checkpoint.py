@@ -144,6 +144,11 @@ def listed(names: Iterable[str]) -> str:
     return text + (f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else "")
 
 
+def is_stored_otherwise(model: PreTrainedModel) -> bool:
+    """Whether ``save_pretrained`` writes it under other names, or in other shapes, than it has as it runs."""
+    return bool(get_model_conversion_mapping(model, add_legacy=False))
+
+
 class _Renamer:
     """Maps a checkpoint's keys to a module's names the way ``from_pretrained`` does."""
 

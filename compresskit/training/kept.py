@@ -13,6 +13,7 @@ from torch import nn
 from transformers import set_seed
 
 from compresskit.errors import EngineError, Fault
+from compresskit.modeling.checkpoint import is_stored_otherwise
 from compresskit.training import checkpoint
 from compresskit.training.access import ParamAccess
 from compresskit.training.carried import Carried, reads
@@ -41,13 +42,14 @@ class KeptTrainer(MeshTrainer):
         """Whole weights in a checkpoint only where the engine does not write its own shards.
 
         Of a model that is frozen in part, what training may change: the rest is loaded anew at every start.
+        That, and all of a model whose files have other names than it has, is written as it runs.
         """
         place = Path(output_dir or str(self.args.output_dir))
         place.mkdir(parents=True, exist_ok=True)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or self._setting.on_mesh:
             return
         model = cast(nn.Module, self.model)
-        if all(p.requires_grad for p in model.parameters()):
+        if all(p.requires_grad for p in model.parameters()) and not is_stored_otherwise(cast(Any, model)):
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
             save_file(self.access.gather(model, keep=True, frozen=False), place / checkpoint.TRAINED)

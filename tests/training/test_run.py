@@ -15,7 +15,7 @@ import torch
 from broken import broken_off_at_the_end, broken_off_in
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from compresskit.distill.divergences import Divergences
 from compresskit.errors import DataError, InputError, NumericError, PlanError, PromiseError
@@ -170,6 +170,30 @@ def test_a_restart_gives_the_same_bytes(make_model: Make, rows: Rows, tmp_path: 
     for (name, a), b in zip(straight.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b), name
     assert losses(tmp_path / "broken") == losses(tmp_path / "straight")
+
+
+def test_a_restart_of_a_model_whose_files_have_other_names(rows: Rows, tmp_path: Path) -> None:
+    """Transformers writes the experts of a Mixtral one by one, which no running model has."""
+
+    def made() -> MixtralForCausalLM:
+        torch.manual_seed(0)
+        sizes = {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+        }
+        return MixtralForCausalLM(MixtralConfig(vocab_size=64, num_local_experts=4, **sizes))
+
+    straight, again = made(), made()
+    train(straight, rows, tmp_path / "straight")
+    with broken_off_in(step=6):
+        train(made(), rows, tmp_path / "broken", checkpoint_every=3)
+    assert train(again, rows, tmp_path / "broken", checkpoint_every=3).resumed_from == 3
+    assert losses(tmp_path / "broken") == losses(tmp_path / "straight")
+    for (name, a), b in zip(straight.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b), name
 
 
 class Told:
