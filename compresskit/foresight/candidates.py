@@ -270,7 +270,7 @@ def gathered_of(subject: Subject, stage: Any, engine: Engine) -> Mapping[str, in
     """Numbers of weights that ZeRO-3 has whole in each phase of a pass; of another engine none."""
     if engine.kind != "zero3":
         return {}
-    anatomy, shapes = subject.model.anatomy, subject.shapes(stage)
+    anatomy, shapes = subject.model.anatomy, subject.stored(stage)
     again = [stage.recomputes(i) for i in range(len(anatomy.blocks))]
     most = most_gathered(visits_of(anatomy, shapes, again, engine.whole), engine)
     always = sum(count for shape in shapes.values() if (count := prod(shape)) <= engine.whole)

@@ -20,7 +20,7 @@ from compresskit.foresight.activations import Pass, forward_bytes, stretched, tr
 from compresskit.foresight.peak import Teaching, Units
 from compresskit.foresight.sketch import sketched
 from compresskit.foresight.split import local_shapes, split
-from compresskit.foresight.states import Held, Shape
+from compresskit.foresight.states import ITEM, Held, Shape
 from compresskit.modeling import ModelSource, context_length
 from compresskit.options import Choice, choices_of
 from compresskit.quant.qlora import Qlora
@@ -111,6 +111,22 @@ class Subject:
         whole = {n: s for n, s in anatomy.parameter_shapes.items() if n not in again}
         return local_shapes(self.model.config, anatomy, whole, stage.tensor_parallel)
 
+    def stored(self, stage: Any) -> dict[str, Shape]:
+        """As :meth:`shapes`, in float32 numbers of memory: weights frozen in fewer bits are fewer."""
+        shapes = self.shapes(stage)
+        items = {f"{name}.weight": item for name, item in self._frozen_items(stage).items()}
+        return {n: (round(prod(s) * items[n] / ITEM),) if n in items else s for n, s in shapes.items()}
+
+    def _frozen_items(self, stage: Any) -> dict[str, float]:
+        """Layer -> bytes of one of its weights, of those that an adapter's model is not frozen in float32."""
+        if not self._adapter:
+            return {}
+        layers = select(self.model.anatomy, stage.targets, stage.ignore)
+        items = dict(held_bytes(stage, self.model, layers)) if isinstance(stage, Qlora) else {}
+        if self.model.weight_bytes == 2:
+            items = dict.fromkeys(as_stored_layers(self.model.anatomy), 2.0) | items
+        return items
+
     def held(self, stage: Any) -> Held:
         """What ``stage``, which is this one with another strategy, trains and holds."""
         shapes = self.shapes(stage)
@@ -143,14 +159,10 @@ class Subject:
         layers = select(anatomy, stage.targets, stage.ignore)
         each = held_bytes(stage, self.model, layers) if isinstance(stage, Qlora) else {}
         packed = sum(each[n] * linears[n].out_features * linears[n].in_features for n in each)
-        narrow = {f"{n}.weight" for n in as_stored_layers(anatomy)} if self.model.weight_bytes == 2 else ()
-        frozen = tuple(
-            (prod(shape) // 2,) if name in narrow else shape  # pairs of weights are one number each
-            for name, shape in self.shapes(stage).items()
-            if name.removesuffix(".weight") not in each
-        )
+        stored = self.stored(stage)
+        frozen = tuple(shape for name, shape in stored.items() if name.removesuffix(".weight") not in each)
         # While a layer computes, or its gradient is carried back, its weight is there in float32.
-        extra = 4 * largest_layer(anatomy, tuple(each) or (as_stored_layers(anatomy) if narrow else ()))
+        extra = 4 * largest_layer(anatomy, tuple(each) or tuple(self._frozen_items(stage)))
         if self._adapter == LORA:
             trained = self._factors(stage)
         else:
@@ -176,7 +188,7 @@ class Subject:
     def units(self, stage: Any) -> Units:
         """What FSDP2 gathers together."""
         anatomy, blocks = self.model.anatomy, dict[str | None, int]()
-        shapes = self.shapes(stage)
+        shapes = self.stored(stage)
         for name, shape in shapes.items():
             block = anatomy.block_of(name)
             blocks[block] = blocks.get(block, 0) + prod(shape)

@@ -290,7 +290,7 @@ def test_several_recomputed_and_of_another_width(place: Path, tmp_path: Path) ->
     train(two, place, tmp_path / "two", several, activation_checkpointing=True, micro_batch_size=2)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     for (name, mine), expected in zip(two.named_parameters(), one.parameters(), strict=True):
-        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_a_block_that_several_look_at_is_kept_once(place: Path) -> None:

@@ -106,7 +106,7 @@ def moved(source: ModelSource, made: ModelSource) -> set[str]:
         ({**LORA, "ignore": ()}, ["lm_head, which shares its weight", "Add lm_head to ignore"]),
         ({"rank": 8}, ["s.rank", "nothing beside trainable all", "set trainable to lora"]),
         ({"trainable": "bias_norm", "targets": "*.q_proj"}, ["s.targets", "beside trainable bias_norm"]),
-        ({**LORA, "matmul": "int8"}, ["s.matmul", "without lora"]),
+        ({**LORA, "matmul": "int8"}, ["s.matmul", "without adapters"]),
     ],
     ids=str,
 )

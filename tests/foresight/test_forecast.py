@@ -194,6 +194,16 @@ def test_adapters_have_few_states_and_frozen_bits(place: Path, plain: Forecast) 
     assert 0 < bits["frozen"] < 0.2 * whole["weights"]
 
 
+def test_weights_frozen_in_few_bits_are_gathered_in_few_bits(place: Path, plain: Forecast) -> None:
+    frozen = forecast(place, ck.Qlora(batch_size=16, context_length=128, rank=4), devices())
+    for strategy in ("fsdp", "zero3"):
+        whole, bits = (
+            next(r.peak.terms["gathered"] for r in rows_of(one, strategy) if r.peak and r.passes == 1)
+            for one in (plain, frozen)
+        )
+        assert 0 < bits < 0.5 * whole
+
+
 def test_of_two_stages_each_is_told(place: Path) -> None:
     stages = (finetune(), ck.Qat(scheme="w8a8", batch_size=8, context_length=128))
     found = ck.foresee(ck.Recipe(model=str(place / "small.json"), stages=stages), devices())
