@@ -48,11 +48,13 @@ def counting(device: str) -> Iterator[Counted]:
         device: ``cpu`` or ``cuda``.
     """
     counted = Counted()
+    before = _storages() if device == "cpu" else {}  # what was there already is no part of it
     with _watched(counted, device), _recorded(device) as allocations:
         yield counted
     if device == "cpu" and len(counted.step_ends) > 1:
         live, peak = _live_and_peak(allocations(), counted.step_ends)
-        mapped = sum(count for place, count in counted.storages.items() if not _lies_in(live, place))
+        made = {place: count for place, count in counted.storages.items() if place not in before}
+        mapped = sum(count for place, count in made.items() if not _lies_in(live, place))
         counted.mapped_bytes, counted.peak_bytes = mapped, peak + mapped
 
 

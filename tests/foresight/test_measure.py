@@ -44,6 +44,14 @@ def test_what_was_mapped_from_a_file_is_counted(tmp_path: Path) -> None:
     assert counted.peak_bytes == pytest.approx((4 + 4 + 4 + 8) * MB, rel=0.001)
 
 
+def test_what_was_there_before_is_not_counted() -> None:
+    there = torch.zeros(30 * MB)
+    with counting("cpu") as counted:
+        steps(torch.zeros(MB), (0, 8))
+    assert counted.peak_bytes == pytest.approx((4 + 4 + 4 + 8) * MB, rel=0.001)
+    assert there.numel() == 30 * MB
+
+
 def test_without_two_steps_there_is_nothing_to_tell() -> None:
     with counting("cpu") as counted:
         steps(torch.zeros(MB), (8,))
