@@ -99,7 +99,7 @@ def said(stage: Qlora, model: Outlook) -> str:
                 "context_length": 64,
                 "activation_checkpointing": True,
             },
-            ["activation_checkpointing", "use adapter lora"],
+            ["activation_checkpointing", "use lora in place"],
         ),
         ({"finish": "grid"}, ["a grid in force, or a scheme", "neither"]),
         ({"finish": "grid", "scheme": "w4a16-g48", "rounding": "rtn"}, ["48", "q_proj"]),
