@@ -26,7 +26,7 @@ def require_same(ranks: Ranks, name: str, facts: Mapping[str, str]) -> None:
 
     Args:
         ranks: of the launch.
-        name: of the matter, not used before in this company.
+        name: of the matter.
         facts: what it is about -> its value, such as a digest or a version.
 
     Raises:
@@ -68,7 +68,7 @@ def require_shared(ranks: Ranks, folder: Path, name: str) -> None:
     Args:
         ranks: of the launch; every rank calls it and raises the same.
         folder: to write to; exists on rank 0.
-        name: of the matter, not used before in this company.
+        name: of the matter.
 
     Raises:
         OutputError: some ranks do not see in it what rank 0 writes.

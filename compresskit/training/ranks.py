@@ -54,6 +54,7 @@ class Ranks:
         self._is_ending = threading.Event()
         self._is_told = False
         self._hosts: list[str] = []
+        self._matters = 0
         self._thread = threading.Thread(target=self._live, name="ranks", daemon=True)
 
     def check(self) -> None:
@@ -66,7 +67,7 @@ class Ranks:
         """Rank 0's judgement of what all ranks say.
 
         Args:
-            name: of the matter, not used before in this company; every rank asks.
+            name: of the matter; every rank asks of the same matters in the same order.
             mine: what this rank says.
             judge: called on rank 0 with what each says, in the order of ranks.
 
@@ -74,16 +75,25 @@ class Ranks:
             What rank 0's ``judge`` returned.
 
         Raises:
-            WorkerError: a rank failed or was lost before it said anything.
+            WorkerError: a rank failed or was lost before it said anything, or asks of another matter.
         """
-        self._store.set(f"{name}/{self.rank}", mine)
+        self._matters += 1
+        place = f"matter {self._matters}"
+        self._store.set(f"{place}/{self.rank}", json.dumps([name, mine]))
         if self.rank == 0:
-            said = [f"{name}/{rank}" for rank in range(self.processes)]
+            said = [f"{place}/{rank}" for rank in range(self.processes)]
             self._wait(said)
-            values = [value.decode() for value in self._store.multi_get(said)]
-            self._store.set(f"{name}/judged", judge(values))
-        self._wait([f"{name}/judged"])
-        return str(self._store.get(f"{name}/judged").decode())
+            names, values = zip(*map(json.loads, self._store.multi_get(said)), strict=True)
+            other = next((rank for rank in range(self.processes) if names[rank] != name), None)
+            answer = [None, judge(values)] if other is None else [other, names[other]]
+            self._store.set(f"{place}/judged", json.dumps(answer))
+        self._wait([f"{place}/judged"])
+        apart, told = json.loads(self._store.get(f"{place}/judged"))
+        if apart is not None:
+            where = f"training process {apart} of {self.processes}"
+            cure = "Start the same command, or script, on all."
+            raise WorkerError(Fault(where, "the same steps as process 0", told, cure))
+        return str(told)
 
     def told(self, name: str, mine: str) -> str:
         """What rank 0 says of ``name``; every rank asks."""

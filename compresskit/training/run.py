@@ -255,9 +255,10 @@ class Run:
         damaged = checkpoint.damaged_after(folder, self.identity, start)
         if ranks is not None:
             facts = {f"training: {name}": str(value) for name, value in self._facts.items()}
-            require_same(ranks, f"run {self.title} {self.scratch}", facts)
+            facts["training: scratch"] = str(self.scratch)
+            require_same(ranks, f"run {self.title}", facts)
             told = json.dumps([start and start.name, damaged])
-            name, damaged = json.loads(ranks.told(f"start {self.title} {self.scratch}", told))
+            name, damaged = json.loads(ranks.told(f"start {self.title}", told))
             start = folder / name if name else None
         after = f"step {checkpoint.step_of(start)}" if start else "the beginning"
         sentences = [

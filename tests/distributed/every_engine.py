@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from compresskit.errors import PlanError
 from compresskit.training.fields import TrainingFields
 from compresskit.training.outcome import TrainOutcome
 from compresskit.training.run import Run
@@ -162,6 +163,11 @@ def main(out: Path) -> None:
         ).train()
         if torch.distributed.get_rank() == 0:
             (out / f"{engine}.json").write_text(json.dumps(asdict(outcome)))
+    own = out / f"apart-{torch.distributed.get_rank()}"
+    try:
+        Run(make_model()[0], Counting(), fields=replace(FIELDS, **ENGINES["ddp"]), scratch=own).train()
+    except PlanError as error:
+        own.with_suffix(".txt").write_text(str(error))
     torch.distributed.destroy_process_group()
 
 

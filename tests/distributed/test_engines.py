@@ -106,6 +106,13 @@ def test_every_pruned_weight_is_zero_in_the_saved_result(engine: str, launched: 
         torch.testing.assert_close(saved[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
+def test_ranks_that_would_write_to_directories_of_their_own_are_refused(launched: Path) -> None:
+    for rank in (0, 1):
+        told = (launched / f"apart-{rank}.txt").read_text()
+        assert "training: scratch: expected" in told
+        assert "on rank 1" in told
+
+
 @pytest.mark.parametrize("run", BEST)
 def test_the_best_evaluation_is_kept(run: str, launched: Path, tmp_path: Path) -> None:
     """Rows that count by another number are predicted worse the longer training lasts."""

@@ -75,6 +75,16 @@ def test_a_second_company_on_the_same_store_hears_nothing_of_the_first(port: int
         assert on_all(port, lambda us, word=word: us.told("word", word)) == [word] * RANKS
 
 
+def test_a_rank_that_asks_of_another_matter_ends_all_at_once(port: int) -> None:
+    for error in on_all(port, lambda us: us.told("run B" if us.rank == 2 else "run A", "")):
+        assert isinstance(error, WorkerError)
+        assert "training process 2 of 3: expected the same steps as process 0, got run B" in str(error)
+
+
+def test_the_same_matter_may_come_up_again(port: int) -> None:
+    assert on_all(port, lambda us: [us.told("run", word) for word in "ab"]) == [["a", "b"]] * RANKS
+
+
 def test_ranks_that_differ_are_named_with_what_differs(port: int) -> None:
     def work(us: Ranks) -> None:
         versions = {"version of torch": "2.13" if us.rank < 2 else "2.12"}

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from compresskit.errors import EngineError, Fault
 from compresskit.training.carried import Carried, kind_of
+from compresskit.training.mesh.parts import PART
 
 COUNTERS = ("step", "mu_product")
 """States that are one number for a parameter, whatever its shape."""
@@ -139,7 +140,7 @@ class Parts:
         found = {}
         for key, (how, _, value) in self._grid[0, 0]["states"][number].items():
             found[key] = value
-            if how == "part" or _is_of_each(key, value):
+            if how == PART:
                 parts = {place: part["states"][number][key][2] for place, part in self._grid.items()}
                 found[key] = self._joined(parts, shape)
         return found
@@ -195,14 +196,14 @@ class Zero:
         found = {}
         for key, value in self._states[rank].get(group, {}).items():
             found[key] = value
-            if _is_of_each(key, value):
+            if is_of_each(key, value):
                 parts = [(self._states[r][g][key], start, n) for r, g, start, n in self._places[name]]
                 found[key] = _rejoined(parts, shape)
         return found
 
 
-def _is_of_each(key: str, value: Any) -> bool:
-    """Whether a state has a number for each weight."""
+def is_of_each(key: str, value: Any) -> bool:
+    """Whether a state of the optimiser has a number for each weight."""
     return isinstance(value, Tensor) and value.dim() > 0 and key not in COUNTERS
 
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from compresskit.errors import EngineError, Fault
 from compresskit.training.access import Mirrored, ParamAccess, Partitioned
-from compresskit.training.portable.sources import COUNTERS, Source
+from compresskit.training.portable.sources import Source, is_of_each
 
 
 @torch.no_grad()
@@ -84,7 +84,7 @@ def _weight(source: Source, names: Sequence[str], shape: torch.Size) -> Tensor:
 def _states(source: Source, name: str, shape: torch.Size) -> dict[str, Any]:
     states = source.states(name, shape)
     for key, value in states.items():
-        if _is_of_each(key, value) and (type(value), value.shape) != (Tensor, shape):
+        if is_of_each(key, value) and (type(value), value.shape) != (Tensor, shape):
             cure = "Go back to the strategy and processes it was written by, or choose another directory."
             got = f"{type(value).__name__} {tuple(value.shape)}"
             raise EngineError(Fault(f"the checkpoint's {key} of {name}", str(tuple(shape)), got, cure))
@@ -116,7 +116,7 @@ def _fill(source: Source, model: nn.Module, optimizer: torch.optim.Optimizer) ->
     for (name, *_), parameter, shape in _trained(model):
         found = _states(source, name, shape)
         if found:
-            own = {k: _like(v, parameter) if _is_of_each(k, v) else v for k, v in found.items()}
+            own = {k: _like(v, parameter) if is_of_each(k, v) else v for k, v in found.items()}
             states[numbers[parameter]] = {k: deepcopy(v) for k, v in own.items()}
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -132,17 +132,12 @@ def _fill_flat(source: Source, model: nn.Module, optimizer: Any, access: ParamAc
     counts_there = any(optimizer.defaults.get(name) for name in ("fused", "capturable"))
     for (name, *_), parameter, shape in trained:
         for key, value in _states(source, name, shape).items():
-            of_each = _is_of_each(key, value)
+            of_each = is_of_each(key, value)
             for flat in (flat for flat in flats if key not in optimizer.state[flat]):
                 made = torch.zeros_like(flat) if of_each else deepcopy(value)
                 optimizer.state[flat][key] = made.to(flat.device) if counts_there and not of_each else made
             if of_each:
                 _set_flat(parameter, key, value, optimizer, access)
-
-
-def _is_of_each(key: str, value: Any) -> bool:
-    """Whether a state has a number for each weight."""
-    return isinstance(value, Tensor) and key not in COUNTERS
 
 
 def _set_flat(parameter: Any, key: str, whole: Tensor, optimizer: Any, access: ParamAccess) -> None:
