@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import time
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -163,19 +164,44 @@ def _live_and_peak(allocations: list[Any], step_ends: list[int]) -> tuple[Mappin
 
     The allocator's own total would have in it what was given back while nobody recorded.
     """
+    unseen = _given_back_unseen(allocations)
     live: dict[int, int] = {}
     first: dict[int, int] | None = None
     total = peak = 0
-    for event in allocations:
+    for number, event in enumerate(allocations):
         place, size = event.extra_fields.ptr, event.extra_fields.alloc_size
         if event.start_time_ns > step_ends[-1]:
             break
         if first is None and event.start_time_ns > step_ends[0]:
             first, peak = dict(live), total
-        if size > 0:
-            total += size - live.get(place, 0)
+        if size > 0 and number not in unseen:
+            total += size
             live[place] = size
         elif live.get(place) == -size:  # of another size: threads' events of one moment, in the wrong order
             total -= live.pop(place)
         peak = max(peak, total)
     return live if first is None else first, peak
+
+
+def _given_back_unseen(allocations: list[Any]) -> set[int]:
+    """Which allocations were given back although no event says so: their memory was given out again.
+
+    A collective's thread, which nobody records, now and then is the last to let go of a tensor. When it did so
+    cannot be known. Such allocations are few, other steps have the same ones: they are left out.
+    """
+    places: list[int] = []  # of memory in use, rising
+    used: dict[int, tuple[int, int]] = {}  # place -> number of the allocation, where it ends
+    unseen = set()
+    for number, event in enumerate(allocations):
+        place, size = event.extra_fields.ptr, event.extra_fields.alloc_size
+        at = bisect_left(places, place)
+        if size > 0:
+            if at and used[places[at - 1]][1] > place:
+                at -= 1
+            while at < len(places) and places[at] < place + size:
+                unseen.add(used.pop(places.pop(at))[0])
+            places.insert(at, place)
+            used[place] = number, place + size
+        elif place in used and used[place][1] == place - size:
+            used.pop(places.pop(at))
+    return unseen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,20 @@ def test_what_was_there_before_is_not_counted() -> None:
         steps(torch.zeros(MB), (0, 8))
     assert counted.peak_bytes == pytest.approx((4 + 4 + 4 + 8) * MB, rel=0.001)
     assert there.numel() == 30 * MB
+
+
+def test_memory_that_a_thread_gave_back_unseen_is_not_counted_for_ever() -> None:
+    """The profiler records the thread that began it, and those of autograd; not those of collectives."""
+    with counting("cpu") as counted:
+        for _ in range(4):
+            held = [torch.zeros(16 * MB)]
+            letting_go = threading.Thread(target=held.clear)
+            letting_go.start()
+            letting_go.join()
+        steps(torch.zeros(MB), (0, 8))
+        again = torch.zeros(16 * MB)
+    assert counted.peak_bytes == pytest.approx((4 + 4 + 4 + 8) * MB, rel=0.001)
+    assert again.numel() == 16 * MB
 
 
 def test_without_two_steps_there_is_nothing_to_tell() -> None:
