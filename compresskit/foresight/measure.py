@@ -186,8 +186,8 @@ def _live_and_peak(allocations: list[Any], step_ends: list[int]) -> tuple[Mappin
 def _given_back_unseen(allocations: list[Any]) -> set[int]:
     """Which allocations were given back although no event says so: their memory was given out again.
 
-    A collective's thread, which nobody records, now and then is the last to let go of a tensor. When it did so
-    cannot be known. Such allocations are few, other steps have the same ones: they are left out.
+    A collective's thread, which nobody records, now and then is the last to let go of a tensor. When it did
+    so cannot be known. Such allocations are few, other steps have the same ones: they are left out.
     """
     places: list[int] = []  # of memory in use, rising
     used: dict[int, tuple[int, int]] = {}  # place -> number of the allocation, where it ends

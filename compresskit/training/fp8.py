@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from compresskit.training.int8 import block_linears
+from compresskit.training.swapped import block_linears, swapped, to_autocast
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -52,16 +52,8 @@ def fp8_products(model: nn.Module, *, emulate: bool = False) -> Iterator[None]:
     kind = _fp8_linear()
     made = kind(MULTIPLE, MULTIPLE, bias=False, config=config, device="meta")
     own = {name: value for name, value in vars(made).items() if name not in vars(nn.Linear(1, 1))}
-    for layer in found:
-        layer.__class__ = kind
-        vars(layer).update(own)
-    try:
+    with swapped(found, kind, own):
         yield
-    finally:
-        for layer in found:
-            layer.__class__ = nn.Linear
-            for name in own:
-                delattr(layer, name)
 
 
 @cache
@@ -75,10 +67,8 @@ def _fp8_linear() -> type[Any]:
         def forward(self, input: Tensor) -> Tensor:
             if not self.training:
                 return nn.Linear.forward(self, input)
-            kind = input.device.type
-            if torch.is_autocast_enabled(kind):
-                input = input.to(torch.get_autocast_dtype(kind))
-            with torch.autocast(kind, enabled=False):
+            input = to_autocast(input)
+            with torch.autocast(input.device.type, enabled=False):
                 product: Tensor = super().forward(input)
             return product
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from compresskit.errors import EngineError, Fault
+from compresskit.training.swapped import block_linears, swapped, to_autocast
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -46,53 +46,16 @@ def int8_products(model: nn.Module) -> Iterator[None]:
     Raises:
         EngineError: it has no such layer, so that all of it would multiply in float.
     """
-    from torch import nn
     from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig
 
     layers = block_linears(model, "matmul", "Use matmul float.")
-    for layer in layers:
-        layer.__class__, layer.config = _int8_linear(), Int8MixedPrecisionTrainingConfig()
-    try:
+    with swapped(layers, _int8_linear(), {"config": Int8MixedPrecisionTrainingConfig()}):
         yield
-    finally:
-        for layer in layers:
-            layer.__class__ = nn.Linear
-            del layer.config
-
-
-def block_linears(model: nn.Module, field: str, cure: str, *, multiple: int = 1) -> list[Any]:
-    """The plain ``torch.nn.Linear`` layers in the blocks of ``model``.
-
-    Args:
-        model: a language model of transformers.
-        field: that asks for other products.
-        cure: where there is no such layer.
-        multiple: of which both widths of a layer have to be.
-
-    Raises:
-        EngineError: there is none, so that all of the model would multiply as before.
-    """
-    from torch import nn
-
-    from compresskit.modeling.anatomy import anatomy_of
-
-    linears = anatomy_of(model).linears.values()
-    names = [
-        n.name for n in linears if n.block and not (n.in_features % multiple or n.out_features % multiple)
-    ]
-    layers: list[Any] = [m for m in map(model.get_submodule, names) if type(m) is nn.Linear]
-    if not layers:
-        expected = "torch.nn.Linear layers in the model's blocks"
-        if multiple > 1:
-            expected += f", of widths that are multiples of {multiple}"
-        raise EngineError(Fault(field, expected, "none", cure))
-    return layers
 
 
 @cache
 def _int8_linear() -> type[Any]:
     """torchao's layer, which knows no autocast and has no float form for evaluations."""
-    import torch
     from torch import nn
     from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingLinear
 
@@ -100,9 +63,7 @@ def _int8_linear() -> type[Any]:
         def forward(self, input: Tensor) -> Tensor:
             if not self.training:
                 return nn.Linear.forward(self, input)
-            kind = input.device.type
-            if torch.is_autocast_enabled(kind):
-                input = input.to(torch.get_autocast_dtype(kind))
+            input = to_autocast(input)
             product: Tensor = super().forward(input.contiguous())
             return product.to(input.dtype)  # an fp32 bias would widen a bf16 product
 
