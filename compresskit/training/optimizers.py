@@ -33,6 +33,7 @@ class Known:
         options: fields of ``optimizer_options`` that it takes.
         fixed: arguments it is made with, whatever the options.
         preset: arguments it is made with unless the options say otherwise.
+        on_cpu: arguments it is made with besides, for weights on a CPU.
         zeros: what becomes of weights that are zero and whose gradients are zero.
         engines: strategies it trains under, ``single`` among them.
         package: to import, where that is an extra.
@@ -49,6 +50,7 @@ class Known:
     options: tuple[str, ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
     preset: Mapping[str, Any] = field(default_factory=dict)
+    on_cpu: Mapping[str, Any] = field(default_factory=dict)
     zeros: str = CHANGED
     engines: frozenset[str] = ALL
     package: str = ""
@@ -206,6 +208,7 @@ OPTIMIZERS: Mapping[str, Known] = {
     "stable_adamw": Known(
         "optimi:StableAdamW",
         ADAM,
+        on_cpu={"triton": False},  # it would take a kernel for GPUs wherever triton can be imported
         engines=WHOLE,
         package="optimi",
         install="pip install torch-optimi",

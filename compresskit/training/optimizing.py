@@ -34,7 +34,13 @@ def optimizer_of(
     known = OPTIMIZERS[fields.optimizer]
     module, _, name = known.source.partition(":")
     package = import_module(module)
-    options = {**known.preset, **dict(fields.optimizer_options), **known.fixed}
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    options = {
+        **known.preset,
+        **dict(fields.optimizer_options),
+        **known.fixed,
+        **(known.on_cpu if on_cpu else {}),
+    }
     kwargs: dict[str, Any] = {k: v for k, v in options.items() if k not in known.low_rank}
     kwargs["lr"] = rate
     if known.constant_rate and name != "RAdamScheduleFree":
