@@ -33,7 +33,7 @@ from torch.distributed.elastic.rendezvous import (
 from compresskit.errors import CompressKitError, Fault, WorkerError
 from compresskit.training.launch import clear_notes, failure_of, is_worth_a_restart, threads_each
 from compresskit.training.machines import Machines
-from compresskit.training.setting import NOTES
+from compresskit.training.setting import NOTES, PARENT
 
 READ_S = 30
 """Seconds after which machine 0 is lost to the others."""
@@ -86,7 +86,7 @@ def run_on(machines: Machines, arguments: list[str]) -> None:
     _set_up(machines, address)
     with tempfile.TemporaryDirectory(prefix="compresskit-launch-") as place:
         notes = Path(place)
-        os.environ[NOTES] = str(notes)
+        os.environ |= {NOTES: str(notes), PARENT: str(os.getpid())}
         try:
             _run_again(machines, arguments, address, notes)
         except (RendezvousTimeoutError, RendezvousConnectionError, RendezvousClosedError) as error:
@@ -94,7 +94,7 @@ def run_on(machines: Machines, arguments: list[str]) -> None:
         except SignalException as error:
             raise WorkerError(f"The launch was ended by signal {error.sigval.name}.") from error
         finally:
-            del os.environ[NOTES]
+            del os.environ[NOTES], os.environ[PARENT]
 
 
 def _run_again(machines: Machines, arguments: list[str], address: str, notes: Path) -> None:

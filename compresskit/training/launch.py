@@ -18,7 +18,7 @@ from typing import Any
 from compresskit import errors
 from compresskit.errors import CompressKitError, Fault, WorkerError
 from compresskit.training.machines import max_restarts
-from compresskit.training.setting import NOTES, this_rank
+from compresskit.training.setting import NOTES, PARENT, this_rank
 
 JOB = "job.json"
 WORKER = "compresskit.training.worker"
@@ -90,6 +90,7 @@ def _start(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
         NOTES: scratch,
+        PARENT: os.getpid(),
     }
     environment = {
         "OMP_NUM_THREADS": str(threads_each(processes)),
@@ -189,6 +190,9 @@ def die_with_parent() -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        parent = str(os.getppid())
+        if os.environ.get(PARENT, parent) != parent:  # it ended before the kernel was asked
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _plain(fault: Fault | str) -> dict[str, str] | str:

@@ -13,6 +13,8 @@ COLLECTIVE_S = 1800.0
 
 NOTES = "COMPRESSKIT_NOTES"
 """Environment variable of processes that we start: the directory in which they note why they failed."""
+PARENT = "COMPRESSKIT_PARENT"
+"""Environment variable of the same processes: the process that started them, without which they end."""
 
 
 @dataclass(frozen=True, slots=True)

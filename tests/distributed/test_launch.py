@@ -141,6 +141,37 @@ def test_a_killed_process_is_told(tmp_path: Path) -> None:
     assert "training process 1: expected a normal end, got signal 9 (SIGKILL)" in str(error)
 
 
+WAITS_FOR_AN_ORPHAN = """
+import os, sys, time
+from pathlib import Path
+from compresskit.training.worker import as_rank
+parent = os.getppid()
+Path(sys.argv[1]).with_name("begun").touch()
+while os.getppid() == parent:
+    time.sleep(0.01)
+as_rank(lambda: Path(sys.argv[1]).with_name("went-on").touch())
+"""
+
+
+def test_a_rank_whose_parent_is_gone_before_it_begins_ends_too(tmp_path: Path) -> None:
+    """It would train on, beside what the next start begins in the same place."""
+    (tmp_path / "waiting_rank.py").write_text(WAITS_FOR_AN_ORPHAN)
+    code = (
+        "import sys; from pathlib import Path; from compresskit.training.launch import launch;"
+        "launch('{}', 1, Path(sys.argv[1]), module='waiting_rank')"
+    )
+    path = os.pathsep.join([str(HERE.parents[2]), str(tmp_path)])
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], env=os.environ | {"PYTHONPATH": path}
+    ) as command:
+        while not (tmp_path / "begun").exists() and command.poll() is None:
+            time.sleep(0.01)
+        (rank,) = psutil.Process(command.pid).children()
+        command.kill()
+    rank.wait(60)
+    assert not (tmp_path / "went-on").exists()
+
+
 def start(job: Path, changes: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
     code = (
         "import sys; from pathlib import Path; from compresskit.training.job import TrainJob, train;"
