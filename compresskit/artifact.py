@@ -118,7 +118,10 @@ def check_output(out: Path, *, overwrite: bool) -> None:
     """Raise OutputError unless an artifact or export may be written to ``out``."""
     parent = out.absolute().parent
     if not parent.is_dir():
-        raise OutputError(Fault(str(out), "a parent directory", "none", f"Make {parent} first."))
+        is_below_a_file = any(place.is_file() for place in (parent, *parent.parents))
+        cure = "Choose another place." if is_below_a_file else f"Make {parent} first."
+        got = "a file" if is_below_a_file else "none"
+        raise OutputError(Fault(str(out), "a parent directory", got, cure))
     if not os.access(parent, os.W_OK):
         raise OutputError(Fault(str(out), "a writable parent directory", "none", "Choose another place."))
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):

@@ -41,7 +41,8 @@ PACKAGES = (
     "onnxruntime",
 )
 DISK_MARGIN_BYTES = 64 << 20
-MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".model")
+MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".tiktoken", ".jinja", ".py")
+"""Of weights, configuration, tokenizer, how it words dialogues, and code that may run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +263,9 @@ def _matter(stage: dict[str, Json]) -> dict[str, Json]:
     """What a stage does; of one that trains not how that is carried out, nor where a live teacher lies."""
     if "pipeline_stages" not in stage:
         return stage
-    kept = {name: value for name, value in stage.items() if name in LEARNT or name not in (*HOW, *BESIDE)}
+    # Ranks that step alone learn what so many of them do.
+    learnt = LEARNT if stage["synchronise"] == EVERY_STEP else (*LEARNT, "processes")
+    kept = {name: value for name, value in stage.items() if name in learnt or name not in (*HOW, *BESIDE)}
     placement = kept.get("teacher_placement")
     if (placement["method"] if isinstance(placement, dict) else placement) in ("replicate", "shard"):
         del kept["teacher_placement"]

@@ -233,6 +233,8 @@ def test_output_that_is_not_ours_or_not_to_be_replaced(model: Path, tmp_path: Pa
     assert artifact.digest == open_artifact(tmp_path / "out").digest
     with pytest.raises(OutputError, match="parent directory"):
         run(planned(model, double()), tmp_path / "no" / "such" / "place")
+    with pytest.raises(OutputError, match=r"a parent directory, got a file\. Choose another place"):
+        run(planned(model, double()), tmp_path / "full" / "thesis.txt" / "out")
 
 
 def test_too_little_disk_is_told_before_anything_is_done(
@@ -269,6 +271,17 @@ def test_a_teacher_trained_anew_is_another_run(model: Path, tmp_path: Path) -> N
     assert planned(model, ck.Distill(teacher=str(teacher), steps=1, context_length=32)).resume_key == before
     tiny_llama(teacher, seed=4)
     assert planned(model, ck.Distill(teacher=str(teacher), steps=1, context_length=32)).resume_key != before
+
+
+def test_a_model_that_words_dialogues_in_another_way_is_another_one(model: Path) -> None:
+    stage = ck.Finetune(steps=1, context_length=32)
+    template = model / "chat_template.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}")
+    before = planned(model, stage)
+    keys = before.resume_key, before.work_key
+    template.write_text("{% for m in messages %}<{{ m.role }}> {{ m.content }}{% endfor %}")
+    after = planned(model, stage)
+    assert not {after.resume_key, after.work_key} & {*keys}
 
 
 def test_the_resolved_recipe_runs_from_another_directory(

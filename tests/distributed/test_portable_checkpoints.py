@@ -117,3 +117,4 @@ def test_a_recipe_goes_on_by_another_strategy(tmp_path: Path) -> None:
     for other in (planned(learning_rate=1e-5), alone):
         assert other.work_key != planned().work_key
     assert alone.work_key != planned(processes=2, synchronise="diloco", outer_learning_rate=0.1).work_key
+    assert alone.work_key != planned(processes=4, strategy="ddp", synchronise="diloco").work_key
