@@ -179,7 +179,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) ->
             Fault(str(path), "a readable UTF-8 recipe", str(error), "Give the path of a recipe in YAML.")
         ) from error
     data, lines = parse_yaml(text, str(path))
-    origins = {where: f"{path}:{line}" for where, line in lines.items()}
+    origins = {"recipe": str(path)} | {where: f"{path}:{line}" for where, line in lines.items()}
     for key, value in (overrides or {}).items():
         _override(data, key, parse_yaml(value, f"--set {key}")[0])
         origins[_flat(key)] = f"--set {key}"
@@ -197,7 +197,10 @@ def recipe_from(data: Json, origins: Mapping[str, str]) -> Recipe:
     if not isinstance(data, dict):
         raise RecipeError(
             Fault(
-                "recipe", "a mapping with the keys model and stages", type(data).__name__, "See the README."
+                probe.place("recipe"),
+                "a mapping with the keys model and stages",
+                "nothing" if data is None else type(data).__name__,
+                "See the README.",
             )
         )
     faults: list[Fault] = []
@@ -210,7 +213,7 @@ def recipe_from(data: Json, origins: Mapping[str, str]) -> Recipe:
         elif key != "stages":
             coerce(value, hints[key], probe.place(key), values, key, faults)
     if "model" not in data:
-        faults.append(Fault("recipe", "the key model", "none", "Add 'model: PATH-OR-HUB-ID'."))
+        faults.append(Fault(probe.place("recipe"), "the key model", "none", "Add 'model: PATH-OR-HUB-ID'."))
     stages: list[Stage] = []
     for index, entry in enumerate(_stage_entries(data.get("stages"), probe, faults)):
         stage = stage_from(entry, f"stages[{index}]", probe, faults)

@@ -98,7 +98,8 @@ def test_every_fault_is_told_with_its_line_and_the_nearest_names(tmp_path: Path)
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "a mapping with the keys model and stages"),
+        ("", r"r\.yaml recipe: expected a mapping with the keys model and stages, got nothing"),
+        ("stages: [prune: {}]\n", r"r\.yaml recipe: expected the key model"),
         ("model: m\n", "a list of stages"),
         ("model: m\nstages: []\n", "a list of stages"),
         ("model: m\nstages: [{prune: {}, distill: {}}]\n", "one key, the kind of stage"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import isfinite, isinf, isnan
 
 from compresskit.errors import Fault
 from compresskit.registry import nearest
@@ -70,12 +71,14 @@ def number_faults(fields: TrainingFields, where: str) -> list[Fault]:
     faults = [
         Fault(f"{where}.{name}", f"at least {low}", str(getattr(fields, name)), f"Raise {name}.")
         for name, low in least.items()
-        if getattr(fields, name) < low
+        if getattr(fields, name) < low and isfinite(getattr(fields, name))
     ]
-    for name in ("learning_rate", "max_grad_norm", "epochs"):
-        if not getattr(fields, name) > 0:
-            got = str(getattr(fields, name))
-            faults.append(Fault(f"{where}.{name}", "a number above 0", got, f"Raise {name}."))
+    for name in ("learning_rate", "max_grad_norm", "epochs", "weight_decay"):
+        got = getattr(fields, name)
+        if isnan(got) or (isinf(got) and name != "max_grad_norm"):
+            faults.append(Fault(f"{where}.{name}", "a finite number", str(got), f"Change {name}."))
+        elif not got > 0 and name not in least:
+            faults.append(Fault(f"{where}.{name}", "a number above 0", str(got), f"Raise {name}."))
     if not fields.warmup_fraction < 1:
         got = str(fields.warmup_fraction)
         faults.append(

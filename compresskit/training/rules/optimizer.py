@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+from compresskit.training.fields import TrainingFields
 from compresskit.training.optimizers import OPTIMIZERS, Known
 from compresskit.training.rules.base import Rule
 from compresskit.training.setting import Setting
@@ -12,6 +13,7 @@ SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial
 SCALINGS = ("none", "linear", "sqrt")
 PACKAGES = {known.package: known.install for known in OPTIMIZERS.values() if known.package}
 ANYWHERE = Known("")
+EPOCHS = TrainingFields().epochs
 
 
 def _known(s: Setting) -> Known:
@@ -51,6 +53,14 @@ RULES: tuple[Rule, ...] = (
         f"one of {', '.join(SCHEDULES)}",
         "{lr_schedule!r}",
         "Choose one of these.",
+    ),
+    Rule(
+        "epochs-beside-steps",
+        "epochs",
+        lambda s: s.fields.steps is not None and s.fields.epochs != EPOCHS,
+        "epochs left out beside steps={steps}, which say how long it trains",
+        "{epochs}",
+        "Give one of them.",
     ),
     Rule(
         "scaling-name",
