@@ -7,6 +7,7 @@ length: how many of their tokens are supervised changes no computation, so they 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence, Sized
 from functools import partial
 from typing import Protocol, cast, runtime_checkable
@@ -213,3 +214,12 @@ def mean_tokens(rows: Rows) -> float:
 def supervised(batch: Mapping[str, Tensor]) -> int:
     """What a loss is divided by: supervised tokens of a batch of packed rows, or its sentences."""
     return len(batch["input_ids"]) if is_of_sentences(batch) else supervised_tokens(batch["labels"])
+
+
+def digest_of(rows: Rows) -> str:
+    """SHA-256 of some rows, spread over all: other data of as many rows seldom has the same."""
+    digest, count = hashlib.sha256(), len(rows)
+    for index in sorted({i * count // LOOKED_AT for i in range(LOOKED_AT)} if count else ()):
+        for name, value in sorted(rows[index].items()):
+            digest.update(f"{name} {torch.as_tensor(value).tolist()}\n".encode())
+    return digest.hexdigest()

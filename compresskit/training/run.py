@@ -35,7 +35,7 @@ from compresskit.training.mesh.access import access_under
 from compresskit.training.mesh.plan import ELSE, HEADS, tensor_faults
 from compresskit.training.mesh.rows import Repeated
 from compresskit.training.objective import CrossEntropy, Objective, TeacherProvider
-from compresskit.training.order import Collate, Ordered, Rows, collating, mean_tokens
+from compresskit.training.order import Collate, Ordered, Rows, collating, digest_of, mean_tokens
 from compresskit.training.outcome import TrainOutcome
 from compresskit.training.ranks import Ranks, accompanied
 from compresskit.training.redirect import idle_in, redirected
@@ -155,11 +155,12 @@ class Run:
         """How the run is carried out; a checkpoint of another way is converted where that can be done."""
         return carried_out(self.setting, self.adaptation)
 
-    @property
+    @cached_property
     def _facts(self) -> dict[str, Any]:
         """What makes this run another one than others."""
         setting = self.setting
         facts = {**asdict(self.fields), "steps": self.steps, "seed": self.seed, "rows": len(self.rows)}
+        facts["data"] = digest_of(self.rows)
         facts |= {"processes": setting.processes, "strategy": setting.strategy, "device": setting.device}
         told = {"objective": self.objective, "zeroing": self.zeroing, "on_policy": self.on_policy}
         facts |= {name: ADDRESS.sub("", repr(value)) for name, value in told.items()}

@@ -196,6 +196,14 @@ def test_a_restart_of_a_model_whose_files_have_other_names(rows: Rows, tmp_path:
         assert torch.equal(a, b), name
 
 
+def test_other_rows_are_another_run(make_model: Make, rows: Rows, tmp_path: Path) -> None:
+    """Of which there are as many: what a checkpoint has learnt is not theirs."""
+    with broken_off_in(step=6):
+        train(make_model(), rows, tmp_path, checkpoint_every=3)
+    others: Any = [{name: value.flip(0) for name, value in rows[i].items()} for i in range(len(rows))]
+    assert train(make_model(), others, tmp_path, checkpoint_every=3).resumed_from == 0
+
+
 class Told:
     """``rows``, and a file that names each process that reads one."""
 
