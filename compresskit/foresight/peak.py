@@ -15,6 +15,7 @@ from compresskit.foresight.states import (
     ITEM,
     Engine,
     Held,
+    frozen_bytes,
     gradient_bytes,
     master_bytes,
     optimizer_bytes,
@@ -154,7 +155,7 @@ def always(load: Load, engine: Engine) -> dict[str, float]:
         "gradients": gradient_bytes(held, engine) if engine.kind == "zero3" else 0,
         "teacher": load.teaching.held,
         "buffers": buffers,
-        "frozen": held.packed_bytes,
+        "frozen": frozen_bytes(held, engine),
         "masks": held.extra_bytes,
     }
 

@@ -52,13 +52,15 @@ class Held:
     Attributes:
         trained: shapes of the parameters that take a gradient.
         frozen: shapes of those that take none, in float32, which an engine may divide.
-        packed_bytes: of weights frozen in few bits, which no engine divides.
+        packed_bytes: of weights frozen in few bits, which an engine that divides weights divides too.
+        scale_bytes: of their scales, in each process.
         extra_bytes: of masks and of copies of weights that are rounded or masked, in each process.
     """
 
     trained: tuple[Shape, ...]
     frozen: tuple[Shape, ...] = ()
     packed_bytes: int = 0
+    scale_bytes: int = 0
     extra_bytes: int = 0
 
 
@@ -163,6 +165,12 @@ def weight_bytes(held: Held, engine: Engine) -> int:
     shapes = (*held.trained, *held.frozen)
     kept = engine.part(shapes) if engine.divides_weights else numbers(shapes)
     return ITEM * kept
+
+
+def frozen_bytes(held: Held, engine: Engine) -> int:
+    """Of weights frozen in few bits, which pass for float32, as one process keeps them between passes."""
+    count = held.packed_bytes // ITEM
+    return held.scale_bytes + ITEM * (engine.part(((count,),)) if engine.divides_weights else count)
 
 
 def master_bytes(held: Held, engine: Engine) -> int:

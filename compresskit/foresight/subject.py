@@ -24,7 +24,7 @@ from compresskit.foresight.states import ITEM, Held, Shape
 from compresskit.modeling import ModelSource, context_length
 from compresskit.options import Choice, choices_of
 from compresskit.quant.qlora import Qlora
-from compresskit.quant.qlora_outlook import held_bytes
+from compresskit.quant.qlora_outlook import BASE_BYTES, SCALE_BYTES, held_bytes
 from compresskit.sparse import TRAINED_PRUNERS
 from compresskit.stage import Outlook
 from compresskit.targets import select
@@ -158,7 +158,9 @@ class Subject:
         anatomy, linears = self.model.anatomy, self.model.anatomy.linears
         layers = select(anatomy, stage.targets, stage.ignore)
         each = held_bytes(stage, self.model, layers) if isinstance(stage, Qlora) else {}
-        packed = sum(each[n] * linears[n].out_features * linears[n].in_features for n in each)
+        counts = {name: linears[name].out_features * linears[name].in_features for name in each}
+        scales = sum(SCALE_BYTES * counts[name] for name in each if each[name] == BASE_BYTES["nf4"])
+        packed = sum(each[name] * counts[name] for name in each) - scales
         stored = self.stored(stage)
         frozen = tuple(shape for name, shape in stored.items() if name.removesuffix(".weight") not in each)
         # While a layer computes, or its gradient is carried back, its weight is there in float32.
@@ -168,7 +170,7 @@ class Subject:
         else:
             count = trained_parameters(self._adapter, stage.rank, anatomy, self.model.config, layers)
             trained = ((count,),)
-        return Held(trained, frozen, packed_bytes=round(packed), extra_bytes=extra)
+        return Held(trained, frozen, round(packed), round(scales), extra)
 
     def _sparse(self, stage: Any, every: tuple[Shape, ...]) -> Held:
         """What zeros need that change while the model trains."""

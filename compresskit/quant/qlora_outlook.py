@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from compresskit.modeling.anatomy import Anatomy, Linear
     from compresskit.stage import Outlook
 
-BASE_BYTES = {"nf4": 0.5 + 1 / 64, "int8": 1.0}
+SCALE_BYTES = 1 / 64
+BASE_BYTES = {"nf4": 0.5 + SCALE_BYTES, "int8": 1.0}
 """Of one weight frozen in few bits; an NF4 block of 64 has one scale of 8 bits."""
 
 

@@ -204,6 +204,17 @@ def test_weights_frozen_in_few_bits_are_gathered_in_few_bits(place: Path, plain:
         assert 0 < bits < 0.5 * whole
 
 
+def test_engines_that_divide_weights_divide_those_frozen_in_four_bits(place: Path) -> None:
+    frozen = forecast(place, ck.Qlora(batch_size=16, context_length=128, rank=4), devices())
+    held = {
+        strategy: next(r.peak.terms["frozen"] for r in rows_of(frozen, strategy) if r.peak)
+        for strategy in ("ddp", "fsdp", "zero3")
+    }
+    weights = held["ddp"] / (0.5 + 1 / 64)  # bytes of one, and of its part of a scale, which all keep
+    for strategy in ("fsdp", "zero3"):
+        assert held[strategy] == pytest.approx(weights * (0.5 / 4 + 1 / 64), rel=0.01)
+
+
 def test_of_two_stages_each_is_told(place: Path) -> None:
     stages = (finetune(), ck.Qat(scheme="w8a8", batch_size=8, context_length=128))
     found = ck.foresee(ck.Recipe(model=str(place / "small.json"), stages=stages), devices())
