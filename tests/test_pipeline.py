@@ -241,9 +241,11 @@ def test_too_little_disk_is_told_before_anything_is_done(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda place: type("Usage", (), {"free": 1000}))
+    before = sorted(tmp_path.iterdir())
     with pytest.raises(OutputError, match=r"free disk, got 1 kB"):
         run(planned(model, double()), tmp_path / "out")
     assert RUNS == []
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_two_processes_at_one_output(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

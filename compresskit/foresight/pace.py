@@ -142,7 +142,7 @@ def step_s(stepped: int, device: Device) -> float:
 def _sent(engine: Engine, held: Held, machine: Machine, passes: int, ways: int) -> tuple[float, bool]:
     """Seconds that a step's communication takes, and whether computing hides it; not that of split layers."""
     trained = ITEM * numbers(held.trained)
-    everything = trained + ITEM * numbers(held.frozen)
+    everything = trained + ITEM * numbers(held.frozen) + held.packed_bytes
     count = machine.processes // ways
     if count == 1:
         return 0.0, True
