@@ -91,6 +91,16 @@ def _compiled_fault(path: Path) -> str:
     return "" if content(path) is not None else "other bytes than its checksum says"
 
 
+def _costs_fault(path: Path) -> str:
+    from compresskit.calibration.costs import read_entry
+
+    try:
+        read_entry(path)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
+
+
 def _json_fault(path: Path) -> str:
     try:
         json.loads(path.read_text(encoding="utf-8"))
@@ -108,6 +118,7 @@ TIMES = re.compile(r"^[0-9a-f]{32,64}\.json$")
 KINDS = {
     "tokens": Kind("a data source as token ids", "", re.compile(r"^[0-9a-f]{40}$"), _tokens_fault),
     "teacher": Kind("what a teacher says of its rows", "teacher", HEX, _teacher_fault),
+    "costs": Kind("what changing a layer costs a model", "costs", TIMES, _costs_fault),
     "kernels": Kind("a compiled kernel", "kernels", re.compile(r"^\w[^/]*\.[a-z]+$"), _compiled_fault),
     "choices": Kind("times of packed layouts", "choices", TIMES, _json_fault),
     "latency": Kind("times of candidate shapes", "latency", TIMES, _json_fault),

@@ -1,4 +1,4 @@
-"""Where a user's caches are: tokens, teachers' outputs, compiled kernels, times."""
+"""Where a user's caches are: tokens, teachers' outputs, measured costs, compiled kernels, times."""
 
 from __future__ import annotations
 

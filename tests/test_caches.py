@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from compresskit import caches
 from compresskit.caches import DAY_S, KINDS, cached, chosen, fault_of, remove, sweep
+from compresskit.calibration.costs import Store
 from compresskit.cli import main
 from compresskit.data.cache import Piece, build_entry, key_of
 from compresskit.errors import InputError, OutputError
@@ -27,6 +28,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for kind in ("choices", "latency"):
         (tmp_path / kind).mkdir()
         (tmp_path / kind / f"{'ab' * 16}.json").write_text("{}")
+    Store(tmp_path / "costs", {"weights": "ab"}).add({"head": {"w4a16": 0.25}})
     (tmp_path / "built" / "0a1b").mkdir(parents=True)
     (tmp_path / "built" / "0a1b" / "config.json").write_text("{}")
     (tmp_path / "teacher" / ("c" * 64)).mkdir(parents=True)
@@ -49,6 +51,7 @@ def test_one_entry_of_each_kind_is_found_and_whole(home: Path) -> None:
     ("kind", "file", "told"),
     [
         ("tokens", "tokens.bin", "tokens.bin differs from its checksum"),
+        ("costs", "", "Expecting value"),
         ("kernels", "", "other bytes"),
         ("choices", "", "Expecting value"),
         ("built", "config.json", "no config.json"),
@@ -77,7 +80,7 @@ def test_what_is_removed_is_gone_and_the_rest_stays(home: Path) -> None:
     assert remove(gone) == 0, "another process was first"
     assert (home / "notes.txt").exists()
     assert (home / "teacher" / "files").is_dir()
-    assert [path.name for path in home.rglob(".*")] == [".gap_linear-0123.cubin.lock"]
+    assert {path.name for path in home.rglob(".*")} == {".gap_linear-0123.cubin.lock", ".lock"}
 
 
 def test_only_what_is_old_goes(home: Path) -> None:

@@ -12,7 +12,7 @@ from compresskit.progress import size
 
 @click.group()
 def cache() -> None:
-    """List or remove what is kept from run to run: tokens, teachers' outputs, compiled kernels, times."""
+    """List or remove what is kept from run to run: tokens, teachers' outputs, costs, kernels, times."""
 
 
 @cache.command("ls")

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from compresskit.calibration.rows import Row
-from compresskit.calibration.sensitivity import measure_costs
+from compresskit.calibration.sensitivity import Change
 from compresskit.errors import Fault, SchemeError
 from compresskit.quant.affine import grid_for
 from compresskit.quant.scheme import Scheme, parse
@@ -170,28 +169,15 @@ def choose(
         spent += added
 
 
-def measure_roundings(
-    model: nn.Module,
-    anatomy: Anatomy,
-    candidates: Mapping[str, Sequence[Scheme]],
-    rows: Sequence[Row],
-    dtypes: Mapping[str, torch.dtype],
-) -> dict[str, dict[Scheme, float]]:
-    """What rounding each layer alone to each candidate costs, in nats per token.
+def rounding(dtypes: Mapping[str, torch.dtype]) -> Change[Scheme]:
+    """The change that rounds a layer to a scheme.
 
     Args:
-        model: whole, in evaluation mode; its weights are as before when this returns.
-        anatomy: of the model.
-        candidates: layer -> schemes.
-        rows: calibration rows.
         dtypes: layer -> the type its weight is stored in, which rounds its scales.
-
-    Raises:
-        ModelError: the model has no logits.
     """
 
     def rounded(layer: str, weight_OI: Tensor, scheme: Scheme) -> Tensor:
         exact_OI = weight_OI.to(dtypes[layer])
         return grid_for(exact_OI, scheme).snap(exact_OI)
 
-    return measure_costs(model, anatomy, candidates, rows, rounded, unit="roundings")
+    return Change("rounding", "roundings", lambda layer, scheme: f"{scheme} of {dtypes[layer]}", rounded)

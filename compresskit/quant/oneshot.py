@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
+from compresskit.calibration.costs import costs_of
 from compresskit.calibration.oneshot import calibration_rows, length_faults
 from compresskit.calibration.rows import Row
 from compresskit.calibration.statistics import LayerStats
@@ -20,7 +21,7 @@ from compresskit.modeling.streaming import StreamedModel
 from compresskit.progress import say
 from compresskit.quant import QUANTIZERS
 from compresskit.quant.affine import activation_scale
-from compresskit.quant.auto import Chosen, choose, measure_roundings
+from compresskit.quant.auto import Chosen, choose, rounding
 from compresskit.quant.balance import balance
 from compresskit.quant.base import Quantized
 from compresskit.quant.known import known
@@ -150,7 +151,8 @@ def _choose(stage: Quantize, model: ModelSource, context: StageContext, rows: Se
         loaded = load_model(
             model, dtype=context.dtype, device=context.device, trust_remote_code=context.trust_remote_code
         )
-        costs |= measure_roundings(loaded, anatomy, free, rows, {n: model.dtype(f"{n}.weight") for n in free})
+        change = rounding({n: model.dtype(f"{n}.weight") for n in free})
+        costs |= costs_of(loaded, model, free, rows, change, cache=context.cache, scratch=context.scratch)
         del loaded
     chosen = choose(
         costs,

@@ -5,15 +5,19 @@ Shapes: O = out_features, I = in_features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from compresskit.calibration.costs import costs_of
 from compresskit.calibration.rows import Row
-from compresskit.calibration.sensitivity import measure_costs
+from compresskit.calibration.sensitivity import Change
 from compresskit.calibration.statistics import LayerStats
 from compresskit.calibration.walk import walk
 from compresskit.modeling import load_model, resolve_device
@@ -33,6 +37,19 @@ SHIFTS = 60
 def scorer_of(method: Any) -> Any:
     """``method`` where it has scores that are known before anything is pruned, else Wanda."""
     return method if hasattr(method, "score") else Wanda(pattern=method.pattern)
+
+
+def _said_of(scorer: Any) -> str:
+    """All that ``scorer`` makes scores by: where it comes from and its fields.
+
+    Of the package's own the pattern is none of it; another one's code may read it, and may change.
+    """
+    cls = type(scorer)
+    is_ours = cls.__module__.partition(".")[0] == __name__.partition(".")[0]
+    names = [field.name for field in fields(scorer) if not (is_ours and field.name == "pattern")]
+    source = "" if is_ours else sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()
+    said = {name: getattr(scorer, name) for name in names}
+    return f"{cls.__module__}.{cls.__qualname__} {said} {source}"
 
 
 def survey(
@@ -78,20 +95,9 @@ def survey(
         found: Tensor = scorer.score(weight_OI, stats.get(layer))
         return found
 
-    def pruned(layer: str, weight_OI: Tensor, level: float) -> Tensor:
-        _, room = _portions(patterns[layer], weight_OI.shape[0], weight_OI.shape[1])
-        fewer = _with_fraction(patterns[layer], _within(level, room) / room)
-        return weight_OI.where(fewer.keep_largest(score(layer, weight_OI)), 0)
-
     def chosen_among(layer: str) -> Tensor:
         pattern = patterns[layer]
         return pattern.summed(score(layer)) if isinstance(pattern, Block) else score(layer)
-
-    def cost(levels: Mapping[str, Sequence[float]]) -> Mapping[str, Mapping[float, float]]:
-        loaded = load_model(
-            model, dtype=context.dtype, device=context.device, trust_remote_code=context.trust_remote_code
-        )
-        return measure_costs(loaded, model.anatomy, levels, rows or (), pruned, unit="prunings")
 
     return Survey(
         sizes={name: (linears[name].out_features, linears[name].in_features) for name in patterns},
@@ -99,8 +105,35 @@ def survey(
         zero_fraction=method.pattern.zero_fraction,
         score=score,
         chosen_among=chosen_among,
-        cost=cost,
+        cost=partial(_costs, model, patterns, scorer, score, rows or (), context),
     )
+
+
+def _costs(
+    model: ModelSource,
+    patterns: Mapping[str, Pattern],
+    scorer: Any,
+    score: Callable[[str, Tensor], Tensor],
+    rows: Sequence[Row],
+    context: StageContext,
+    levels: Mapping[str, Sequence[float]],
+) -> dict[str, dict[float, float]]:
+    """See ``Survey.cost``."""
+
+    def at_level(layer: str, level: float) -> Pattern:
+        linear = model.anatomy.linears[layer]
+        _, room = _portions(patterns[layer], linear.out_features, linear.in_features)
+        return _with_fraction(patterns[layer], _within(level, room) / room)
+
+    def pruned(layer: str, weight_OI: Tensor, level: float) -> Tensor:
+        return weight_OI.where(at_level(layer, level).keep_largest(score(layer, weight_OI)), 0)
+
+    kind = f"pruning by {_said_of(scorer)}"
+    change = Change(kind, "prunings", lambda layer, level: str(at_level(layer, level)), pruned)
+    loaded = load_model(
+        model, dtype=context.dtype, device=context.device, trust_remote_code=context.trust_remote_code
+    )
+    return costs_of(loaded, model, levels, rows, change, cache=context.cache, scratch=context.scratch)
 
 
 def patterns_of(

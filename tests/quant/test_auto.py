@@ -10,10 +10,11 @@ import pytest
 import torch
 from tiny import tiny_llama
 
+from compresskit.calibration.sensitivity import measure_costs
 from compresskit.errors import SchemeError
 from compresskit.modeling import load_model, open_model
 from compresskit.quant.affine import grid_for
-from compresskit.quant.auto import candidate_faults, choose, measure_roundings
+from compresskit.quant.auto import candidate_faults, choose, rounding
 from compresskit.quant.scheme import Scheme, parse
 from compresskit.quant.stage import Quantize
 
@@ -91,7 +92,8 @@ def test_costs_are_those_of_running_the_whole_model(tmp_path: Path) -> None:
     layers = [n for n in source.anatomy.linears if "up_proj" in n or "v_proj" in n or n == "lm_head"]
     dtypes = dict.fromkeys(layers, torch.float32)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    got = measure_roundings(model, source.anatomy, dict.fromkeys(layers, (FOUR, EIGHT)), rows, dtypes)
+    candidates = dict.fromkeys(layers, (FOUR, EIGHT))
+    got = measure_costs(model, source.anatomy, candidates, rows, rounding(dtypes))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with torch.no_grad():
         want_lp = model(ids).logits.log_softmax(-1)
