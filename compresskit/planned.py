@@ -22,7 +22,7 @@ from compresskit.progress import size
 from compresskit.recipe import Recipe
 from compresskit.stage import Forecast, Json, Outlook, Stage
 from compresskit.training.carried import BESIDE, HOW, LEARNT
-from compresskit.training.rules.asynchronous import EVERY_STEP
+from compresskit.training.rules.asynchronous import ALONE, EVERY_STEP
 
 PACKAGES = (
     "compresskit",
@@ -279,5 +279,5 @@ def _digest(data: Json) -> str:
 def _writers(stage: Stage) -> int:
     """Processes that each write whole weights and states into a checkpoint."""
     stages = getattr(stage, "pipeline_stages", 1)
-    alone = stages > 1 or getattr(stage, "synchronise", EVERY_STEP) != EVERY_STEP
+    alone = stages > 1 or getattr(stage, "synchronise", "") in ALONE
     return max(1, getattr(stage, "processes", 1) // stages) if alone else 1

@@ -54,7 +54,7 @@ COUNTS = re.compile(r"\b(?:passes_per_step|observed_passes)=\d+|\btwice=[(\[][^)
 OF_RANKS = {
     "pipeline": "weights that no pipeline divides",
     "grown": "a batch that does not grow with the noise of gradients, which passes and ranks measure",
-    "alone": f"weights that all ranks agree on (synchronise {EVERY_STEP})",
+    "alone": f"weights that all ranks agree on, and no update that comes late (synchronise {EVERY_STEP})",
 }
 
 

@@ -14,9 +14,13 @@ from torch import nn
 
 from compresskit.errors import EngineError, Fault
 from compresskit.training.fields import TrainingFields
+from compresskit.training.rules.asynchronous import ZENFLOW
+from compresskit.training.rules.zenflow import span
 from compresskit.training.setting import Setting
 
 AUTO = "auto"
+SELECTED = 0.1
+"""Of the columns of each matrix, those that ZenFlow steps at once."""
 
 
 def deepspeed_config(setting: Setting, accumulation: int) -> dict[str, Any]:
@@ -48,6 +52,10 @@ def deepspeed_config(setting: Setting, accumulation: int) -> dict[str, Any]:
         "fp16": {"enabled": False},
         "bf16": {"enabled": False},
     }
+    if fields.synchronise == ZENFLOW:
+        ours["zero_optimization"]["zenflow"] = zenflow_section(fields)
+        values = dict.fromkeys(("betas", "eps", "weight_decay"), AUTO)
+        ours["optimizer"] = {"type": "AdamW", "params": {"lr": fields.peak_rate, **values}}
     if fields.deepspeed_config is None:
         return ours
     theirs = json.loads(Path(fields.deepspeed_config).read_text(encoding="utf-8"))
@@ -76,6 +84,18 @@ def _filled(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
         elif isinstance(value, dict) and isinstance(merged[name], dict):
             merged[name] = _filled(merged[name], value)
     return merged
+
+
+def zenflow_section(fields: TrainingFields) -> dict[str, Any]:
+    """Of ``zero_optimization``; the CPU steps in this process, so that its states are in checkpoints."""
+    every = fields.synchronise_every
+    return {
+        "topk_ratio": SELECTED,
+        "update_interval": every,
+        "select_strategy": "step",
+        "select_interval": span(every),
+        "overlap_step": False,
+    }
 
 
 def offload_sections(fields: TrainingFields) -> dict[str, Any]:

@@ -57,8 +57,11 @@ class TrainingFields:
         zero_stage: 1, 2 or 3 under ``deepspeed``.
         deepspeed_config: path of a ds_config.json of the user's own; its "auto" values are filled in.
         synchronise: ``every_step``, or under ``ddp`` ``local_sgd`` or ``diloco``: ranks step alone and
-            exchange weights every ``synchronise_every`` steps: their mean, or an outer optimiser's step.
-        synchronise_every: steps of the optimiser from exchange to exchange.
+            exchange weights every ``synchronise_every`` steps: their mean, or an outer optimiser's step. Or
+            under ``deepspeed`` ``zenflow``: the CPU steps all weights every ``synchronise_every`` steps, the
+            device a tenth of the columns at each.
+        synchronise_every: steps of the optimiser from exchange to exchange, or from one late update to the
+            next.
         synchronise_from: steps at the start that average gradients over ranks, before these step alone.
         synchronise_delay: steps that ``diloco`` goes on while an exchange is under way.
         outer_learning_rate: of ``diloco``'s outer SGD.

@@ -26,6 +26,7 @@ from compresskit.training.best import BEST, Best
 from compresskit.training.carried import BESIDE, COUNTS, HOW, Carried, carried_out, moved, refusal, words
 from compresskit.training.driver.local import LocalTrainer
 from compresskit.training.driver.pipeline import PipelineTrainer
+from compresskit.training.driver.zenflow import ZenFlowTrainer
 from compresskit.training.faults import training_faults, zero_faults
 from compresskit.training.features import Featured, projecting, without_projections
 from compresskit.training.fields import TrainingFields
@@ -40,7 +41,7 @@ from compresskit.training.outcome import TrainOutcome
 from compresskit.training.ranks import Ranks, accompanied
 from compresskit.training.redirect import idle_in, redirected
 from compresskit.training.rollout import OnPolicy
-from compresskit.training.rules.asynchronous import EVERY_STEP
+from compresskit.training.rules.asynchronous import EVERY_STEP, ZENFLOW
 from compresskit.training.rules.memory import NOISE
 from compresskit.training.rules.shares import MEASURED
 from compresskit.training.sentences import idle_warnings, on_sentences, without_gradient
@@ -321,6 +322,8 @@ class Run:
             return GrowingTrainer
         if self.fields.shares == MEASURED:
             return SharingTrainer
+        if self.fields.synchronise == ZENFLOW:
+            return ZenFlowTrainer
         return StageTrainer if self.fields.synchronise == EVERY_STEP else LocalTrainer
 
     @cached_property

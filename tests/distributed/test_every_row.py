@@ -36,6 +36,8 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "asynchronous updates": (
         "local_sgd::test_losses_and_weights_are_those_of_the_papers_steps",
         "local_sgd::test_nothing_is_said_between_exchanges",
+        "zenflow_engine::test_only_chosen_columns_move_between_late_updates",
+        "zenflow_engine::test_losses_and_weights_are_those_of_the_papers_steps",
     ),
     "quantised training": (
         "engines::test_products_in_int8_stay_near_and_keep_zeros",

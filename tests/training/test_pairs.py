@@ -20,7 +20,7 @@ from compresskit.data.spec import DataSpec
 from compresskit.modeling import ModelSource
 from compresskit.stage import Outlook
 from compresskit.training.faults import zero_faults
-from compresskit.training.rules import ROOMS, precision
+from compresskit.training.rules import ROOMS, precision, zenflow
 
 DISTRIBUTED = Path(__file__).parents[1] / "distributed"
 KINDS = (ck.Finetune, ck.Distill, ck.Qat, ck.SparseTrain, ck.Qlora)
@@ -37,6 +37,16 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "pipeline": {"pipeline_stages": 2, "processes": 2},
     "local_sgd": {"synchronise": "local_sgd", "processes": 2},
     "diloco": {"synchronise": "diloco", "processes": 2},
+    "zenflow": {
+        "strategy": "deepspeed",
+        "zero_stage": 2,
+        "offload": "optimizer",
+        "synchronise": "zenflow",
+        "overlap": False,
+        "checkpoint_every": 0,
+        "micro_batch_size": 32,
+        "processes": 2,
+    },
     "bf16": {"precision": "bf16"},
     "fp16": {"precision": "fp16"},
     "fp8": {"precision": "fp8"},
@@ -89,6 +99,7 @@ RUN: Mapping[str, tuple[tuple[str, str], ...]] = {
     ),
     "test_pipeline_engines": (("pipeline", "bf16 recompute keep_best distill"),),
     "test_local_sgd": (("ddp", "local_sgd diloco"),),
+    "test_zenflow_engine": (("zenflow", "bf16"),),
     "test_optimizer_engines": (
         ("ddp", "muon galore schedule_free"),
         ("fsdp", "muon"),
@@ -133,6 +144,7 @@ NOT_RUN: Mapping[str, str] = {
         "bf16 fp8 int8 recompute offload_activations keep_best adafactor muon galore bits8 distill "
         "teacher_shard teacher_cache features sentences lora bias_norm bottleneck prefix qat qlora"
     ),
+    "zenflow": "recompute offload_activations keep_best distill teacher_cache features",
     "bf16": (
         "int8 recompute offload_activations adapt_batch noise keep_best adafactor muon galore bits8 "
         "schedule_free distill teacher_shard teacher_cache on_policy features sentences lora bias_norm "
@@ -240,6 +252,7 @@ def faults(models: Mapping[bool, Outlook]) -> dict[tuple[str, ...], list[str]]:
         for room in ROOMS:
             if hasattr(room, "find_spec"):
                 patch.setattr(room, "find_spec", lambda name: object())
+        patch.setattr(zenflow, "_unknown", lambda: False)
         for name in ("multiplies_int8", "multiplies_fp8"):
             patch.setattr(precision, name, lambda device: True)
         every = [(name,) for name in WAYS] + list(combinations(WAYS, 2))

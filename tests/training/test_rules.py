@@ -12,7 +12,7 @@ import pytest
 from compresskit.training.faults import training_faults
 from compresskit.training.fields import TrainingFields
 from compresskit.training.int8 import multiplies_int8
-from compresskit.training.rules import ROOMS, RULES, base, offload, precision
+from compresskit.training.rules import ROOMS, RULES, base, offload, precision, zenflow
 from compresskit.training.setting import Setting, this_rank
 
 DS: dict[str, Any] = {"strategy": "deepspeed"}
@@ -26,6 +26,14 @@ NVME: dict[str, Any] = DS | {
     "offload": "parameters",
     "offload_device": "nvme",
     "nvme_path": "/nvme",
+}
+LATE: dict[str, Any] = DS | {
+    "processes": 2,
+    "offload": "optimizer",
+    "overlap": False,
+    "synchronise": "zenflow",
+    "synchronise_every": 4,
+    "checkpoint_every": 16,
 }
 ON_GPU = ("offload-nvme-stage", "offload-nvme-library", "offload-nvme-zeros")
 BREAKS: dict[str, dict[str, Any]] = {
@@ -55,6 +63,15 @@ BREAKS: dict[str, dict[str, Any]] = {
     },
     "deepspeed-config-zenflow": DS
     | {"deepspeed_config": {"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}},
+    "zenflow-engine": LATE | {"zero_stage": 3},
+    "zenflow-version": LATE,
+    "zenflow-every": LATE | {"synchronise_every": 1},
+    "zenflow-optimizer": LATE | {"weight_decay": 0.1},
+    "zenflow-passes": LATE | {"micro_batch_size": 4},
+    "zenflow-checkpoints": LATE | {"checkpoint_every": 18},
+    "zenflow-overlap": LATE | {"overlap": True},
+    "zenflow-from": LATE | {"synchronise_from": 2},
+    "zenflow-stage": LATE | {"kind": "sparse_train"},
     "deepspeed-config-precision": DS | {"deepspeed_config": {"bf16": {"enabled": True}}},
     "offload-name": {"offload": "everything"},
     "offload-device-name": {"offload_device": "disk"},
@@ -172,6 +189,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     _packages(monkeypatch, object())
     monkeypatch.setattr(precision, "multiplies_int8", lambda device: True)
     monkeypatch.setattr(precision, "multiplies_fp8", lambda device: True)
+    monkeypatch.setattr(zenflow, "_unknown", lambda: False)
 
 
 def _packages(monkeypatch: pytest.MonkeyPatch, found: object) -> None:
@@ -200,6 +218,7 @@ def test_a_broken_rule_is_told_with_its_cure(
     if rule.name == "fp8-device":
         monkeypatch.setattr(precision, "multiplies_fp8", lambda device: False)
     monkeypatch.setattr(offload, "_writes_asynchronously", lambda: rule.name != "offload-nvme-library")
+    monkeypatch.setattr(zenflow, "_unknown", lambda: rule.name == "zenflow-version")
     on_gpus = (*ON_GPU, "more-processes-than-devices")
     two_gpus = {"device": "cuda", "devices": 2} if rule.name in on_gpus else {}
     faults = training_faults(AdapterFields(**changes), "stages[1]", **two_gpus)
@@ -224,6 +243,7 @@ def test_a_broken_rule_is_told_with_its_cure(
         TrainingFields(processes=4, pipeline_stages=2, pipeline_schedule="interleaved", precision="bf16"),
         TrainingFields(processes=2, pipeline_stages=2, pipeline_schedule="gpipe", micro_batch_size=16),
         TrainingFields(processes=2, synchronise="diloco", synchronise_delay=7, eval_every=3),
+        TrainingFields(**LATE | {"precision": "bf16", "eval_every": 3}),
         TrainingFields(processes=2, shares="measured", micro_batch_size=2, workers=1),
         TrainingFields(adapt_batch="noise", largest_batch_size=32, micro_batch_size=8),
         TrainingFields(adapt_batch="noise", largest_batch_size=64, processes=2, strategy="fsdp"),

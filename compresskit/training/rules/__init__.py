@@ -14,6 +14,7 @@ from compresskit.training.rules import (
     precision,
     shares,
     watching,
+    zenflow,
 )
 from compresskit.training.rules.base import Rule
 
@@ -22,6 +23,7 @@ ROOMS = (
     mesh,
     pipeline,
     asynchronous,
+    zenflow,
     deepspeed,
     offload,
     overlap,

@@ -6,13 +6,15 @@ from compresskit.training.rules.base import Rule
 from compresskit.training.setting import Setting
 
 EVERY_STEP = "every_step"
-SYNCHRONISING = (EVERY_STEP, "local_sgd", "diloco")
+ZENFLOW = "zenflow"
+ALONE = ("local_sgd", "diloco")
+SYNCHRONISING = (EVERY_STEP, *ALONE, ZENFLOW)
 BUCKET = 1 << 25
 """Numbers that are exchanged at once; of a larger tensor all."""
 
 
 def _alone(s: Setting) -> bool:
-    return s.fields.synchronise in SYNCHRONISING[1:]
+    return s.fields.synchronise in ALONE
 
 
 RULES: tuple[Rule, ...] = (

@@ -87,10 +87,9 @@ RULES: tuple[Rule, ...] = (
         "deepspeed-config-zenflow",
         "deepspeed_config",
         lambda s: "zenflow" in read_config(s).get("zero_optimization", {}),
-        "no zenflow section in {deepspeed_config}: it steps with an Adam of its own alone",
-        "one there, beside the recipe's optimizer",
-        "Take it out of the file: offload keeps states on the host, and synchronise diloco with "
-        "synchronise_delay lets updates come late.",
+        "no zenflow section in {deepspeed_config}: by itself it garbles weights and checkpoints",
+        "one there",
+        "Take it out of the file and set synchronise: zenflow, which mends that.",
     ),
     Rule(
         "deepspeed-config-precision",
