@@ -15,10 +15,10 @@ from torch import nn
 from compresskit.errors import EngineError, Fault
 from compresskit.training.fields import TrainingFields
 from compresskit.training.rules.asynchronous import ZENFLOW
+from compresskit.training.rules.deepspeed import AUTO
 from compresskit.training.rules.zenflow import span
 from compresskit.training.setting import Setting
 
-AUTO = "auto"
 SELECTED = 0.1
 """Of the columns of each matrix, those that ZenFlow steps at once."""
 
@@ -27,11 +27,8 @@ def deepspeed_config(setting: Setting, accumulation: int) -> dict[str, Any]:
     """The user's ds_config.json with its gaps and "auto" values filled in, or one of our own.
 
     Args:
-        setting: of the run; its fields name the user's file, if any.
+        setting: of the run; its fields name the user's file, if any, which has been checked against them.
         accumulation: forward passes per optimiser step.
-
-    Raises:
-        EngineError: the file fixes a number that the recipe fixes otherwise.
     """
     fields = setting.fields
     ours: dict[str, Any] = {
@@ -59,19 +56,6 @@ def deepspeed_config(setting: Setting, accumulation: int) -> dict[str, Any]:
     if fields.deepspeed_config is None:
         return ours
     theirs = json.loads(Path(fields.deepspeed_config).read_text(encoding="utf-8"))
-    fixed = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
-    faults = [
-        Fault(
-            f"{fields.deepspeed_config} {name}",
-            f"{ours[name]}, which follows from the recipe, or {AUTO!r}",
-            str(theirs[name]),
-            f"Write {name}: {AUTO!r} in the file.",
-        )
-        for name in (*fixed, "gradient_clipping")
-        if theirs.get(name, AUTO) not in (AUTO, ours[name])
-    ]
-    if faults:
-        raise EngineError(*faults)
     return _filled(theirs, ours)
 
 

@@ -61,6 +61,7 @@ BREAKS: dict[str, dict[str, Any]] = {
         "strategy": "deepspeed",
         "deepspeed_config": {"optimizer": {"type": "Adam"}},
     },
+    "deepspeed-config-numbers": DS | {"deepspeed_config": {"train_batch_size": 99}},
     "deepspeed-config-zenflow": DS
     | {"deepspeed_config": {"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}},
     "zenflow-engine": LATE | {"zero_stage": 3},

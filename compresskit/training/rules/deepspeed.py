@@ -9,6 +9,8 @@ from pathlib import Path
 from compresskit.training.rules.base import Rule
 from compresskit.training.setting import Setting
 
+AUTO = "auto"
+
 
 def _config_stage(s: Setting) -> bool:
     """Whether the user's ds_config.json names another ZeRO stage than the recipe."""
@@ -29,6 +31,19 @@ def read_config(s: Setting) -> dict[str, dict[str, object]]:
         return {}
     config: dict[str, dict[str, object]] = json.loads(Path(s.fields.deepspeed_config).read_text("utf-8"))
     return config
+
+
+def _other_numbers(s: Setting) -> bool:
+    """Whether the user's ds_config.json fixes a number that follows from the recipe otherwise."""
+    fields, rows = s.fields, s.micro_batch_size
+    numbers = {
+        "train_batch_size": fields.batch_size,
+        "train_micro_batch_size_per_gpu": rows,
+        "gradient_accumulation_steps": fields.batch_size // max(1, rows * s.data_ranks),
+        "gradient_clipping": fields.max_grad_norm,
+    }
+    theirs = read_config(s)
+    return any(theirs.get(name, AUTO) not in (AUTO, number) for name, number in numbers.items())
 
 
 RULES: tuple[Rule, ...] = (
@@ -82,6 +97,16 @@ RULES: tuple[Rule, ...] = (
         "one there, beside the recipe's own",
         "Take it out of the file: optimizer, learning_rate and lr_schedule of the recipe are used on every "
         "engine.",
+    ),
+    Rule(
+        "deepspeed-config-numbers",
+        "deepspeed_config",
+        _other_numbers,
+        'in {deepspeed_config} "auto", or what follows from the recipe, as train_batch_size, '
+        "train_micro_batch_size_per_gpu, gradient_accumulation_steps and gradient_clipping",
+        "others beside batch_size {batch_size}, micro_batch_size {micro_batch_size}, processes {processes} "
+        "and max_grad_norm {max_grad_norm}",
+        'Write "auto" for these in the file.',
     ),
     Rule(
         "deepspeed-config-zenflow",
