@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -18,6 +19,17 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 # The same examples every time: what fails here fails for whoever looks into it.
 settings.register_profile("steady", derandomize=True)
 settings.load_profile("steady")
+
+
+def pytest_collection_finish() -> None:
+    """Every training has garbage collected; half a million objects of imports need not be looked at again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Or some modules call them leaked."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
