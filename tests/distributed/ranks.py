@@ -6,15 +6,18 @@ each engine in the ranks, and the comparison of what they leave with one process
 
 from __future__ import annotations
 
+import gc
 import json
+import multiprocessing
 import os
-import subprocess
+import runpy
 import sys
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,6 +41,13 @@ LIMIT_S = 900
 """Of one launch: several times what it takes on two idle cores, since tests may share them."""
 
 
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["compresskit.training.trainer", "transformers.models.llama.modeling_llama", "deepspeed"]
+)
+"""One process imports what takes a rank ten seconds; every rank is forked from it."""
+
+
 @contextmanager
 def two_ranks(script: ModuleType, place: Path) -> Iterator[None]:
     """``python SCRIPT PLACE`` as both ranks, while the body does what one process does; both end well."""
@@ -48,9 +58,9 @@ def two_ranks(script: ModuleType, place: Path) -> Iterator[None]:
 @contextmanager
 def several_ranks(script: ModuleType, place: Path, count: int) -> Iterator[None]:
     """``python SCRIPT PLACE`` as so many ranks, while the body does what one process does; all end well."""
-    port, ranks = str(_free_port()), []
+    port, ranks = str(_free_port()), list[BaseProcess]()
     logs = [place / f"rank{rank}.log" for rank in range(count)]
-    for rank, path in enumerate(logs):
+    for rank, log in enumerate(logs):
         environment = os.environ | {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
@@ -60,25 +70,40 @@ def several_ranks(script: ModuleType, place: Path, count: int) -> Iterator[None]
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join(map(str, (HERE, *HERE.parents[:2]))),
         }
-        with path.open("wb") as log:
-            command = [sys.executable, str(script.__file__), str(place)]
-            ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+        ranks.append(
+            FORKS.Process(target=be_rank, args=([str(script.__file__), str(place)], environment, log))
+        )
+        ranks[-1].start()
     try:
         yield
         codes = _codes(ranks)
     finally:
         for process in ranks:
             process.kill()
+            process.join()
     assert codes == [0] * count, "\n".join(f"{path}:\n{path.read_text()[-3000:]}" for path in logs)
 
 
-def _codes(ranks: Sequence[subprocess.Popen[bytes]]) -> list[int | None]:
+def be_rank(command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+    """Run a script with its arguments; what it says, and what it starts says, goes to ``log``."""
+    with log.open("wb") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    gc.freeze()
+    sys.argv = list(command)
+    runpy.run_path(command[0], run_name="__main__")
+
+
+def _codes(ranks: Sequence[BaseProcess]) -> list[int | None]:
     """How they ended; once one has failed the others would wait for it in vain, and have no code."""
     end = time.monotonic() + LIMIT_S
-    codes = [rank.poll() for rank in ranks]
+    codes = [rank.exitcode for rank in ranks]
     while None in codes and not any(codes) and time.monotonic() < end:
         time.sleep(0.1)
-        codes = [rank.poll() for rank in ranks]
+        codes = [rank.exitcode for rank in ranks]
     return codes
 
 
