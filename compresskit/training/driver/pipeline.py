@@ -231,7 +231,7 @@ class PipelineTrainer(OwnState):
         squares = torch.zeros((), dtype=torch.float64, device=self.args.device)
         for parameter in own:
             if parameter.grad is not None and parameter not in tied:
-                squares += parameter.grad.double().square().sum()
+                squares += torch.linalg.vector_norm(parameter.grad).double().square()
         dist.all_reduce(squares, group=self._place.group("pipeline"))
         norm = squares.sqrt().float()
         if not norm.isfinite():
