@@ -22,6 +22,16 @@ from compresskit.modeling import ModelSource
 from compresskit.stage import Outlook
 
 
+def story(number: int) -> str:
+    """A document that a tiny model can learn."""
+    return f"The {number}th story is about the number {number * number}."
+
+
+def stories(count: int = 200) -> str:
+    """Text of so many documents."""
+    return "\n\n".join(map(story, range(count)))
+
+
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte, and BOS and EOS: 258 tokens, nothing unknown."""
     vocab = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}

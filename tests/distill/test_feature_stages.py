@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import byte_tokenizer, outlook, tiny_llama
+from tiny import byte_tokenizer, outlook, stories, tiny_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compresskit.cli.common import one_stage_recipe
@@ -40,7 +40,7 @@ FEW |= {"checkpoint_every": 0}
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> DataSpec:
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("\n\n".join(f"The {i}th story is about the number {i * i}." for i in range(200)))
+    path.write_text(stories())
     return DataSpec(source=str(path))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_placements import VOCABULARY, faults_of, outlook
 from test_stages import FEW, run
-from tiny import byte_tokenizer, tiny_llama
+from tiny import byte_tokenizer, stories, tiny_llama
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -131,7 +131,7 @@ def test_what_is_held_is_what_was_foreseen(tmp_path: Path, name: str, dtype: tor
 @pytest.mark.parametrize("name", BITS)
 def test_a_stage_learns_from_it_and_tells_how_far_it_is(tmp_path: Path, name: str) -> None:
     text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"The {i}th story is about the number {i * i}." for i in range(60)))
+    text.write_text(stories(60))
     source = open_model(str(tiny_llama(tmp_path / "student")))
     teacher = tiny_llama(tmp_path / "teacher", seed=1, initializer_range=0.2)
     stage = Distill(teacher=str(teacher), teacher_placement=name, features="hidden_mse", **FEW)

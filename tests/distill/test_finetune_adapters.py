@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import outlook, tiny_bert, tiny_llama
+from tiny import outlook, stories, tiny_bert, tiny_llama
 from torch import Tensor
 
 import compresskit as ck
@@ -54,7 +54,7 @@ class Zeros:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> DataSpec:
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("\n\n".join(f"The {i}th story is about the number {i * i}." for i in range(200)))
+    path.write_text(stories())
     return DataSpec(source=str(path))
 
 

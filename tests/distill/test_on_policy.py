@@ -12,7 +12,7 @@ import pytest
 from marked import save_marked
 from test_align_stages import told
 from test_stages import FEW, run
-from tiny import byte_tokenizer, tiny_llama
+from tiny import byte_tokenizer, stories, tiny_llama
 from transformers import BertConfig, BertModel
 
 from compresskit.data.spec import DataSpec
@@ -29,7 +29,7 @@ POLICY = {"fraction": 0.5, "max_new_tokens": 8}
 @pytest.fixture
 def text(tmp_path: Path) -> DataSpec:
     path = tmp_path / "text.txt"
-    path.write_text("\n\n".join(f"The {i}th story is about the number {i * i}." for i in range(200)))
+    path.write_text(stories())
     return DataSpec(source=str(path))
 
 

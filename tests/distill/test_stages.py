@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import byte_tokenizer, outlook, tiny_llama
+from tiny import byte_tokenizer, outlook, stories, tiny_llama
 from transformers import BertConfig, BertModel, GraniteConfig, GraniteForCausalLM, OPTConfig, OPTForCausalLM
 
 from compresskit import modeling
@@ -43,7 +43,7 @@ class Gridded(Kept):
 @pytest.fixture
 def text(tmp_path: Path) -> DataSpec:
     path = tmp_path / "text.txt"
-    path.write_text("\n\n".join(f"The {i}th story is about the number {i * i}." for i in range(200)))
+    path.write_text(stories())
     return DataSpec(source=str(path))
 
 

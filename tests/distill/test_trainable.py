@@ -10,7 +10,7 @@ import pytest
 import torch
 from broken import broken_off_in
 from safetensors.torch import load_file, save_file
-from tiny import byte_tokenizer, outlook, tiny_llama
+from tiny import byte_tokenizer, outlook, stories, tiny_llama
 from torch import nn
 from transformers import (
     CohereConfig,
@@ -54,7 +54,7 @@ class Kept:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> DataSpec:
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("\n\n".join(f"The {i}th story is about the number {i * i}." for i in range(200)))
+    path.write_text(stories())
     return DataSpec(source=str(path))
 
 

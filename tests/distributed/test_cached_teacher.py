@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_llama
+from tiny import story, tiny_llama
 
 from compresskit.data.spec import DataSpec
 from compresskit.distill.stage import Distill
@@ -36,7 +36,7 @@ def run(stage: Distill, place: Path, name: str) -> tuple[StageResult, list[float
 def test_two_ranks_read_one_cache(tmp_path: Path, placement: dict[str, Any]) -> None:
     tiny_llama(tmp_path / "teacher", initializer_range=0.2)
     tiny_llama(tmp_path / "student", seed=1, hidden_size=16, intermediate_size=32)
-    rows = (json.dumps({"text": f"The {i}th story is about the number {i * i}."}) for i in range(24))
+    rows = (json.dumps({"text": story(i)}) for i in range(24))
     (tmp_path / "text.jsonl").write_text("\n".join(rows))
     stage = Distill(
         teacher=str(tmp_path / "teacher"), teacher_placement={"method": "cache", **placement}, **FEW

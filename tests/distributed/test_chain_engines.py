@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_llama
+from tiny import stories, tiny_llama
 
 import compresskit as ck
 from compresskit.artifact import Artifact
@@ -57,8 +57,7 @@ def perplexities(artifact: Artifact) -> dict[str, float]:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("chain")
     tiny_llama(place / "model", initializer_range=0.2)
-    text = (f"The {i}th story is about the number {i * i}." for i in range(200))
-    (place / "text.txt").write_text("\n\n".join(text))
+    (place / "text.txt").write_text(stories())
     return place
 
 

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_llama
+from tiny import stories, tiny_llama
 from torch import Tensor
 
 from compresskit.data.spec import DataSpec
@@ -53,7 +53,7 @@ class FailsOnRankOne:
 @pytest.fixture
 def job(tmp_path: Path, token_cache: Path) -> TrainJob:
     text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"The {i}th story is about the number {i * i}." for i in range(200)))
+    text.write_text(stories())
     (tmp_path / "out").mkdir()
     return TrainJob(
         model=str(tiny_llama(tmp_path / "model", num_hidden_layers=1)),

@@ -12,7 +12,7 @@ from completions_server import NAME, serving
 from every_engine import ENGINES, NAMES
 from every_engine_teachers import RUNS, STEPS, TEACHERS, VOCABULARY, WHOLE, teacher_of, train
 from ranks import two_ranks
-from tiny import tiny_llama
+from tiny import stories, tiny_llama
 
 from compresskit.data.spec import DataSpec
 from compresskit.distill.stage import Distill
@@ -94,7 +94,7 @@ def test_each_rank_keeps_half_of_the_teacher(run: str, engine: str, launched: Pa
 def test_a_stage_with_processes_of_its_own(placement: str, tmp_path: Path) -> None:
     """Through a job as text: weights are read when the workers can talk, and each asks a server."""
     text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"The {i}th story is about the number {i * i}." for i in range(60)))
+    text.write_text(stories(60))
     teacher = tiny_llama(tmp_path / "teacher", seed=3, initializer_range=0.2)
     student = ModelSource(tiny_llama(tmp_path / "student", initializer_range=0.2))
     few = {"steps": 4, "batch_size": 4, "context_length": 24, "learning_rate": 1e-2, "checkpoint_every": 0}

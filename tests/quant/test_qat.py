@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from broken import broken_off_in
-from tiny import tiny_llama
+from tiny import stories, tiny_llama
 
 import compresskit as ck
 from compresskit.data.spec import DataSpec
@@ -38,7 +38,7 @@ SCHEMES = ("w8a8", "w8a8-static", "w8a16", "w4a16-g32", "w4a16-g32-asym", "w4a8-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> DataSpec:
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("\n\n".join(f"The {i}th story is about the number {i * i}." for i in range(200)))
+    path.write_text(stories())
     return DataSpec(source=str(path))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_llama
+from tiny import stories, tiny_llama
 
 import compresskit as ck
 from compresskit.errors import PlanError
@@ -34,7 +34,7 @@ FIELDS: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("\n\n".join(f"The {i}th story is about the number {i * i}." for i in range(100)))
+    path.write_text(stories(100))
     return str(path)
 
 

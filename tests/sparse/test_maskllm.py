@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_llama
+from tiny import stories, tiny_llama
 from torch import Tensor
 
 import compresskit as ck
@@ -212,7 +212,7 @@ FEW: dict[str, Any] = {"steps": 6, "batch_size": 4, "context_length": 24, "check
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
-    path.write_text("\n\n".join(f"The {i}th story is about the number {i * i}." for i in range(200)))
+    path.write_text(stories())
     return path
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from broken import broken_off_in
 from click.testing import CliRunner
-from tiny import byte_tokenizer, tiny_llama
+from tiny import byte_tokenizer, stories, tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import compresskit as ck
@@ -40,7 +40,7 @@ LAYER = "model.layers.1.mlp.up_proj"
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> DataSpec:
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("\n\n".join(f"The {i}th story is about the number {i * i}." for i in range(200)))
+    path.write_text(stories())
     return DataSpec(source=str(path))
 
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_llama
+from tiny import stories, tiny_llama
 from torch import Tensor, nn
 
 from compresskit.data.spec import DataSpec
@@ -50,7 +50,7 @@ class Scaled:
 @pytest.fixture
 def job(tmp_path: Path, token_cache: Path) -> TrainJob:
     text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"The {i}th story is about the number {i * i}." for i in range(100)))
+    text.write_text(stories(100))
     model = tiny_llama(tmp_path / "model", num_hidden_layers=1)
     (tmp_path / "out").mkdir()
     return TrainJob(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from broken import broken_off_at_the_end, broken_off_in
-from tiny import tiny_llama
+from tiny import stories, tiny_llama
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
@@ -287,7 +287,7 @@ def test_how_much_is_read_at_most() -> None:
 def test_the_manifest_tells_how_the_batch_grew(tmp_path: Path) -> None:
     source, out = ModelSource(tiny_llama(tmp_path / "model")), tmp_path / "out"
     text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"The {i}th story is about the number {i * i}." for i in range(200)))
+    text.write_text(stories())
     stage = Finetune(
         steps=2,
         batch_size=4,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from broken import broken_off_in
 from safetensors.torch import load_file
-from tiny import byte_tokenizer, tiny_llama
+from tiny import byte_tokenizer, stories, tiny_llama
 from torch import Tensor, nn
 from torch.utils._triton import has_triton
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
@@ -136,7 +136,7 @@ def test_a_restart_gives_the_same_bytes(make_model: Make, rows: Rows, tmp_path: 
 
 def test_the_checkpoint_loads_plainly(tmp_path: Path, token_cache: Path) -> None:
     text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"The {i}th story is about the number {i * i}." for i in range(100)))
+    text.write_text(stories(100))
     model = tiny_llama(tmp_path / "model", num_hidden_layers=1, dtype=torch.bfloat16)
     (tmp_path / "out").mkdir()
     job = TrainJob(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import outlook, tiny_llama
+from tiny import outlook, story, tiny_llama
 
 from compresskit.data.spec import DataSpec
 from compresskit.distill.placements.cache import PASS_TOKENS
@@ -27,7 +27,7 @@ FEW = {"steps": 8, "batch_size": 4, "context_length": 24, "learning_rate": 1e-2,
 @pytest.fixture
 def text(tmp_path: Path) -> DataSpec:
     path = tmp_path / "text.jsonl"
-    rows = (json.dumps({"text": f"The {i}th story is about the number {i * i}."}) for i in range(24))
+    rows = (json.dumps({"text": story(i)}) for i in range(24))
     path.write_text("\n".join(rows))
     return DataSpec(source=str(path))
 
