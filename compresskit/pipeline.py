@@ -142,7 +142,8 @@ def _workplace(plan: Plan, key: str, work: Path, out: Path) -> Iterator[None]:
 
     A plan that differs only in how its training is carried out is no other: it goes on with what is there.
     """
-    is_new = not work.exists()
+    if not work.exists():
+        plan.check_disk(work)
     work.mkdir(exist_ok=True)
     with (work / LOCK).open("w") as lock:
         try:
@@ -156,12 +157,7 @@ def _workplace(plan: Plan, key: str, work: Path, out: Path) -> Iterator[None]:
                     "Wait for it to end.",
                 )
             ) from error
-        try:
-            plan.check_disk(work)
-        except OutputError:
-            if is_new:
-                shutil.rmtree(work)
-            raise
+        plan.check_disk(work)
         if _key_of(work) != key:
             matter = plan.work_key
             if _read(work / MATTER) != matter:

@@ -168,7 +168,7 @@ class Plan:
     def check_disk(self, place: Path) -> None:
         """Raise OutputError unless the disk holds what the chain writes under ``place``; part may be."""
         written = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
-        free = shutil.disk_usage(place).free + written
+        free = shutil.disk_usage(place if place.exists() else place.parent).free + written
         if free < self.disk_bytes:
             raise OutputError(
                 Fault(
@@ -263,7 +263,7 @@ def _matter(stage: dict[str, Json]) -> dict[str, Json]:
     """What a stage does; of one that trains not how that is carried out, nor where a live teacher lies."""
     if "pipeline_stages" not in stage:
         return stage
-    # Ranks that step alone learn what so many of them do.
+    # Ranks that step alone learn what so many of them do; ZenFlow chooses columns in each rank's part.
     learnt = LEARNT if stage["synchronise"] == EVERY_STEP else (*LEARNT, "processes")
     kept = {name: value for name, value in stage.items() if name in learnt or name not in (*HOW, *BESIDE)}
     placement = kept.get("teacher_placement")

@@ -10,7 +10,7 @@ import pytest
 
 from compresskit.recipe import recipe_from
 from compresskit.training.faults import training_faults
-from compresskit.training.rules import ROOMS, RULES
+from compresskit.training.rules import ROOMS, RULES, zenflow
 from compresskit.training.rules.table import OBVIOUS, with_tables
 from compresskit.yaml12 import parse_yaml
 
@@ -31,6 +31,8 @@ def test_a_stage_of_the_page_is_one_and_combines(text: str, monkeypatch: pytest.
     for room in ROOMS:
         if hasattr(room, "find_spec"):
             monkeypatch.setattr(room, "find_spec", lambda name: object())
+    monkeypatch.setattr(zenflow, "_unknown", lambda: False)
+    monkeypatch.setattr(zenflow, "_compiles", lambda: True)
     stage: dict[str, Any] = parse_yaml(text, "docs")[0]
     recipe = recipe_from({"model": "MODEL", "stages": [stage]}, {})
     assert training_faults(recipe.stages[0], "stages[0]") == []  # type: ignore[arg-type]

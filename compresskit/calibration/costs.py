@@ -14,7 +14,7 @@ import os
 import secrets
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from functools import cache as once
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,15 +25,14 @@ from torch import Tensor, nn
 
 from compresskit.calibration.rows import INPUTS, Row
 from compresskit.calibration.sensitivity import LOG_PROBABILITIES, MAX_TOKENS, C, Change, measure_costs
-from compresskit.errors import Fault, OutputError
 from compresskit.progress import say
 from compresskit.timing import processor
 
 if TYPE_CHECKING:
     from compresskit.modeling.source import ModelSource
 
-VERSION = 1
-"""Raise it whenever a cost comes out otherwise: another measure, grid, score or choice among scores."""
+ROOMS = ("calibration", "modeling", "quant", "sparse")
+"""Of this package; what they say makes the figures: the measure, grids, scores, choices among scores."""
 FOLDER = "costs"
 DIGEST_BYTES = 20
 NO_MATTER = ("_name_or_path", "transformers_version")
@@ -65,7 +64,6 @@ def costs_of(
 
     Raises:
         ModelError: the model has no logits.
-        OutputError: there is something to measure and ``cache`` cannot be written.
     """
     store = Store(cache / FOLDER, key_of(model, source, rows, change.kind))
     texts = {layer: {change.text(layer, c): c for c in of} for layer, of in candidates.items()}
@@ -75,12 +73,13 @@ def costs_of(
     if measured < total:
         say(f"{total - measured} of {total} costs were measured before: {store.path}")
     if measured:
-        store.add({})  # whether it can be written is found out before hours are spent
+        kept = store.add({})  # a folder that cannot be written is told of before hours are spent
 
         def keep(costs: Mapping[str, Mapping[C, float]]) -> None:
+            nonlocal kept
             for layer, of in costs.items():
                 known.setdefault(layer, {}).update({change.text(layer, c): cost for c, cost in of.items()})
-            store.add(known)
+            kept = kept and store.add(known)
 
         measure_costs(model, source.anatomy, missing, rows, change, keep)
     scratch.mkdir(parents=True, exist_ok=True)
@@ -103,7 +102,7 @@ def key_of(model: nn.Module, source: ModelSource, rows: Sequence[Row], kind: str
     config = {name: value for name, value in source.config.to_dict().items() if name not in NO_MATTER}
     code = sorted(source.directory.glob("*.py"))
     key = {
-        "version": VERSION,
+        "package": _package(),
         "change": kind,
         "weights": _digest(_weights(model)),
         "config": [type(model).__name__, config, getattr(model.config, "_attn_implementation", None)],
@@ -140,13 +139,23 @@ class Store:
                 warnings.warn(f"{self.path} is damaged ({error}); costs are measured again.", stacklevel=3)
             return {}
 
-    def add(self, figures: Mapping[str, Mapping[str, float]]) -> None:
+    def add(self, figures: Mapping[str, Mapping[str, float]]) -> bool:
         """Keep ``figures`` beside what is there, on the disk when this returns.
 
-        Raises:
-            OutputError: the folder cannot be written.
+        Returns:
+            Whether they are kept; where the folder cannot be written they are not, with a warning.
         """
-        with self._writing():
+        try:
+            self._write(figures)
+        except (OSError, NotImplementedError) as error:  # the latter of file systems without locks
+            cure = "Make room, or set COMPRESSKIT_CACHE to another folder."
+            warnings.warn(f"Measured costs are not kept in {self.path.parent}: {error}. {cure}", stacklevel=3)
+            return False
+        return True
+
+    def _write(self, figures: Mapping[str, Mapping[str, float]]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path.parent / ".lock"):
             every = self.read(quietly=True)
             for layer, costs in figures.items():
                 every.setdefault(layer, {}).update(costs)
@@ -160,18 +169,6 @@ class Store:
                 part.replace(self.path)
             finally:
                 part.unlink(missing_ok=True)
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        folder = self.path.parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder / ".lock"):
-                yield
-        except (OSError, NotImplementedError) as error:  # the latter of file systems without locks
-            cure = "Make room, or set COMPRESSKIT_CACHE to another folder."
-            expected = "a folder to keep measured costs in"
-            raise OutputError(Fault(str(folder), expected, str(error), cure)) from error
 
 
 def read_entry(path: Path) -> Figures:
@@ -189,6 +186,16 @@ def read_entry(path: Path) -> Figures:
         raise ValueError("other contents than its checksum says")
     costs: Figures = said["costs"]
     return costs
+
+
+@once
+def _package() -> str:
+    """Digest of the code that figures come from."""
+    place = Path(__file__).parents[1]
+    paths = sorted(path for room in ROOMS for path in (place / room).rglob("*.py"))
+    return _digest(
+        part for path in paths for part in (str(path.relative_to(place)).encode(), path.read_bytes())
+    )
 
 
 def _weights(model: nn.Module) -> Iterator[bytes | memoryview]:

@@ -28,7 +28,7 @@ from compresskit.training.rules.pipeline import STAGES_A_RANK
 from compresskit.training.setting import Setting
 
 SHARD = "shard"
-ELSEWHERE = ("-missing", "-device")
+ELSEWHERE = ("-missing", "-device", "-library", "-compiler", "-version")
 """Ends of the names of rules about the machine they are asked on, which need not be the one planned for."""
 
 

@@ -112,7 +112,7 @@ def pace(
     """
     device = machine.device
     each = rows * tokens
-    factor = WHOLE if not held.frozen and not held.packed_bytes else FROZEN
+    factor = FROZEN if held.frozen or held.packed_bytes or held.whole_bytes else WHOLE
     flops = work.blocks * (factor + recomputed) / work.ways + work.head * WHOLE + work.teacher
     second = device.peak_flops[precision] * device.efficiency
     compute = passes * each * flops / second

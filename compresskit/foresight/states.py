@@ -52,15 +52,15 @@ class Held:
     Attributes:
         trained: shapes of the parameters that take a gradient.
         frozen: shapes of those that take none, in float32, which an engine may divide.
-        packed_bytes: of weights frozen in few bits, which an engine that divides weights divides too.
-        scale_bytes: of their scales, in each process.
+        packed_bytes: of weights frozen in four bits, which an engine that divides weights divides too.
+        whole_bytes: of their scales and of weights frozen in eight, in each process.
         extra_bytes: of masks and of copies of weights that are rounded or masked, in each process.
     """
 
     trained: tuple[Shape, ...]
     frozen: tuple[Shape, ...] = ()
     packed_bytes: int = 0
-    scale_bytes: int = 0
+    whole_bytes: int = 0
     extra_bytes: int = 0
 
 
@@ -168,9 +168,9 @@ def weight_bytes(held: Held, engine: Engine) -> int:
 
 
 def frozen_bytes(held: Held, engine: Engine) -> int:
-    """Of weights frozen in few bits, which pass for float32, as one process keeps them between passes."""
+    """Of weights frozen in few bits, as one process keeps them between passes; packed ones pass for fp32."""
     count = held.packed_bytes // ITEM
-    return held.scale_bytes + ITEM * (engine.part(((count,),)) if engine.divides_weights else count)
+    return held.whole_bytes + ITEM * (engine.part(((count,),)) if engine.divides_weights else count)
 
 
 def master_bytes(held: Held, engine: Engine) -> int:

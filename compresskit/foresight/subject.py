@@ -159,8 +159,9 @@ class Subject:
         layers = select(anatomy, stage.targets, stage.ignore)
         each = held_bytes(stage, self.model, layers) if isinstance(stage, Qlora) else {}
         counts = {name: linears[name].out_features * linears[name].in_features for name in each}
-        scales = sum(SCALE_BYTES * counts[name] for name in each if each[name] == BASE_BYTES["nf4"])
-        packed = sum(each[name] * counts[name] for name in each) - scales
+        halves = [n for n in each if stage.base == "nf4" and n not in self.model.layer_bits]
+        packed = sum((BASE_BYTES["nf4"] - SCALE_BYTES) * counts[name] for name in halves)
+        whole = sum(each[name] * counts[name] for name in each) - packed
         stored = self.stored(stage)
         frozen = tuple(shape for name, shape in stored.items() if name.removesuffix(".weight") not in each)
         # While a layer computes, or its gradient is carried back, its weight is there in float32.
@@ -170,7 +171,7 @@ class Subject:
         else:
             count = trained_parameters(self._adapter, stage.rank, anatomy, self.model.config, layers)
             trained = ((count,),)
-        return Held(trained, frozen, round(packed), round(scales), extra)
+        return Held(trained, frozen, round(packed), round(whole), extra)
 
     def _sparse(self, stage: Any, every: tuple[Shape, ...]) -> Held:
         """What zeros need that change while the model trains."""

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from compresskit.modeling.anatomy import anatomy_of
-from compresskit.training.engine import accumulation_steps, claim, engine_arguments
+from compresskit.training.engine import claim, engine_arguments
 from compresskit.training.setting import COLLECTIVE_S, Setting
 
 CHECKPOINTS = "checkpoints"
@@ -40,7 +40,7 @@ def training_arguments(
     if ":" in device:
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
     configured = claim(setting)
-    accumulation = accumulation_steps(fields, setting)
+    accumulation = setting.passes
     blocks = anatomy_of(model).blocks
     classes = sorted({type(model.get_submodule(name)).__name__ for name in blocks})
     arguments = TrainingArguments(

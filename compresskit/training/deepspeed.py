@@ -16,11 +16,8 @@ from compresskit.errors import EngineError, Fault
 from compresskit.training.fields import TrainingFields
 from compresskit.training.rules.asynchronous import ZENFLOW
 from compresskit.training.rules.deepspeed import AUTO
-from compresskit.training.rules.zenflow import span
+from compresskit.training.rules.zenflow import SELECTED, span
 from compresskit.training.setting import Setting
-
-SELECTED = 0.1
-"""Of the columns of each matrix, those that ZenFlow steps at once."""
 
 
 def deepspeed_config(setting: Setting, accumulation: int) -> dict[str, Any]:

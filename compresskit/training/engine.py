@@ -22,7 +22,6 @@ from torch import nn
 
 from compresskit.errors import EngineError, Fault
 from compresskit.training.deepspeed import deepspeed_config
-from compresskit.training.fields import TrainingFields
 from compresskit.training.mesh.ranks import asked_name, mesh_name
 from compresskit.training.overlap import bucket_arguments
 from compresskit.training.setting import Setting
@@ -113,8 +112,3 @@ def running_engine(wrapped: nn.Module, model: nn.Module) -> str:
     if all(sharded):
         return "fsdp"
     return "fsdp in part" if any(sharded) else "single"
-
-
-def accumulation_steps(fields: TrainingFields, setting: Setting) -> int:
-    """Forward passes of one process per optimiser step."""
-    return fields.batch_size // (setting.micro_batch_size * setting.data_ranks)

@@ -16,7 +16,7 @@ from compresskit.training.setting import Setting, launched_processes
 
 DIVIDE = ("batch_size", "processes", "micro_batch_size", "replicas", "tensor_parallel")
 """Fields that others are divided by or into."""
-SAID = ("device", "devices", "processes", "data_ranks", "micro_batch_size")
+SAID = ("device", "devices", "processes", "data_ranks", "micro_batch_size", "passes")
 """What a rule may say of a setting, besides its fields."""
 
 

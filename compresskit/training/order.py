@@ -25,7 +25,8 @@ class Rows(Sized, Protocol):
     """A map-style data set of {"input_ids", "labels", "position_ids"}, each int64 (T,); or of sentences, see
     ``compresskit.data.examples``.
 
-    Where rows are of different lengths it has ``lengths``, the tokens of each.
+    Where rows are of different lengths it has ``lengths``, the tokens of each. A row is the same whenever it
+    is asked for: a run that goes on, and other ranks, know the data by that.
     """
 
     def __getitem__(self, index: int) -> Mapping[str, Tensor]: ...
@@ -220,6 +221,7 @@ def digest_of(rows: Rows) -> str:
     """SHA-256 of some rows, spread over all: other data of as many rows seldom has the same."""
     digest, count = hashlib.sha256(), len(rows)
     for index in sorted({i * count // LOOKED_AT for i in range(LOOKED_AT)} if count else ()):
-        for name, value in sorted(rows[index].items()):
-            digest.update(f"{name} {torch.as_tensor(value).tolist()}\n".encode())
+        row = rows[index]
+        for name in (name for name in (*FED, "label") if name in row):
+            digest.update(f"{name} {torch.as_tensor(row[name]).tolist()}\n".encode())
     return digest.hexdigest()

@@ -12,9 +12,10 @@ from compresskit.training.faults import training_faults
 from compresskit.training.fields import TrainingFields
 from compresskit.training.mesh.plan import tensor_faults
 from compresskit.training.optimizers import OPTIMIZERS
-from compresskit.training.rules.asynchronous import BUCKET
+from compresskit.training.rules.asynchronous import BUCKET, ZENFLOW
 from compresskit.training.rules.memory import NOISE
 from compresskit.training.rules.pipeline import STAGES_A_RANK
+from compresskit.training.rules.zenflow import SELECTED
 from compresskit.training.setting import Setting, launched_processes
 
 if TYPE_CHECKING:
@@ -190,6 +191,8 @@ def forecast_training(
     if fields.synchronise == "diloco":  # outer weights and their momentum; what is under way, and was then
         states += parameters * (16 if fields.synchronise_delay else 8)
         states += bucket * (4 if fields.synchronise_delay else 8)
+    if fields.synchronise == ZENFLOW:  # gradients and moments of the columns that each process steps at once
+        states += round(12 * SELECTED * parameters)
     activations = 4 * tokens * kept_per_token(fields, len(anatomy.blocks), width, inner, model.device)
     logits = loss_bytes(tokens, vocabulary, width, model.device)
     if fields.tensor_parallel > 1:

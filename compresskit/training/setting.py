@@ -96,6 +96,11 @@ class Setting:
         passes = self.data_ranks * max(1, self.fields.pipeline_stages)
         return self.fields.micro_batch_size or max(1, self.fields.batch_size // passes)
 
+    @property
+    def passes(self) -> int:
+        """Forward passes of one process per optimiser step."""
+        return self.fields.batch_size // max(1, self.micro_batch_size * self.data_ranks)
+
 
 def launched_processes() -> int | None:
     """The processes of the torchrun or accelerate launch this process belongs to; None outside of one."""
@@ -106,8 +111,7 @@ def launched_processes() -> int | None:
 
 def passes_per_step(fields: TrainingFields) -> int:
     """Forward passes of one process per optimiser step, here and now."""
-    setting = Setting(fields, launched_processes() or fields.processes, "cpu")
-    return fields.batch_size // (setting.micro_batch_size * setting.data_ranks)
+    return Setting(fields, launched_processes() or fields.processes, "cpu").passes
 
 
 def this_rank() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -23,7 +24,6 @@ from compresskit.calibration import costs as module
 from compresskit.calibration.costs import Store, costs_of
 from compresskit.calibration.sensitivity import Change, measure_costs
 from compresskit.data.spec import DataSpec
-from compresskit.errors import OutputError
 from compresskit.modeling import ModelSource, load_model, open_model
 from compresskit.quant.auto import rounding
 from compresskit.quant.scheme import Scheme, parse
@@ -147,7 +147,7 @@ def test_all_that_a_cost_depends_on_misses(
         given = {"source": source, "rows": rows, "place": tmp_path} | differing
         assert kept(given.pop("source"), given.pop("rows"), given.pop("place"), EIGHT, **given)[1] == every
     with monkeypatch.context() as patch:
-        patch.setattr(module, "VERSION", module.VERSION + 1)
+        patch.setattr(module, "_package", lambda: "other code")
         assert kept(source, rows, tmp_path, EIGHT)[1] == every
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
@@ -197,16 +197,14 @@ def test_what_is_removed_is_measured_again(source: ModelSource, rows: Rows, tmp_
     assert len(kept(source, rows, tmp_path, EIGHT)[1]) == len(LAYERS)
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(
+def test_a_folder_that_cannot_be_written_is_told_once_and_costs_are_measured(
     source: ModelSource, rows: Rows, tmp_path: Path
 ) -> None:
-    seen: list[str] = []
-    change = counted(rounding(dict.fromkeys(LAYERS, torch.float32)), seen)
     (tmp_path / "costs").write_text("a file where the folder goes")
-    places = {"cache": tmp_path, "scratch": tmp_path}
-    with pytest.raises(OutputError, match="a folder to keep measured costs in"):
-        costs_of(load_model(source), source, dict.fromkeys(LAYERS, (EIGHT,)), rows, change, **places)
-    assert seen == []
+    with pytest.warns(UserWarning, match="Measured costs are not kept in") as told:
+        got, seen = kept(source, rows, tmp_path, EIGHT)
+    assert (got, len(seen)) == (measured(source, rows, EIGHT), len(LAYERS))
+    assert len(told) == 1
 
 
 def test_what_is_there_is_read_where_nothing_can_be_written(
@@ -216,8 +214,8 @@ def test_what_is_there_is_read_where_nothing_can_be_written(
     (tmp_path / "costs" / ".lock").unlink()
     (tmp_path / "costs" / ".lock").mkdir()
     assert kept(source, rows, tmp_path, EIGHT) == (want, [])
-    with pytest.raises(OutputError, match="a folder to keep measured costs in"):
-        kept(source, rows, tmp_path, EIGHT, FOUR)
+    with pytest.warns(UserWarning, match="Measured costs are not kept in"):
+        assert kept(source, rows, tmp_path, EIGHT, FOUR)[0] == measured(source, rows, EIGHT, FOUR)
 
 
 def test_those_who_fill_one_entry_together_lose_nothing(tmp_path: Path) -> None:
@@ -265,7 +263,7 @@ def test_a_run_that_is_killed_keeps_the_blocks_it_measured(
     command = [sys.executable, "-c", KILLED, str(tmp_path), str(source.directory)]
     path = [*map(str, (here, here.parent)), *sys.path]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(command, env={"PYTHONPATH": ":".join(path), **threads}, check=False)
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": ":".join(path), **threads}, check=False)
     assert done.returncode == -signal.SIGKILL
     (entry,) = cached(["costs"], home=tmp_path)
     assert fault_of(entry) == ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -227,3 +229,21 @@ def test_a_written_checkpoint_is_whole(
     assert "lm_head.weight" not in {k for f in out.glob("*.safetensors") for k in load_file(f)}
     assert len(list(out.glob("*.safetensors"))) == (1 if shard_bytes == 5_000_000_000 else 3)
     assert (out / "tokenizer.json").is_file()
+
+
+WITHOUT = """
+import importlib.util, sys
+ABSENT, real = ("deepspeed", "torchao", "bitsandbytes", "peft"), importlib.util.find_spec
+class Absent:
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] in ABSENT:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent)
+importlib.util.find_spec = lambda name, package=None: None if name in ABSENT else real(name, package)
+import compresskit.training.run
+"""
+
+
+def test_training_does_without_optional_packages() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

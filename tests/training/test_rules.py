@@ -12,7 +12,7 @@ import pytest
 from compresskit.training.faults import training_faults
 from compresskit.training.fields import TrainingFields
 from compresskit.training.int8 import multiplies_int8
-from compresskit.training.rules import ROOMS, RULES, base, offload, precision, zenflow
+from compresskit.training.rules import ROOMS, RULES, base, deepspeed, offload, precision, zenflow
 from compresskit.training.setting import Setting, this_rank
 
 DS: dict[str, Any] = {"strategy": "deepspeed"}
@@ -61,11 +61,15 @@ BREAKS: dict[str, dict[str, Any]] = {
         "strategy": "deepspeed",
         "deepspeed_config": {"optimizer": {"type": "Adam"}},
     },
-    "deepspeed-config-numbers": DS | {"deepspeed_config": {"train_batch_size": 99}},
+    **{
+        f"deepspeed-config-{key.replace('_', '-')}": DS | {"deepspeed_config": {key: 99}}
+        for key in deepspeed.NUMBERS
+    },
     "deepspeed-config-zenflow": DS
     | {"deepspeed_config": {"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}},
     "zenflow-engine": LATE | {"zero_stage": 3},
     "zenflow-version": LATE,
+    "zenflow-compiler": LATE,
     "zenflow-every": LATE | {"synchronise_every": 1},
     "zenflow-optimizer": LATE | {"weight_decay": 0.1},
     "zenflow-passes": LATE | {"micro_batch_size": 4},
@@ -220,12 +224,27 @@ def test_a_broken_rule_is_told_with_its_cure(
         monkeypatch.setattr(precision, "multiplies_fp8", lambda device: False)
     monkeypatch.setattr(offload, "_writes_asynchronously", lambda: rule.name != "offload-nvme-library")
     monkeypatch.setattr(zenflow, "_unknown", lambda: rule.name == "zenflow-version")
+    monkeypatch.setattr(zenflow, "_compiles", lambda: rule.name != "zenflow-compiler")
     on_gpus = (*ON_GPU, "more-processes-than-devices")
     two_gpus = {"device": "cuda", "devices": 2} if rule.name in on_gpus else {}
     faults = training_faults(AdapterFields(**changes), "stages[1]", **two_gpus)
     assert [f.where for f in faults] == [f"stages[1].{rule.field}"]
     assert faults[0].cure == rule.cure
     assert "{" not in str(faults[0])
+
+
+def test_a_ds_config_may_have_the_recipes_own_numbers(tmp_path: Path) -> None:
+    own = dict(zip(deepspeed.NUMBERS, (32, 4, 2, 0.7), strict=True))
+    (tmp_path / "ds.json").write_text(json.dumps(own))
+    fields = TrainingFields(
+        processes=4,
+        strategy="deepspeed",
+        batch_size=32,
+        micro_batch_size=4,
+        max_grad_norm=0.7,
+        deepspeed_config=str(tmp_path / "ds.json"),
+    )
+    assert training_faults(fields, "stage") == []
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from typing import Any, cast
 from unittest.mock import patch
 
 import torch
-from accelerate.utils import DeepSpeedEngineWrapper
+from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from torch import Tensor, nn
 
 from compresskit.errors import EngineError, Fault, PlanError
@@ -36,7 +36,7 @@ class ZenFlowTrainer(StageTrainer):
 
     Raises:
         PlanError: zeros are moved while it trains, it learns from the model's own text, or a parameter is
-            neither a matrix nor a vector.
+            neither a vector nor a matrix of several rows.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -45,12 +45,10 @@ class ZenFlowTrainer(StageTrainer):
                 raise PlanError(Fault("synchronise", f"every_step beside {name}", "zenflow", ELSE))
         super().__init__(*args, **kwargs)
         for name, parameter in self._trained():
-            if parameter.dim() not in (1, 2):
+            if parameter.dim() not in (1, 2) or (parameter.dim() == 2 and len(parameter) == 1):
                 shape = str(tuple(parameter.shape))
-                raise PlanError(Fault(f"synchronise: {name}", "a matrix or a vector", shape, ELSE))
+                raise PlanError(Fault(f"synchronise: {name}", "a matrix of rows, or a vector", shape, ELSE))
         self._late = 0
-        self.resources.enter_context(_mended())
-        self.resources.callback(self._make_contiguous)
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         named = cast(nn.Module, self.model).named_parameters()
@@ -76,6 +74,8 @@ class ZenFlowTrainer(StageTrainer):
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
         """Also EngineError unless the engine took the weights over as they are."""
+        self.resources.enter_context(_mended())
+        self.resources.callback(self._make_contiguous)
         before = [_sums(p) for _, p in self._trained()]
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         now = [_sums(p) for _, p in self._trained()]

@@ -33,17 +33,28 @@ def read_config(s: Setting) -> dict[str, dict[str, object]]:
     return config
 
 
-def _other_numbers(s: Setting) -> bool:
-    """Whether the user's ds_config.json fixes a number that follows from the recipe otherwise."""
-    fields, rows = s.fields, s.micro_batch_size
-    numbers = {
-        "train_batch_size": fields.batch_size,
-        "train_micro_batch_size_per_gpu": rows,
-        "gradient_accumulation_steps": fields.batch_size // max(1, rows * s.data_ranks),
-        "gradient_clipping": fields.max_grad_norm,
-    }
-    theirs = read_config(s)
-    return any(theirs.get(name, AUTO) not in (AUTO, number) for name, number in numbers.items())
+NUMBERS = {
+    "train_batch_size": "batch_size",
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_accumulation_steps": "passes",
+    "gradient_clipping": "max_grad_norm",
+}
+"""Keys of a ds_config.json that fix a number -> what of the setting, or of its fields, it follows from."""
+
+
+def _number_rule(key: str, ours: str) -> Rule:
+    def differs(s: Setting) -> bool:
+        number = getattr(s, ours) if hasattr(s, ours) else getattr(s.fields, ours)
+        return read_config(s).get(key, AUTO) not in (AUTO, number)
+
+    return Rule(
+        f"deepspeed-config-{key.replace('_', '-')}",
+        "deepspeed_config",
+        differs,
+        f"{key} {{{ours}}} in {{deepspeed_config}}, which follows from the recipe, or {AUTO!r}",
+        "another one",
+        f"Write {key}: {AUTO!r} in the file.",
+    )
 
 
 RULES: tuple[Rule, ...] = (
@@ -98,16 +109,7 @@ RULES: tuple[Rule, ...] = (
         "Take it out of the file: optimizer, learning_rate and lr_schedule of the recipe are used on every "
         "engine.",
     ),
-    Rule(
-        "deepspeed-config-numbers",
-        "deepspeed_config",
-        _other_numbers,
-        'in {deepspeed_config} "auto", or what follows from the recipe, as train_batch_size, '
-        "train_micro_batch_size_per_gpu, gradient_accumulation_steps and gradient_clipping",
-        "others beside batch_size {batch_size}, micro_batch_size {micro_batch_size}, processes {processes} "
-        "and max_grad_norm {max_grad_norm}",
-        'Write "auto" for these in the file.',
-    ),
+    *(_number_rule(key, ours) for key, ours in NUMBERS.items()),
     Rule(
         "deepspeed-config-zenflow",
         "deepspeed_config",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from importlib.metadata import PackageNotFoundError, version
 
 from compresskit.training.rules.asynchronous import ZENFLOW
@@ -12,6 +14,8 @@ MENDED = "0.19.8"
 """The version of DeepSpeed whose faults are mended; others have others."""
 SPAN = 4
 """Late updates from one choice of columns to the next."""
+SELECTED = 0.1
+"""Of the columns of each matrix, those that are stepped at once."""
 
 
 def span(every: int) -> int:
@@ -35,6 +39,11 @@ def _unknown() -> bool:
         return version("deepspeed").partition("+")[0] != MENDED
     except PackageNotFoundError:
         return False  # told by another rule
+
+
+def _compiles() -> bool:
+    """Whether DeepSpeed's Adam for CPUs, which it compiles at first use, can be compiled here."""
+    return bool(shutil.which(os.environ.get("CXX", "c++")) and shutil.which("ninja"))
 
 
 def _own_adam(s: Setting) -> bool:
@@ -65,6 +74,14 @@ RULES: tuple[Rule, ...] = (
         f"deepspeed {MENDED}, whose faults are known, for synchronise zenflow",
         "another version",
         f"Install it with `pip install deepspeed=={MENDED}`, or use synchronise every_step.",
+    ),
+    Rule(
+        "zenflow-compiler",
+        "synchronise",
+        lambda s: _runs(s) and not _compiles(),
+        "a C++ compiler and ninja, by which DeepSpeed makes its Adam for CPUs, for synchronise zenflow",
+        "a PATH without them",
+        "Install them (Debian: `apt install g++ ninja-build`), or use synchronise every_step.",
     ),
     Rule(
         "zenflow-every",
@@ -100,7 +117,7 @@ RULES: tuple[Rule, ...] = (
         ),
         f"0, or a multiple of {SPAN} times synchronise_every, after which no update is owed",
         "checkpoint_every={checkpoint_every}, synchronise_every={synchronise_every}",
-        "Choose such a checkpoint_every.",
+        "Choose such a checkpoint_every; the default of 100 is one beside synchronise_every 5.",
     ),
     Rule(
         "zenflow-overlap",
