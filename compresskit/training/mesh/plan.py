@@ -21,6 +21,8 @@ INPUTS = ("rowwise", "rowwise_rep", "rowwise_split_input")
 """Each rank computes with some inputs of the layer, and all add up; all but the first divide them."""
 PARTLY_SEEN = "replicated_with_grad_allreduce"
 """Each rank has the whole parameter and uses it on its own part of the activations."""
+EMBEDDING = "embedding_rowwise"
+"""Each rank could have some ids of an embedding, as some versions of transformers plan; here it has all."""
 STYLES = (*OUTPUTS, *INPUTS, PARTLY_SEEN)
 HEADS = "attention whose heads are all in each process"
 """What a loss needs that compares what attention is given."""
@@ -41,12 +43,12 @@ def styles(config: Any, names: Iterable[str]) -> Mapping[str, str]:
         names: of modules, from the whole model on.
     """
     plan: Mapping[str, str] = getattr(text_config(config), "base_model_tp_plan", None) or {}
-    found = {}
+    found: dict[str, str] = {}
     for name in names:
         parts = NUMBER.sub(".*", name).split(".")
         for start in range(len(parts)):
             if style := plan.get(".".join(parts[start:])):
-                found[name] = style
+                found |= {name: style} if style != EMBEDDING else {}
                 break
     return found
 
@@ -66,7 +68,9 @@ def tensor_faults(config: Any, anatomy: Anatomy, ways: int, where: str) -> list[
     if not split or any(anatomy.linears[name].transposed for name in split):
         expected = "a model for which transformers has a plan of how layers are split"
         return [Fault(place, expected, type(config).__name__, ELSE)]
-    unknown = sorted({f"{style} ({name})" for name, style in plan.items() if style not in STYLES})
+    unknown = sorted(
+        {f"{style} ({name})" for name, style in plan.items() if style not in (*STYLES, EMBEDDING)}
+    )
     faults = [Fault(place, f"layers split as {', '.join(STYLES)}", one, ELSE) for one in unknown]
     return faults + _uneven(config, plan, ways, place) + _unequal(anatomy, split, ways, place)
 

@@ -62,6 +62,16 @@ def test_what_can_be_split_has_no_faults(kind: type[PretrainedConfig]) -> None:
     assert faults(kind(**SIZES), 2) == []
 
 
+def test_an_embedding_that_could_be_split_stays_whole() -> None:
+    """As the plans of some versions of transformers would have it, which split all else alike."""
+    config = LlamaConfig(**SIZES)
+    config.base_model_tp_plan = dict(config.base_model_tp_plan or {}) | {"embed_tokens": "embedding_rowwise"}
+    assert faults(config, 2) == []
+    found = styles(config, dict(skeleton(config).named_modules()))
+    assert "model.embed_tokens" not in found
+    assert len(found) == 12 * 7
+
+
 def test_everything_that_does_not_divide_is_told() -> None:
     sizes = SIZES | {"intermediate_size": 18, "num_key_value_heads": 1, "head_dim": 6}
     assert faults(LlamaConfig(**sizes), 4) == [
