@@ -14,7 +14,7 @@ import os
 import secrets
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache as once
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -188,7 +188,7 @@ def read_entry(path: Path) -> Figures:
     return costs
 
 
-@once
+@cache
 def _package() -> str:
     """Digest of the code that figures come from."""
     place = Path(__file__).parents[1]

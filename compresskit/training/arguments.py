@@ -40,14 +40,13 @@ def training_arguments(
     if ":" in device:
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
     configured = claim(setting)
-    accumulation = setting.passes
     blocks = anatomy_of(model).blocks
     classes = sorted({type(model.get_submodule(name)).__name__ for name in blocks})
     arguments = TrainingArguments(
         output_dir=str(scratch / CHECKPOINTS),
         max_steps=steps,
         per_device_train_batch_size=setting.micro_batch_size,
-        gradient_accumulation_steps=accumulation,
+        gradient_accumulation_steps=setting.passes,
         learning_rate=fields.peak_rate,
         lr_scheduler_type=fields.lr_schedule,
         warmup_steps=round(fields.warmup_fraction * steps),
@@ -70,7 +69,7 @@ def training_arguments(
         dataloader_num_workers=fields.workers,
         dataloader_prefetch_factor=fields.prefetch if fields.workers else None,
         accelerator_config={"split_batches": False, "dispatch_batches": False, **configured},
-        **engine_arguments(setting, classes, accumulation),
+        **engine_arguments(setting, classes),
     )
     arguments._n_gpu = min(arguments._n_gpu, 1)  # one process means one device, never torch's DataParallel
     return arguments

@@ -20,17 +20,16 @@ from compresskit.training.rules.zenflow import SELECTED, span
 from compresskit.training.setting import Setting
 
 
-def deepspeed_config(setting: Setting, accumulation: int) -> dict[str, Any]:
+def deepspeed_config(setting: Setting) -> dict[str, Any]:
     """The user's ds_config.json with its gaps and "auto" values filled in, or one of our own.
 
     Args:
         setting: of the run; its fields name the user's file, if any, which has been checked against them.
-        accumulation: forward passes per optimiser step.
     """
     fields = setting.fields
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": setting.micro_batch_size,
-        "gradient_accumulation_steps": accumulation,
+        "gradient_accumulation_steps": setting.passes,
         "train_batch_size": fields.batch_size,
         "gradient_clipping": fields.max_grad_norm,
         "zero_allow_untested_optimizer": True,

@@ -57,13 +57,12 @@ def claim(setting: Setting) -> dict[str, Any]:
     return dict(CONFIGURED)
 
 
-def engine_arguments(setting: Setting, block_classes: list[str], accumulation: int) -> dict[str, Any]:
+def engine_arguments(setting: Setting, block_classes: list[str]) -> dict[str, Any]:
     """The part of TrainingArguments that chooses the engine.
 
     Args:
         setting: of the run.
         block_classes: class names of the repeated blocks, the units FSDP gathers.
-        accumulation: forward passes per optimiser step.
     """
     if setting.strategy == "fsdp" and not setting.on_mesh:
         return {
@@ -76,7 +75,7 @@ def engine_arguments(setting: Setting, block_classes: list[str], accumulation: i
             },
         }
     if setting.strategy == "deepspeed":
-        return {"deepspeed": deepspeed_config(setting, accumulation)}
+        return {"deepspeed": deepspeed_config(setting)}
     # Masks, frozen integers and scales are the same on all ranks already: DDP need not send them each step.
     return {"ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False} | bucket_arguments(setting)
 

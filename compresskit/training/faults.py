@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import isfinite, isinf, isnan
+from math import isfinite
 
 from compresskit.errors import Fault
 from compresskit.registry import nearest
@@ -68,17 +68,22 @@ def number_faults(fields: TrainingFields, where: str) -> list[Fault]:
     for name in ("steps", "micro_batch_size", "context_length", "reference_batch_size"):
         if getattr(fields, name) is not None:
             least[name] = 2 if name == "context_length" else 1
+    finite = ("learning_rate", "epochs", "weight_decay")
+    odd = [name for name in finite if not isfinite(getattr(fields, name))]
     faults = [
         Fault(f"{where}.{name}", f"at least {low}", str(getattr(fields, name)), f"Raise {name}.")
         for name, low in least.items()
-        if getattr(fields, name) < low and isfinite(getattr(fields, name))
+        if name not in odd and getattr(fields, name) < low
     ]
-    for name in ("learning_rate", "max_grad_norm", "epochs", "weight_decay"):
-        got = getattr(fields, name)
-        if isnan(got) or (isinf(got) and name != "max_grad_norm"):
-            faults.append(Fault(f"{where}.{name}", "a finite number", str(got), f"Change {name}."))
-        elif not got > 0 and name not in least:
-            faults.append(Fault(f"{where}.{name}", "a number above 0", str(got), f"Raise {name}."))
+    faults += [
+        Fault(f"{where}.{name}", "a finite number", str(getattr(fields, name)), f"Change {name}.")
+        for name in odd
+    ]
+    faults += [
+        Fault(f"{where}.{name}", "a number above 0", str(getattr(fields, name)), f"Raise {name}.")
+        for name in ("learning_rate", "max_grad_norm", "epochs")
+        if name not in odd and not getattr(fields, name) > 0
+    ]
     if not fields.warmup_fraction < 1:
         got = str(fields.warmup_fraction)
         faults.append(

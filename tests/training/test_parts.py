@@ -172,7 +172,7 @@ def setting(config: Path | None = None) -> Setting:
 
 
 def test_our_deepspeed_config_sets_what_deepspeed_would_default() -> None:
-    ours = deepspeed_config(setting(), 2)
+    ours = deepspeed_config(setting())
     assert (ours["gradient_clipping"], ours["zero_optimization"]["stage"]) == (0.7, 3)
     assert (ours["train_micro_batch_size_per_gpu"], ours["gradient_accumulation_steps"]) == (4, 2)
 
@@ -181,7 +181,7 @@ def test_a_users_deepspeed_config_is_kept_and_its_gaps_are_filled(tmp_path: Path
     theirs = {"zero_optimization": {"stage": 3, "overlap_comm": True}, "train_batch_size": "auto", "x": 1}
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(theirs))
-    merged = deepspeed_config(setting(path), 2)
+    merged = deepspeed_config(setting(path))
     assert (merged["x"], merged["train_batch_size"], merged["gradient_clipping"]) == (1, 16, 0.7)
     assert merged["zero_optimization"]["overlap_comm"] is True
     assert merged["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
@@ -189,7 +189,7 @@ def test_a_users_deepspeed_config_is_kept_and_its_gaps_are_filled(tmp_path: Path
 
 def test_ddp_sends_no_masks_and_no_frozen_integers_each_step() -> None:
     """They are buffers, as large as the weights themselves, which it would send before each forward pass."""
-    made = engine_arguments(Setting(TrainingFields(strategy="ddp"), 2, "cpu"), [], 1)
+    made = engine_arguments(Setting(TrainingFields(strategy="ddp"), 2, "cpu"), [])
     assert made["ddp_broadcast_buffers"] is False
 
 

@@ -35,6 +35,12 @@ def text_config(config: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def _plan(config: Any) -> Mapping[str, str]:
+    """Names in the base model, ``*`` for a number -> how transformers would split them."""
+    plan: Mapping[str, str] = getattr(text_config(config), "base_model_tp_plan", None) or {}
+    return {name: style for name, style in plan.items() if style != EMBEDDING}
+
+
 def styles(config: Any, names: Iterable[str]) -> Mapping[str, str]:
     """How transformers splits the modules called ``names``; those that it does not split are left out.
 
@@ -42,13 +48,13 @@ def styles(config: Any, names: Iterable[str]) -> Mapping[str, str]:
         config: of a model of transformers; its plan is written from the base model on, ``*`` for a number.
         names: of modules, from the whole model on.
     """
-    plan: Mapping[str, str] = getattr(text_config(config), "base_model_tp_plan", None) or {}
-    found: dict[str, str] = {}
+    plan = _plan(config)
+    found = {}
     for name in names:
         parts = NUMBER.sub(".*", name).split(".")
         for start in range(len(parts)):
             if style := plan.get(".".join(parts[start:])):
-                found |= {name: style} if style != EMBEDDING else {}
+                found[name] = style
                 break
     return found
 
@@ -62,15 +68,13 @@ def tensor_faults(config: Any, anatomy: Anatomy, ways: int, where: str) -> list[
         ways: ranks that share each layer.
         where: prefix of each fault.
     """
-    plan = getattr(text_config(config), "base_model_tp_plan", None) or {}
+    plan = _plan(config)
     split = styles(config, anatomy.linears)
     place = f"{where}.tensor_parallel"
     if not split or any(anatomy.linears[name].transposed for name in split):
         expected = "a model for which transformers has a plan of how layers are split"
         return [Fault(place, expected, type(config).__name__, ELSE)]
-    unknown = sorted(
-        {f"{style} ({name})" for name, style in plan.items() if style not in (*STYLES, EMBEDDING)}
-    )
+    unknown = sorted({f"{style} ({name})" for name, style in plan.items() if style not in STYLES})
     faults = [Fault(place, f"layers split as {', '.join(STYLES)}", one, ELSE) for one in unknown]
     return faults + _uneven(config, plan, ways, place) + _unequal(anatomy, split, ways, place)
 
