@@ -47,7 +47,7 @@ from compresskit.training.rules.shares import MEASURED
 from compresskit.training.sentences import idle_warnings, on_sentences, without_gradient
 from compresskit.training.setting import Setting, launched_processes, this_rank
 from compresskit.training.shares import SharingTrainer
-from compresskit.training.surroundings import quiet_transformers, restored_environment, trainable
+from compresskit.training.surroundings import quiet_transformers, surroundings, trainable
 from compresskit.training.trace import trace_steps
 from compresskit.training.trackers import Trackers
 from compresskit.training.trainer import StageTrainer
@@ -201,7 +201,7 @@ class Run:
         done = checkpoint.step_of(start) if start else 0
         extended = projecting(self.model, self.objective)
         with (
-            restored_environment(),
+            surroundings(setting.strategy),
             extended,
             trainable(self.model, self.fields) as dtypes,
             without_gradient(self.model, idle := self._idle()),

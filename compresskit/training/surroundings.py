@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from compresskit.training.activations import saving_activations
+from compresskit.training.extensions import compiled_despite_kills
 from compresskit.training.fields import TrainingFields
 from compresskit.training.fp8 import fp8_products
 from compresskit.training.int8 import int8_products
@@ -27,11 +28,12 @@ SWITCHES = (
 
 
 @contextmanager
-def restored_environment() -> Iterator[None]:
-    """Accelerate leaves switches in the environment that would decide the engine of a later stage."""
+def surroundings(strategy: str) -> Iterator[None]:
+    """Of one training: Accelerate leaves switches behind that would decide the engine of a later stage."""
     before = {name: os.environ.get(name) for name in SWITCHES}
     try:
-        yield
+        with compiled_despite_kills() if strategy == "deepspeed" else nullcontext():
+            yield
     finally:
         for name, value in before.items():
             if value is None:
