@@ -286,6 +286,16 @@ def test_a_model_that_words_dialogues_in_another_way_is_another_one(model: Path)
     assert not {after.resume_key, after.work_key} & {*keys}
 
 
+def test_processes_are_another_result_only_where_ranks_step_alone(model: Path) -> None:
+    def key(processes: int, **fields: Any) -> str:
+        stage = ck.Finetune(steps=4, context_length=32, strategy="ddp", processes=processes, **fields)
+        return planned(model, stage).work_key
+
+    alone = {"synchronise": "local_sgd", "synchronise_every": 2}
+    assert key(2) == key(4)
+    assert key(2, **alone) != key(4, **alone)
+
+
 def test_the_resolved_recipe_runs_from_another_directory(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
