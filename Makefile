@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 STAMP := $(VENV)/.installed
 
 .PHONY: demo test lint format clean install
@@ -19,7 +20,8 @@ demo: $(STAMP)
 	$(BIN)/compresskit demo --out demo-out --overwrite
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --ignore tests/distributed
+	$(BIN)/python -m pytest tests/distributed
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
