@@ -149,6 +149,10 @@ WRONG = {
         ["stages[0].importance", "Did you mean: activation"],
     ),
     "unknown strategy": ("finetune {m}/model -o out --nproc 2 --strategy fdsp", ["--strategy", "fsdp"]),
+    "more processes than cores": (
+        "finetune {m}/model -o out --device cpu --nproc 100000 --batch-size 100000 --dry-run",
+        ["--nproc stages[0].processes", "at most 8 processes on a CPU", "got 100000"],
+    ),
     "unknown loss": (
         "distill --teacher {m}/model --student {m}/model -o out --loss kl",
         ["--loss", "forward_kl"],
@@ -196,6 +200,21 @@ def test_wrongly(case: str, cli: Run, material: Path, tmp_path: Path) -> None:
         assert part in done.output, done.output
     assert "Traceback" not in done.output
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["full", "mine"], "something was written"
+
+
+def test_a_launch_that_this_machine_has_no_room_for_starts_nothing(
+    cli: Run, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[object] = []
+    monkeypatch.setattr("compresskit.training.agent._set_up", lambda *of_it: None)
+    monkeypatch.setattr("compresskit.training.agent._run_again", lambda *of_it: started.append(of_it))
+    recipe = {"model": str(material / "model"), "device": "cpu", "stages": [{"finetune": {"steps": 1}}]}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    done = cli("run", "recipe.yaml", "-o", "out", "--nproc", 100000)
+    assert (done.exit_code, started) == (2, [])
+    assert "--nproc: expected at most 8 processes on a CPU, or 4 for each of the" in done.output
+    assert cli("run", "recipe.yaml", "-o", "out", "--nproc", 2).exit_code == 0
+    assert len(started) == 1
 
 
 def test_distill_needs_a_teacher_unless_one_is_behind_a_server(tmp_path: Path) -> None:

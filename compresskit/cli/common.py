@@ -228,7 +228,7 @@ def execute(recipe: Recipe, given: Mapping[str, Any]) -> None:
     if machines is not None:
         from compresskit.training.agent import run_on
 
-        run_on(machines, sys.argv[1:])
+        run_on(machines, sys.argv[1:], device=recipe.device)
         return
     if typed["max_restarts"]:
         os.environ[MAX_RESTARTS] = str(typed["max_restarts"])

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from torch.distributed.elastic.agent.server.api import WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
@@ -30,7 +31,9 @@ from torch.distributed.elastic.rendezvous import (
     registry,
 )
 
-from compresskit.errors import CompressKitError, Fault, WorkerError
+from compresskit.errors import CompressKitError, Fault, PlanError, WorkerError
+from compresskit.timing import usable_cores
+from compresskit.training.faults import crowd_faults
 from compresskit.training.launch import clear_notes, failure_of, is_worth_a_restart, threads_each
 from compresskit.training.machines import Machines
 from compresskit.training.setting import NOTES, PARENT
@@ -70,17 +73,20 @@ class _Agent(LocalElasticAgent):
         super()._restart_workers(worker_group)
 
 
-def run_on(machines: Machines, arguments: list[str]) -> None:
+def run_on(machines: Machines, arguments: list[str], *, device: str = "auto") -> None:
     """Run ``python -m compresskit ARGUMENTS`` as this machine's processes of the launch, and wait for them.
 
     Args:
         machines: of the launch; one agent on each calls this with its own ``node_rank``.
         arguments: of the command.
+        device: that the processes will use: ``auto``, ``cpu``, ``cuda`` or ``cuda:0``.
 
     Raises:
+        PlanError: this machine has too few devices, or cores, for its processes; none was started.
         CompressKitError: the error of the process here that failed first.
         WorkerError: a process was killed, machines did not meet in time, or machine 0 was lost.
     """
+    _require_room(machines.processes, device)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
     address = _own_address(machines)
     _set_up(machines, address)
@@ -95,6 +101,15 @@ def run_on(machines: Machines, arguments: list[str]) -> None:
             raise WorkerError(f"The launch was ended by signal {error.sigval.name}.") from error
         finally:
             del os.environ[NOTES], os.environ[PARENT]
+
+
+def _require_room(processes: int, device: str) -> None:
+    """PlanError where this machine cannot be meant to have so many processes."""
+    devices = torch.cuda.device_count()
+    kind = "cuda" if devices and device != "cpu" else "cpu"  # without transformers, which no agent needs
+    faults = crowd_faults(processes, "--nproc", device=kind, devices=devices, cores=usable_cores())
+    if faults:
+        raise PlanError(*faults)
 
 
 def _run_again(machines: Machines, arguments: list[str], address: str, notes: Path) -> None:

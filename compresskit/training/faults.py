@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from math import isfinite
 
 from compresskit.errors import Fault
@@ -16,8 +17,10 @@ from compresskit.training.setting import Setting, launched_processes
 
 DIVIDE = ("batch_size", "processes", "micro_batch_size", "replicas", "tensor_parallel")
 """Fields that others are divided by or into."""
-SAID = ("device", "devices", "processes", "data_ranks", "micro_batch_size", "passes")
+SAID = ("device", "devices", "cores", "processes", "data_ranks", "micro_batch_size", "passes")
 """What a rule may say of a setting, besides its fields."""
+CROWDED = ("more-processes-than-devices", "more-processes-than-cores")
+"""Rules that are of a machine and of nothing else."""
 
 
 def zero_faults(fields: TrainingFields, where: str, *, changing: bool = False) -> list[Fault]:
@@ -95,7 +98,7 @@ def number_faults(fields: TrainingFields, where: str) -> list[Fault]:
 
 
 def training_faults(
-    fields: TrainingFields, where: str, *, device: str = "cpu", devices: int = 0
+    fields: TrainingFields, where: str, *, device: str = "cpu", devices: int = 0, cores: int = 0
 ) -> list[Fault]:
     """Everything wrong with ``fields`` here and now.
 
@@ -104,6 +107,7 @@ def training_faults(
         where: prefix of each fault, e.g. ``stages[1]``.
         device: ``cpu`` or ``cuda``.
         devices: accelerators of this machine; 0 where that is no limit.
+        cores: of this machine's CPU; 0 where that is no limit.
 
     Returns:
         One fault per broken rule, and per number out of range.
@@ -112,8 +116,24 @@ def training_faults(
     if any(f.where.removeprefix(f"{where}.") in DIVIDE for f in faults):
         return faults
     launched = launched_processes()
-    setting = Setting(fields, launched or fields.processes, device, 0 if launched else devices)
+    devices, cores = (0, 0) if launched else (devices, cores)
+    setting = Setting(fields, launched or fields.processes, device, devices, cores)
     return faults + [fault for _, fault in broken_rules(setting, where)]
+
+
+def crowd_faults(processes: int, where: str, *, device: str, devices: int, cores: int) -> list[Fault]:
+    """Why a machine has no room for so many ``processes``, whatever they train.
+
+    Args:
+        processes: of a launch, on this machine.
+        where: of each fault.
+        device: ``cpu`` or ``cuda``.
+        devices: accelerators of this machine; 0 where that is no limit.
+        cores: of this machine's CPU; 0 where that is no limit.
+    """
+    setting = Setting(TrainingFields(batch_size=processes), processes, device, devices, cores)
+    broken = broken_rules(setting, where)
+    return [replace(fault, where=where) for rule, fault in broken if rule.name in CROWDED]
 
 
 def broken_rules(setting: Setting, where: str) -> Iterator[tuple[Rule, Fault]]:

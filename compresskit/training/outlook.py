@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from compresskit.errors import Fault
 from compresskit.kernels.chunking import loss_bytes
 from compresskit.stage import Forecast
+from compresskit.timing import usable_cores
 from compresskit.training.faults import training_faults
 from compresskit.training.fields import TrainingFields
 from compresskit.training.mesh.plan import tensor_faults
@@ -40,7 +41,8 @@ UNSUPPORTED_SCALES = ("lm_head_multiplier", "logit_scale", "logits_scaling")
 
 def student_faults(fields: TrainingFields, model: Outlook, where: str) -> list[Fault]:
     """What is wrong with training such a ``model`` with these ``fields``."""
-    faults = training_faults(fields, where, device=model.device, devices=model.devices)
+    place = {"devices": model.devices, "cores": usable_cores()}
+    faults = training_faults(fields, where, device=model.device, **place)
     if fields.learns_sentences:
         pass  # which models can is told by the lesson
     elif not model.anatomy.is_causal or model.anatomy.head is None:

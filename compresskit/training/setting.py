@@ -26,12 +26,14 @@ class Setting:
         processes: that take part; those of an existing launch where there is one.
         device: ``cpu`` or ``cuda``.
         devices: accelerators that this machine can give to processes of our own; 0 where that is no limit.
+        cores: of the CPU, in the same way.
     """
 
     fields: TrainingFields
     processes: int
     device: str
     devices: int = 0
+    cores: int = 0
 
     @property
     def strategy(self) -> str:

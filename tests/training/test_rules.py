@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from compresskit.training.faults import training_faults
+from compresskit.training.faults import crowd_faults, training_faults
 from compresskit.training.fields import TrainingFields
 from compresskit.training.int8 import multiplies_int8
 from compresskit.training.rules import ROOMS, RULES, base, deepspeed, offload, precision, zenflow
@@ -49,6 +49,7 @@ BREAKS: dict[str, dict[str, Any]] = {
     "zero-stage": {"zero_stage": 4},
     "batch-divides": {"batch_size": 10, "micro_batch_size": 4},
     "more-processes-than-devices": {"processes": 4},
+    "more-processes-than-cores": {"processes": 16},
     "one-process-shards-nothing": {"strategy": "fsdp"},
     "deepspeed-missing": {"strategy": "deepspeed"},
     "deepspeed-config-without-deepspeed": {"deepspeed_config": "ds.json"},
@@ -227,10 +228,29 @@ def test_a_broken_rule_is_told_with_its_cure(
     monkeypatch.setattr(zenflow, "_compiles", lambda: rule.name != "zenflow-compiler")
     on_gpus = (*ON_GPU, "more-processes-than-devices")
     two_gpus = {"device": "cuda", "devices": 2} if rule.name in on_gpus else {}
-    faults = training_faults(AdapterFields(**changes), "stages[1]", **two_gpus)
+    faults = training_faults(AdapterFields(**changes), "stages[1]", cores=2, **two_gpus)
     assert [f.where for f in faults] == [f"stages[1].{rule.field}"]
     assert faults[0].cure == rule.cure
     assert "{" not in str(faults[0])
+
+
+@pytest.mark.parametrize(("cores", "most"), [(1, 8), (2, 8), (4, 16), (0, 10**6)])
+def test_a_cpu_has_room_for_a_few_processes_a_core(cores: int, most: int) -> None:
+    for processes, refused in ((most, False), (most + 1, cores > 0)):
+        fields = TrainingFields(processes=processes, batch_size=processes)
+        told = [*training_faults(fields, "x", cores=cores)]
+        assert [f.where for f in told] == ["x.processes"] * refused
+        assert crowd_faults(processes, "y", device="cpu", devices=0, cores=cores) == [
+            replace(f, where="y") for f in told
+        ]
+    assert training_faults(fields, "x", device="cuda", devices=0, cores=cores) == []
+
+
+def test_a_launch_has_at_most_a_process_for_each_gpu() -> None:
+    (fault,) = crowd_faults(3, "--nproc", device="cuda", devices=2, cores=1)
+    assert (fault.where, fault.got) == ("--nproc", "3")
+    assert "has 2" in fault.expected
+    assert crowd_faults(2, "--nproc", device="cuda", devices=2, cores=1) == []
 
 
 def test_a_ds_config_may_have_the_recipes_own_numbers(tmp_path: Path) -> None:

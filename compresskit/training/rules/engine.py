@@ -7,6 +7,9 @@ from compresskit.training.setting import Setting
 
 STRATEGIES = ("auto", "ddp", "fsdp", "tp", "deepspeed")
 
+A_CORE, ANYWHERE = 4, 8
+"""Processes that may be meant for each core of a CPU, and on any: who tries ranks out wants several."""
+
 
 def _divides(s: Setting) -> bool:
     rows = s.micro_batch_size * s.data_ranks
@@ -29,6 +32,14 @@ RULES: tuple[Rule, ...] = (
         "at most one process per GPU, of which this machine has {devices}",
         "{processes}",
         "Lower processes (--nproc), or set device to cpu.",
+    ),
+    Rule(
+        "more-processes-than-cores",
+        "processes",
+        lambda s: s.device == "cpu" and s.cores > 0 and s.processes > max(ANYWHERE, A_CORE * s.cores),
+        f"at most {ANYWHERE} processes on a CPU, or {A_CORE} for each of the {{cores}} cores usable here",
+        "{processes}",
+        "Lower processes (--nproc); of GPUs that are elsewhere `compresskit plan --gpus` tells.",
     ),
     Rule(
         "one-process-shards-nothing",
