@@ -23,6 +23,7 @@ from compresskit.recipe import Recipe
 from compresskit.stage import Forecast, Json, Outlook, Stage
 from compresskit.training.carried import BESIDE, HOW, LEARNT
 from compresskit.training.rules.asynchronous import ALONE, EVERY_STEP
+from compresskit.training.rules.deepspeed import config_at, learnt_of
 
 PACKAGES = (
     "compresskit",
@@ -118,6 +119,7 @@ class Plan:
     def facts(self) -> dict[str, str]:
         """What must be the same wherever a part of this plan runs: recipe, model, data and packages."""
         facts = {f"recipe {where}": value for where, value in _leaves(self.recipe.to_json(), "")}
+        facts |= {f"file {where}": value for where, value in _leaves(self._deepspeed_configs, "")}
         facts["model"] = self.source_fingerprint
         files = [f for f in sorted(self.source.directory.iterdir()) if f.suffix in MODEL_SUFFIXES]
         facts["files of the model"] = ", ".join(f"{f.name} {f.stat().st_size}" for f in files)
@@ -126,8 +128,10 @@ class Plan:
 
     @property
     def resume_key(self) -> str:
-        """:attr:`digest`, the data, the state of the source's files: a restart continues where all agree."""
-        return _digest([self.digest, self.data_fingerprints, self._file_states])
+        """:attr:`digest`, the data, the state of the source's files, what a ds_config.json of the user's
+        own says: a restart continues where all agree."""
+        read = [self.data_fingerprints, self._file_states, self._deepspeed_configs]
+        return _digest([self.digest, *read])
 
     @property
     def work_key(self) -> str:
@@ -137,6 +141,12 @@ class Plan:
         recipe["stages"] = [{kind: _matter(stage)} for kind, stage in stages]
         facts = [recipe, self.source_fingerprint, self.versions]
         return _digest([*facts, self.data_fingerprints, self._file_states])
+
+    @property
+    def _deepspeed_configs(self) -> dict[str, Json]:
+        """What the ds_config.json of a stage says, by the field that names it."""
+        named = [getattr(s.stage, "deepspeed_config", None) for s in self.stages]
+        return {f"stages[{i}].deepspeed_config": config_at(path) for i, path in enumerate(named) if path}
 
     @property
     def _file_states(self) -> list[Json]:
@@ -269,7 +279,7 @@ def _matter(stage: dict[str, Json]) -> dict[str, Json]:
     placement = kept.get("teacher_placement")
     if (placement["method"] if isinstance(placement, dict) else placement) in ("replicate", "shard"):
         del kept["teacher_placement"]
-    return kept
+    return kept | {"deepspeed_config": learnt_of(config_at(stage["deepspeed_config"]))}
 
 
 def _digest(data: Json) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -294,6 +295,30 @@ def test_processes_are_another_result_only_where_ranks_step_alone(model: Path) -
     alone = {"synchronise": "local_sgd", "synchronise_every": 2}
     assert key(2) == key(4)
     assert key(2, **alone) != key(4, **alone)
+
+
+def test_a_ds_config_that_says_something_else_is_another_plan(model: Path, tmp_path: Path) -> None:
+    """Work goes on where only portions are others; ranks of a launch have to read the same."""
+    pytest.importorskip("deepspeed")
+    place = tmp_path / "ds.json"
+    stage = ck.Finetune(steps=1, context_length=32, strategy="deepspeed", deepspeed_config=str(place))
+
+    def keys(config: dict[str, Any]) -> tuple[str, str, dict[str, str]]:
+        place.write_text(json.dumps(config))
+        made = planned(model, stage)
+        return made.resume_key, made.work_key, made.facts
+
+    plain = {"zero_optimization": {"stage": 2}, "prescale_gradients": False}
+    done, work, facts = keys(plain)
+    assert keys(dict(reversed(plain.items()))) == (done, work, facts)
+    other_done, other_work, other_facts = keys({**plain, "prescale_gradients": True})
+    assert done != other_done
+    assert work != other_work
+    name = "file stages[0].deepspeed_config.prescale_gradients"
+    assert facts.items() ^ other_facts.items() == {(name, "False"), (name, "True")}
+    moved_done, moved_work, _ = keys({**plain, "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}})
+    assert done != moved_done
+    assert work == moved_work
 
 
 def test_the_resolved_recipe_runs_from_another_directory(

@@ -9,6 +9,7 @@ from typing import Any
 from compresskit.errors import Fault
 from compresskit.training.optimizers import OPTIMIZERS
 from compresskit.training.rules.asynchronous import EVERY_STEP
+from compresskit.training.rules.deepspeed import config_at
 from compresskit.training.setting import Setting
 
 Carried = Mapping[str, Any]
@@ -62,6 +63,7 @@ def carried_out(setting: Setting, adaptation: str = "") -> dict[str, Any]:
     """How a run is carried out under ``setting``, where its model was changed by ``adaptation``."""
     facts = {name: getattr(setting.fields, name) for name in HOW}
     facts |= {"strategy": setting.strategy, "processes": setting.processes}
+    facts["deepspeed_config"] = config_at(setting.fields.deepspeed_config)  # wherever the file lies
     return facts | {"micro_batch_size": setting.micro_batch_size, "counts": COUNTS.findall(adaptation)}
 
 

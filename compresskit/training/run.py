@@ -42,6 +42,7 @@ from compresskit.training.ranks import Ranks, accompanied
 from compresskit.training.redirect import idle_in, redirected
 from compresskit.training.rollout import OnPolicy
 from compresskit.training.rules.asynchronous import EVERY_STEP, ZENFLOW
+from compresskit.training.rules.deepspeed import config_at, learnt_of
 from compresskit.training.rules.memory import NOISE
 from compresskit.training.rules.shares import MEASURED
 from compresskit.training.sentences import idle_warnings, on_sentences, without_gradient
@@ -162,6 +163,9 @@ class Run:
         setting = self.setting
         facts = {**asdict(self.fields), "steps": self.steps, "seed": self.seed, "rows": len(self.rows)}
         facts["data"] = digest_of(self.rows)
+        config = config_at(self.fields.deepspeed_config)
+        facts["deepspeed_config"] = json.dumps(config, sort_keys=True)
+        facts["learnt by deepspeed_config"] = json.dumps(learnt_of(config), sort_keys=True)
         facts |= {"processes": setting.processes, "strategy": setting.strategy, "device": setting.device}
         told = {"objective": self.objective, "zeroing": self.zeroing, "on_policy": self.on_policy}
         facts |= {name: ADDRESS.sub("", repr(value)) for name, value in told.items()}

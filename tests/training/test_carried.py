@@ -95,6 +95,50 @@ def test_what_goes_on(optimizer: str) -> None:
     assert refusal(ONE, DDP, "lion_8bit", "here") is None, "whole states are read as they are"
 
 
+def ds_config(path: Path, **zero: Any) -> str:
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2, **zero}, "steps_per_print": 5}))
+    return str(path)
+
+
+def test_a_ds_config_counts_by_what_it_says(tmp_path: Path) -> None:
+    """Not by where it lies: what it says of portions is read from the checkpoint's files one by one."""
+    here, there = tmp_path / "ds.json", tmp_path / "moved.json"
+    asked: dict[str, Any] = {"strategy": "deepspeed", "deepspeed_config": ds_config(here)}
+    old = way(2, **asked)
+    there.write_text(json.dumps(dict(reversed(json.loads(here.read_text()).items())), indent=4))
+    assert reads(old, way(2, **asked | {"deepspeed_config": str(there)}))
+    ds_config(here, sub_group_size=1000)
+    new = way(2, **asked)
+    assert not reads(old, new)
+    assert refusal(old, new, "adamw_torch", "here") is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "is_another"),
+    [
+        ({"zero_quantized_gradients": True}, True),
+        ({"a_key_of_tomorrow": 1}, True),
+        ({"reduce_bucket_size": 1000, "offload_optimizer": {"device": "cpu"}}, False),
+    ],
+)
+def test_a_ds_config_that_may_change_what_is_learnt_makes_another_run(
+    make_model: Make, rows: Rows, tmp_path: Path, changed: dict[str, Any], is_another: bool
+) -> None:
+    pytest.importorskip("deepspeed")
+    place = tmp_path / "ds.json"
+    fields = replace(FIELDS, strategy="deepspeed", deepspeed_config=ds_config(place))
+
+    def made() -> Run:
+        return Run(make_model(), rows, fields=fields, scratch=tmp_path, device="cpu")
+
+    before = made()
+    assert before.identity == made().identity
+    place.write_text(json.dumps(json.loads(place.read_text()), indent=4))
+    assert before.identity == made().identity, "the same in other words"
+    ds_config(place, **changed)
+    assert (made().identity != before.identity) == is_another
+
+
 def test_passes_that_a_model_counts_are_no_part_of_what_it_learns() -> None:
     told = "Chosen(layers=('a',), passes_per_step=4, twice=('b', 'c'), steps=8)"
     assert COUNTS.findall(told) == ["passes_per_step=4", "twice=('b', 'c')"]

@@ -253,6 +253,13 @@ def test_a_launch_has_at_most_a_process_for_each_gpu() -> None:
     assert crowd_faults(2, "--nproc", device="cuda", devices=2, cores=1) == []
 
 
+@pytest.mark.parametrize("said", ["{", "[1]", '{"zero_optimization": true}', '{"fp16": null}'])
+def test_a_ds_config_without_objects_is_refused(said: str, tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(said)
+    fields = TrainingFields(strategy="deepspeed", deepspeed_config=str(tmp_path / "ds.json"))
+    assert [f.where for f in training_faults(fields, "stage")] == ["stage.deepspeed_config"]
+
+
 def test_a_ds_config_may_have_the_recipes_own_numbers(tmp_path: Path) -> None:
     own = dict(zip(deepspeed.NUMBERS, (32, 4, 2, 0.7), strict=True))
     (tmp_path / "ds.json").write_text(json.dumps(own))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from compresskit.training.rules.base import Rule
 from compresskit.training.setting import Setting
 
 AUTO = "auto"
+SECTIONS = ("zero_optimization", "bf16", "fp16")
+"""Keys of a ds_config.json that have objects, into which rules look."""
 
 
 def _config_stage(s: Setting) -> bool:
@@ -18,19 +22,20 @@ def _config_stage(s: Setting) -> bool:
     return bool(stage != s.fields.zero_stage)
 
 
-def _config_readable(s: Setting) -> bool:
+def config_at(path: str | None) -> dict[str, Any] | None:
+    """What the ds_config.json at ``path`` says; None without one, or where it or a section is no object."""
     try:
-        return isinstance(json.loads(Path(s.fields.deepspeed_config or "").read_text("utf-8")), dict)
+        config = json.loads(Path(path or "").read_text("utf-8"))
     except (OSError, ValueError):
-        return False
+        return None
+    if not isinstance(config, dict):
+        return None
+    return config if all(isinstance(config.get(name, {}), dict) for name in SECTIONS) else None
 
 
-def read_config(s: Setting) -> dict[str, dict[str, object]]:
+def read_config(s: Setting) -> dict[str, Any]:
     """The user's ds_config.json; empty without one that can be read."""
-    if s.strategy != "deepspeed" or s.fields.deepspeed_config is None or not _config_readable(s):
-        return {}
-    config: dict[str, dict[str, object]] = json.loads(Path(s.fields.deepspeed_config).read_text("utf-8"))
-    return config
+    return (s.strategy == "deepspeed" and config_at(s.fields.deepspeed_config)) or {}
 
 
 NUMBERS = {
@@ -40,6 +45,39 @@ NUMBERS = {
     "gradient_clipping": "max_grad_norm",
 }
 """Keys of a ds_config.json that fix a number -> what of the setting, or of its fields, it follows from."""
+BESIDE = ("steps_per_print", "wall_clock_breakdown", "aio")
+"""Keys that say what is printed, and how drives are read."""
+WHERE = (
+    "stage",
+    "contiguous_gradients",
+    "reduce_scatter",
+    "reduce_bucket_size",
+    "allgather_partitions",
+    "allgather_bucket_size",
+    "overlap_comm",
+    "offload_optimizer",
+    "offload_param",
+    "sub_group_size",
+    "round_robin_gradients",
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+    "stage3_model_persistence_threshold",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_gather_16bit_weights_on_model_save",
+)
+"""Keys of ``zero_optimization`` that say where numbers lie, and in which portions they are moved."""
+
+
+def learnt_of(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a ds_config.json says that may change what is learnt: all but what is known to leave it alone.
+
+    The numbers that follow from the recipe leave it alone too: with others the file is refused.
+    """
+    rest = {key: value for key, value in (config or {}).items() if key not in (*NUMBERS, *BESIDE)}
+    zero = rest.pop("zero_optimization", {})
+    zero = {key: value for key, value in zero.items() if key not in WHERE}
+    return rest | ({"zero_optimization": zero} if zero else {})
 
 
 def _number_rule(key: str, ours: str) -> Rule:
@@ -86,9 +124,11 @@ RULES: tuple[Rule, ...] = (
         "deepspeed-config-unreadable",
         "deepspeed_config",
         lambda s: (
-            s.fields.deepspeed_config is not None and s.strategy == "deepspeed" and not _config_readable(s)
+            s.fields.deepspeed_config is not None
+            and s.strategy == "deepspeed"
+            and config_at(s.fields.deepspeed_config) is None
         ),
-        "a JSON object in {deepspeed_config}",
+        f"a JSON object in {{deepspeed_config}}, whose {', '.join(SECTIONS)} are objects too",
         "no such file, or something else in it",
         "Correct the path or the file.",
     ),
