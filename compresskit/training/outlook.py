@@ -16,7 +16,7 @@ from compresskit.training.optimizers import OPTIMIZERS
 from compresskit.training.rules.asynchronous import BUCKET, ZENFLOW
 from compresskit.training.rules.memory import NOISE
 from compresskit.training.rules.pipeline import STAGES_A_RANK
-from compresskit.training.rules.zenflow import SELECTED
+from compresskit.training.rules.zenflow import SELECTED, shape_faults
 from compresskit.training.setting import Setting, launched_processes
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ def student_faults(fields: TrainingFields, model: Outlook, where: str) -> list[F
         expected = f"at least {stages} blocks for {fields.pipeline_stages} x {fields.pipeline_schedule}"
         got = str(len(model.anatomy.blocks))
         faults.append(Fault(f"{where}.pipeline_stages", expected, got, "Lower pipeline_stages."))
+    if fields.synchronise == ZENFLOW:
+        faults += shape_faults(model.anatomy.parameter_shapes, where)
     limit = getattr(model.config, "max_position_embeddings", None)
     if fields.tensor_parallel > 1:
         faults += tensor_faults(model.config, model.anatomy, fields.tensor_parallel, where)

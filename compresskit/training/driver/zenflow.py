@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from compresskit.errors import EngineError, Fault, PlanError
 from compresskit.training import checkpoint
 from compresskit.training.asking import continuing
+from compresskit.training.rules.zenflow import shape_faults
 from compresskit.training.trainer import StageTrainer
 
 ELSE = "Use synchronise every_step."
@@ -39,15 +40,14 @@ class ZenFlowTrainer(StageTrainer):
             neither a vector nor a matrix of several rows.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+        if faults := shape_faults(shapes, "training"):
+            raise PlanError(*faults)
         for name in ("zeroing", "on_policy"):
             if kwargs.get(name) is not None:
                 raise PlanError(Fault("synchronise", f"every_step beside {name}", "zenflow", ELSE))
-        super().__init__(*args, **kwargs)
-        for name, parameter in self._trained():
-            if parameter.dim() not in (1, 2) or (parameter.dim() == 2 and len(parameter) == 1):
-                shape = str(tuple(parameter.shape))
-                raise PlanError(Fault(f"synchronise: {name}", "a matrix of rows, or a vector", shape, ELSE))
+        super().__init__(model, *args, **kwargs)
         self._late = 0
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from compresskit.errors import Fault
 from compresskit.training.rules.asynchronous import ZENFLOW
 from compresskit.training.rules.base import Rule, swaps_layers
 from compresskit.training.setting import Setting
@@ -21,6 +23,22 @@ SELECTED = 0.1
 def span(every: int) -> int:
     """Steps from one choice of columns to the next, with so many from one late update to the next."""
     return SPAN * every
+
+
+def shape_faults(shapes: Mapping[str, Sequence[int]], where: str) -> list[Fault]:
+    """Why ZenFlow cannot step parameters of such shapes: it steps columns of matrices, and whole vectors.
+
+    Args:
+        shapes: of every parameter that is trained, by its name.
+        where: prefix of the fault, which names the first of them.
+    """
+    odd = [name for name, shape in shapes.items() if len(shape) != 1 and (len(shape) != 2 or shape[0] == 1)]
+    if not odd:
+        return []
+    more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+    got = f"{odd[0]} of {tuple(shapes[odd[0]])}{more}"
+    expected = "parameters that are vectors, or matrices of several rows, beside synchronise zenflow"
+    return [Fault(f"{where}.synchronise", expected, got, "Use synchronise every_step.")]
 
 
 def _runs(s: Setting) -> bool:
