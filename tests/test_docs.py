@@ -22,7 +22,7 @@ NAMES = {rule.name for rule in RULES}
 
 
 def test_every_strategy_has_its_row() -> None:
-    assert len(ROWS) == 18, "of nineteen strategies two are one: checkpointing of activations"
+    assert len(ROWS) == 18, "one for each way to train within memory and in time"
     assert all(row.count("|") == 6 for row in ROWS)
 
 

@@ -79,24 +79,36 @@ def _metavar(hint: Any) -> str:
     return "N" if "whole number" in words else "X"
 
 
-def run_options(function: F) -> F:
-    """The options of every command that runs a recipe."""
+def plan_options(function: F) -> F:
+    """The options of every command that reads a recipe: fields of it, and how results are shown."""
     for option in reversed(
         [
-            click.option("-o", "--out", metavar="DIR", help="Directory to write."),
             click.option("--seed", metavar="N", help="Of the run. [0]"),
             click.option("--dtype", help="auto, float32, bfloat16 or float16. [auto]"),
             click.option("--device", help="auto, cpu, cuda or cuda:N. [auto]"),
             click.option("--trust-remote-code", is_flag=True, help="Let code in model directories run."),
             click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other field."),
-            click.option("--measure", metavar="LIST", help="size,quality,latency,memory, all or none."),
-            click.option("--eval-documents", type=int, default=200, show_default=True, help="For quality."),
-            click.option("--keep-stages", is_flag=True, help="Keep each stage's checkpoint."),
             click.option("--export", "exports", multiple=True, metavar="TARGET", help="Also as gguf ..."),
-            click.option("--overwrite", is_flag=True, help="Replace an artifact of another run."),
-            click.option("--dry-run", is_flag=True, help="Show the plan and do nothing else."),
             click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, last line."),
             click.option("-v", "--verbose", is_flag=True, help="Show what the libraries log."),
+        ]
+    ):
+        function = option(function)
+    return function
+
+
+def run_options(function: F) -> F:
+    """The options of every command that runs a recipe."""
+    measure = "Figures of the report: size,quality,latency,memory, all or none. [size,quality]"
+    for option in reversed(
+        [
+            click.option("-o", "--out", metavar="DIR", help="Directory to write."),
+            plan_options,
+            click.option("--measure", metavar="LIST", help=measure),
+            click.option("--eval-documents", type=int, default=200, show_default=True, help="For quality."),
+            click.option("--keep-stages", is_flag=True, help="Keep each stage's checkpoint."),
+            click.option("--overwrite", is_flag=True, help="Replace an artifact of another run."),
+            click.option("--dry-run", is_flag=True, help="Show the plan and do nothing else."),
         ]
     ):
         function = option(function)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from compresskit.cli._foresight import asks_machine, machine_options, show_foresight
-from compresskit.cli.common import execute, run_options
+from compresskit.cli.common import execute, plan_options
 from compresskit.cli.run import recipe_with
 
 
@@ -16,7 +16,7 @@ from compresskit.cli.run import recipe_with
 @click.argument("recipe", type=click.Path(), required=False)
 @click.option("--schema", is_flag=True, help="Print the JSON Schema of a recipe and do nothing else.")
 @machine_options
-@run_options
+@plan_options
 def plan(recipe: str | None, schema: bool, **given: Any) -> None:
     """Show what RECIPE, a YAML file, will do: every fault, bytes and memory. Loads no weights.
 

@@ -12,7 +12,7 @@ from compresskit.quant.qat import Qat
 
 @click.command()
 @click.argument("model")
-@click.option("--data", help="Text to train on. [stdlib:]")
+@click.option("--data", help="Text or dialogues to train on. [stdlib:]")
 @stage_options(Qat)
 @run_options
 @launch_options

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from compresskit.cli.common import check_writable
+from compresskit.cli.common import check_writable, quiet_libraries
 from compresskit.errors import Fault, InputError
 
 WRITERS = {".html": "html", ".md": "markdown", ".json": "json"}
@@ -17,6 +17,7 @@ WRITERS = {".html": "html", ".md": "markdown", ".json": "json"}
 @click.option("-o", "--out", default="report.html", show_default=True, help="report.html, .md or .json.")
 def report(directories: tuple[str, ...], out: str) -> None:
     """Write the report of each DIR, an artifact or a file of records. Measures nothing."""
+    quiet_libraries(verbose=False)
     from compresskit import api
 
     suffix = Path(out).suffix

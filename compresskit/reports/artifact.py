@@ -14,8 +14,10 @@ Json = Any
 def write_artifact(artifact: Artifact) -> str:
     """Its model, each stage with checks, figures and layers, its warnings, and what it was made with."""
     manifest = artifact.manifest
-    lines = [f"{artifact.directory}: {manifest['recipe']['model']} after {len(manifest['stages'])} stages"]
-    for stage in manifest["stages"]:
+    stages = manifest["stages"]
+    many = "" if len(stages) == 1 else "s"
+    lines = [f"{artifact.directory}: {manifest['recipe']['model']} after {len(stages)} stage{many}"]
+    for stage in stages:
         lines += _stage(stage)
     lines += [f"warning: {warning}" for warning in manifest["warnings"]]
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())

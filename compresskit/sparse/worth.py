@@ -75,7 +75,7 @@ class Worth:
 
     def as_stored(self) -> str:
         """What a weight takes as it is stored, and how fast it runs."""
-        each = f"{short(self.values.bytes_per_weight)} bytes a weight"
+        each = bytes_each(self.values.bytes_per_weight)
         if not self.slow:
             return f"As numbers, zeros take {each} like any other weight."
         verb = "multiplies" if len(self.slow) == 1 else "multiply"
@@ -94,7 +94,7 @@ class Worth:
         if self.slow:
             kernel += ", which it has not," if len(self.slow) == 1 else ", which they have not,"
         text = (
-            f"{kernel} would need {short(self.packing.bytes_per_weight)} bytes a weight "
+            f"{kernel} would need {bytes_each(self.packing.bytes_per_weight)} "
             f"({_how(self.packing, self.zeros)}): at most {self.limit:.2f}x at batch 1."
         )
         return f"{text} {TENSOR_CORES}" if self.zeros.group == (2, 4) else text
@@ -104,7 +104,7 @@ class Worth:
         verb = "reads" if len(self.fast) == 1 else "read"
         packing = packing_on(self.fast[0], self.values, self.zeros)
         return (
-            f"{joined(self.fast)} {verb} them packed, {short(packing.bytes_per_weight)} bytes a weight "
+            f"{joined(self.fast)} {verb} them packed, {bytes_each(packing.bytes_per_weight)} "
             f"({_how(packing, self.zeros)}): at most {limit(self.values, packing):.2f}x at batch 1, in "
             "the layers where that is measured to be faster than dense while the model is loaded."
         )
@@ -199,6 +199,11 @@ def _how(packing: Packing, zeros: ZeroLayout) -> str:
 def short(number: float) -> str:
     """At most three decimals, without zeros at the end."""
     return f"{number:.3f}".rstrip("0").rstrip(".")
+
+
+def bytes_each(number: float) -> str:
+    """``2 bytes a weight``."""
+    return f"{short(number)} {'byte' if number == 1 else 'bytes'} a weight"
 
 
 def joined(names: Sequence[str]) -> str:
