@@ -66,7 +66,7 @@ class Stored:
         Raises:
             ModelError: the file has become shorter than its header says.
         """
-        flat = torch.empty(self.num_bytes, dtype=torch.uint8)
+        flat = torch.empty(self.num_bytes, dtype=torch.uint8, device="cpu")
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.offset)
             _fill(file.readinto, flat.numpy().data, self.path, self.key)
@@ -131,7 +131,7 @@ def read_header(path: Path) -> dict[str, Stored]:
         header = json.loads(text)
         header.pop("__metadata__", None)
         places = [_place(path, key, entry, 8 + length) for key, entry in header.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(path, "a safetensors header", f"one that cannot be read ({error})") from error
     for place in places:
         item = torch.empty((), dtype=place.dtype).element_size()
@@ -139,10 +139,17 @@ def read_header(path: Path) -> dict[str, Stored]:
             raise _damaged(
                 path, f"{prod(place.shape) * item} bytes for {place.key}", f"{place.num_bytes} bytes"
             )
+    places.sort(key=lambda p: (p.offset, p.num_bytes))
     end = max((p.offset + p.num_bytes for p in places), default=8 + length)
     if size != end:
         raise _damaged(path, f"{end} bytes as its header says", f"{size} bytes")
-    return {place.key: place for place in sorted(places, key=lambda p: p.offset)}
+    at = 0
+    for place in places:  # one after another: none shares bytes with another
+        begin = place.offset - 8 - length
+        if begin != at:
+            raise _damaged(path, f"{place.key} at byte {at} of its tensors", f"byte {begin}")
+        at += place.num_bytes
+    return {place.key: place for place in places}
 
 
 def write_shard(path: Path, tensors: Sequence[Pending]) -> dict[str, Stored]:
@@ -241,11 +248,12 @@ def write_stream(
 
 def _place(path: Path, key: str, entry: Mapping[str, Any], base: int) -> Stored:
     begin, end = entry["data_offsets"]
-    shape = tuple(int(n) for n in entry["shape"])
-    name = str(entry["dtype"])
+    shape, name = tuple(entry["shape"]), str(entry["dtype"])
+    if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+        raise ValueError(f"{key} has no whole numbers for its shape and offsets")
     if name not in DTYPES:
         raise ValueError(f"{key} has the unknown type {name}")
-    return Stored(path, key, DTYPES[name], shape, base + int(begin), int(end) - int(begin))
+    return Stored(path, key, DTYPES[name], shape, base + begin, end - begin)
 
 
 def _fill(readinto: Callable[[memoryview], int | None], view: memoryview, path: Path, key: str) -> None:
