@@ -82,8 +82,7 @@ def contest(
             )
             break
         point = time.perf_counter()
-        x = torch.randn(tokens, case.in_features, generator=torch.Generator().manual_seed(0))
-        x, there = x.to(device, case.inputs), replace(case, tokens=tokens)
+        x, there = _draw(tokens, case, device, seed=0), replace(case, tokens=tokens)
         runs = {name: _bind(ways[name], x) for name in ways if name in left and not ways[name].refusal(there)}
         with torch.inference_mode():
             for name, ms in (timer or in_turn)(runs, device).items():
@@ -152,7 +151,7 @@ def _ways(
     """Dense and every layout that takes the layer and computes what dense does, each on ``limit`` bytes."""
     dense_OI = unpack(weight, case.inputs).to(device)
     made = {DENSE: _Way(_copies((dense_OI,), limit), _dense_product, lambda _: "")}
-    x = torch.randn(2, case.in_features, generator=torch.Generator().manual_seed(1)).to(device, case.inputs)
+    x = _draw(2, case, device, seed=1)
     expected = _dense_product((dense_OI,), x)
     for name in LAYOUTS:
         if name == DENSE:
@@ -174,6 +173,13 @@ def _ways(
             product = _expanded_of(layout, case.in_features)
             made[name + EXPANDED] = _Way(made[name].copies, product, lambda _: "")
     return made
+
+
+def _draw(tokens: int, case: Case, device: torch.device, seed: int) -> Tensor:
+    """Inputs, made on the CPU whatever torch's default device is."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    x = torch.randn(tokens, case.in_features, generator=generator, device="cpu")
+    return x.to(device, case.inputs)
 
 
 def _copies(packed: Packed, limit: int) -> Iterator[Packed]:

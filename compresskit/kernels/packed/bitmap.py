@@ -48,7 +48,7 @@ class BitmapRows:
         values_S = pad(values_K, (0, SLACK_BYTES // values_K.itemsize))
         scales_OG = weight.scales_OG
         if scales_OG is None:
-            scales_OG = torch.empty(weight.out_features, 0)
+            scales_OG = torch.empty(weight.out_features, 0, device="cpu")
         return tuple(t.to(device) for t in (words_OW, values_S, starts, scales_OG.float().contiguous()))
 
     def unpack(self, packed: Packed, in_features: int) -> Bitmap:

@@ -35,7 +35,7 @@ class Dense:
         """``weight`` in this layout on ``device``."""
         here = replace(weight, mask_OB=weight.mask_OB.cpu(), values_K=weight.values_K.cpu(), scales_OG=None)
         keep_OI, weight_OI = unpack_bits(here.mask_OB, here.in_features), unpack(here)
-        none = torch.empty(len(keep_OI), 0)
+        none = torch.empty(len(keep_OI), 0, device="cpu")
         scales_OG = none if weight.scales_OG is None else weight.scales_OG.float().contiguous()
         tells = torch.equal(weight_OI != 0, keep_OI)
         mask_OB = none.to(torch.uint8) if tells else weight.mask_OB

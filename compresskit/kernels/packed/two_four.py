@@ -68,7 +68,7 @@ class TwoFour:
         keep_OF4, dense_OF4 = (pad(t, fill).reshape(len(t), -1, GROUP) for t in (keep_OI, dense_OI))
         require_two_of_four(keep_OF4, "two_four")
         values_OF2 = dense_OF4.new_empty(*keep_OF4.shape[:2], 2)
-        places_OF = torch.empty(keep_OF4.shape[:2], dtype=torch.uint8)
+        places_OF = torch.empty(keep_OF4.shape[:2], dtype=torch.uint8, device="cpu")
         rows = max(1, PIECE_WEIGHTS // max(1, weight.in_features))
         for row in range(0, len(keep_OF4), rows):  # places are int64, many times the weight's bytes
             part = slice(row, row + rows)
@@ -76,7 +76,9 @@ class TwoFour:
             values_OF2[part] = dense_OF4[part].gather(-1, torch.stack(slots(low_RF, high_RF), -1))
             places_OF[part] = (low_RF | high_RF << 2).to(torch.uint8)
         bytes_OB = places_OF[:, ::2] | places_OF[:, 1::2] << GROUP
-        scales_OG = torch.empty(len(keep_OI), 0) if weight.scales_OG is None else weight.scales_OG
+        scales_OG = weight.scales_OG
+        if scales_OG is None:
+            scales_OG = torch.empty(len(keep_OI), 0, device="cpu")
         made = (
             pad(values_OF2.flatten(), (0, SLACK_BYTES // values_OF2.itemsize)),
             bytes_OB.contiguous().view(torch.int64),
@@ -92,7 +94,7 @@ class TwoFour:
         first_OF, second_OF = slots(low_OF, high_OF)
         dense_OF4 = values_S.new_zeros(*low_OF.shape, GROUP)
         dense_OF4.scatter_(-1, torch.stack((first_OF, second_OF), -1), values_OF2)
-        keep_OF4 = torch.zeros(dense_OF4.shape, dtype=torch.bool)
+        keep_OF4 = torch.zeros(dense_OF4.shape, dtype=torch.bool, device="cpu")
         keep_OF4.scatter_(
             -1, torch.stack((low_OF, high_OF), -1), (low_OF <= high_OF)[..., None].expand(-1, -1, 2)
         )
