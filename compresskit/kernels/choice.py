@@ -75,6 +75,9 @@ class Wish:
         if self.layout and self.layout not in LAYOUTS:
             cure = "Name one of them, or leave it out to have them timed."
             faults.append(Fault("layout", ", ".join(LAYOUTS), repr(self.layout), cure))
+        if not self.budget_s >= 0:  # nor is NaN, which no time would reach
+            cure = "Set COMPRESSKIT_CHOICE_SECONDS to a number of seconds, or take it away."
+            faults.append(Fault("budget_s", "seconds, 0 or more", repr(self.budget_s), cure))
         if faults:
             raise EngineError(*faults)
 

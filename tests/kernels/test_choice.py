@@ -288,6 +288,10 @@ def test_users_may_ask_for_a_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMPRESSKIT_CHOICE_SECONDS", "long")
     with pytest.raises(EngineError, match="CHOICE_SECONDS: expected seconds, got 'long'"):
         wish_here()
+    for seconds in ("nan", "-1"):
+        monkeypatch.setenv("COMPRESSKIT_CHOICE_SECONDS", seconds)
+        with pytest.raises(EngineError, match=f"budget_s: expected seconds, 0 or more, got {seconds}"):
+            wish_here()
 
 
 def test_where_memory_is_short_packed_alone_stays_unless_someone_says_what_is_to(
