@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from compresskit.errors import OutputError
 from compresskit.kernels.cache import kept, key_of
@@ -50,12 +52,24 @@ def load(source: str, flags: Sequence[str] = ()) -> ctypes.CDLL:
         raise Unavailable(f"the system does not load it ({error})") from error
 
 
+def function_of(library: ctypes.CDLL, name: str) -> Any:
+    """The function ``name`` of ``library``.
+
+    Raises:
+        Unavailable: it has none, as where the flags in CC hide it.
+    """
+    try:
+        return getattr(library, name)
+    except AttributeError as error:
+        raise Unavailable(f"what was compiled has no function {name}; see the flags in CC") from error
+
+
 def built(source: str, flags: Sequence[str] = ()) -> Path:
     """Where the library made of ``source`` lies; compiled if it is not there whole. See :func:`load`."""
     compiler, version = find_compiler(os.environ.get("CC", ""), os.environ.get("PATH", ""))
     command = (*compiler, *FLAGS, "-Wno-psabi", *flags)
     texts = [path.read_text(encoding="ascii") for path in sorted((*HERE.glob("*.h"), HERE / source))]
-    name = f"{Path(source).stem}-{key_of(source, version, *command, *texts)}.so"
+    name = f"{Path(source).stem}-{key_of(source, platform.machine(), version, *command, *texts)}.so"
     try:
         return kept(name, lambda: _compile(source, command))
     except OutputError as error:
@@ -73,13 +87,15 @@ def find_compiler(chosen: str, places: str) -> tuple[tuple[str, ...], str]:
     Raises:
         Unavailable: there is none, or it does not run.
     """
-    candidates = [shlex.split(chosen)] if chosen.strip() else [[name] for name in COMPILERS]
+    try:
+        candidates = [shlex.split(chosen)] if chosen.strip() else [[name] for name in COMPILERS]
+    except ValueError as error:
+        raise Unavailable(f"the variable CC is no command ({error}): {chosen}") from error
     for command in candidates:
         if shutil.which(command[0], path=places):
             try:
-                said = subprocess.run(
-                    [*command, "--version"], capture_output=True, text=True, check=True, timeout=TIMEOUT_S
-                )
+                said = _run([*command, "--version"])
+                said.check_returncode()
             except (OSError, subprocess.SubprocessError) as error:
                 raise Unavailable(f"the C compiler does not run ({error})") from error
             return tuple(command), said.stdout
@@ -89,20 +105,29 @@ def find_compiler(chosen: str, places: str) -> tuple[tuple[str, ...], str]:
 
 def _compile(source: str, command: Sequence[str]) -> bytes:
     """The library's bytes."""
-    with tempfile.TemporaryDirectory(prefix="compresskit-") as scratch:
-        made = Path(scratch) / "made.so"
-        try:
-            done = subprocess.run(
-                [*command, "-o", str(made), source, "-lm"],
-                cwd=HERE,
-                capture_output=True,
-                text=True,
-                timeout=TIMEOUT_S,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise Unavailable(f"{command[0]} took longer than {TIMEOUT_S} s over {source}") from error
-        if done.returncode or not made.is_file():
-            said = done.stderr[-TAIL_CHARACTERS:].strip()
-            raise Unavailable(f"{command[0]} cannot compile {source}: {said}")
-        return made.read_bytes()
+    try:
+        with tempfile.TemporaryDirectory(prefix="compresskit-") as scratch:
+            made = Path(scratch) / "made.so"
+            done = _run([*command, "-o", str(made), source, "-lm"])
+            if done.returncode or not made.is_file():
+                said = done.stderr[-TAIL_CHARACTERS:].strip()
+                raise Unavailable(f"{command[0]} cannot compile {source}: {said}")
+            return made.read_bytes()
+    except subprocess.TimeoutExpired as error:
+        raise Unavailable(f"{command[0]} took longer than {TIMEOUT_S} s over {source}") from error
+    except OSError as error:  # which is not one of the cache
+        raise Unavailable(f"{source} cannot be compiled ({error})") from error
+
+
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """``command`` in the folder of the sources; it can ask nobody, and may write in any encoding."""
+    return subprocess.run(
+        command,
+        cwd=HERE,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=TIMEOUT_S,
+        check=False,
+    )

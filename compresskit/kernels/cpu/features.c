@@ -1,6 +1,12 @@
 /* Whether this processor, and its system, have the instructions that a path is compiled with. */
 #if defined(__x86_64__) || defined(__i386__)
 #define HAS(name) __builtin_cpu_supports(name)
+/* Older compilers know neither the name nor the instructions. */
+#if defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10
+#define HAS_BF16 HAS("avx512bf16")
+#else
+#define HAS_BF16 0
+#endif
 int supports(int path) {
     __builtin_cpu_init();
     int eight = HAS("avx2") && HAS("fma") && HAS("bmi2") && HAS("popcnt");
@@ -11,7 +17,7 @@ int supports(int path) {
     case 1: return eight;
     case 2: return eight && sixteen;
     case 3: return eight && sixteen && words;
-    case 4: return eight && sixteen && words && HAS("avx512bf16");
+    case 4: return eight && sixteen && words && HAS_BF16;
     default: return 0;
     }
 }

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from compresskit.errors import EngineError, Fault
-from compresskit.kernels.cpu.build import Unavailable, load
+from compresskit.kernels.cpu.build import Unavailable, function_of, load
 from compresskit.kernels.dispatch import note
 from compresskit.kernels.packed.base import SLACK_BYTES
 
@@ -203,7 +203,7 @@ def library(op: str, values: torch.dtype, path: str) -> ctypes.CDLL:
     """
     name = OPS.get(op, op)
     found = load(f"{name}.c", (*PATHS[path], f"-DVALUE_TYPE={TYPES[values]}"))
-    for function in (found.linear, found.expand):
+    for function in (function_of(found, "linear"), function_of(found, "expand")):
         function.argtypes, function.restype = [ctypes.POINTER(Job), ctypes.c_void_p], None
     return found
 
@@ -234,7 +234,7 @@ def path() -> str:
 @cache
 def paths() -> tuple[str, ...]:
     """Those of :data:`PATHS` that this processor has, the fastest last."""
-    supports = load("features.c").supports
+    supports = function_of(load("features.c"), "supports")
     return tuple(name for number, name in enumerate(PATHS) if supports(number))
 
 
