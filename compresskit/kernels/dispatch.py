@@ -75,6 +75,13 @@ def implementation(op: str, device: str) -> Callable[..., Any]:
     return function
 
 
+def forgo(op: str, name: str, why: str) -> Callable[..., Any]:
+    """The function that specifies ``op``, where the implementation called ``name`` fails after all; noted."""
+    note(f"{op} does without its {name} implementation, which would be faster: {why}.")
+    _used[op] = "reference"
+    return reference(op)
+
+
 def reference(op: str) -> Callable[..., Any]:
     """The function that specifies ``op``."""
     function: Callable[..., Any] = getattr(import_module(f"compresskit.kernels.reference.{op}"), op)

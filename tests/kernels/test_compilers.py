@@ -11,10 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from compresskit.kernels import dispatch
+from compresskit.kernels.bitmap import unpack
 from compresskit.kernels.cpu import build, library
 from compresskit.kernels.cpu.build import Unavailable
+from compresskit.kernels.packed.bitmap import BitmapRows
+from tests.kernels.packed_cases import draw, weight
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, build.COMPILERS)), reason="no C compiler here")
 Script = Callable[[str], Path]
@@ -24,7 +28,7 @@ Script = Callable[[str], Path]
 def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
     """``compiler(lines)``: CC is a script of these lines, then cc. Nothing compiled before is remembered."""
     monkeypatch.setenv("COMPRESSKIT_CACHE", str(tmp_path))
-    caches = (library.library, library.paths, dispatch.refusal)
+    caches = (library.attempt, library.paths, dispatch.refusal)
 
     def forget() -> None:
         dispatch.forget()
@@ -92,3 +96,18 @@ def test_a_compiler_that_does_not_know_the_newest_instructions_compiles_the_othe
     refuse = 'echo "error: avx512bf16: no such processor feature" >&2; exit 1'
     compiler(f"if cc {names} -E features.c | grep -q '\"avx512bf16\"'; then {refuse}; fi")
     assert set(library.PATHS) >= set(library.paths()) >= {"portable"}
+
+
+def test_values_that_cannot_be_compiled_for_are_multiplied_by_the_reference(compiler: Script) -> None:
+    """As where the disk is full by then; whether the op can be had at all was asked with other values."""
+    place = compiler(
+        'case "$*" in *VALUE_TYPE=0*) echo >> "$(dirname "$0")/tries"; echo "no space" >&2; exit 1;; esac'
+    )
+    layout, sparse, x = BitmapRows(), weight((5, 13), torch.float32), draw((2, 13), 4)
+    packed = layout.pack(sparse, torch.device("cpu"))
+    with pytest.warns(UserWarning, match="bitmap_linear does without its cpu implementation.* no space"):
+        made = layout.linear(x, packed, None)
+    assert torch.allclose(layout.linear(x, packed, None), made)  # and warns once
+    assert torch.allclose(made, x @ unpack(sparse).T, atol=1e-5)
+    assert dispatch.used()["bitmap_linear"] == "reference"
+    assert (place / "tries").read_text() == "\n", "nor is it tried at every product"

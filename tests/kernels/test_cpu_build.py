@@ -101,7 +101,7 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pyt
 @pytest.fixture
 def no_compiler(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """None is found, and nothing of an earlier one is remembered."""
-    caches = (library.library, library.paths, dispatch.refusal)
+    caches = (library.attempt, library.paths, dispatch.refusal)
     for one in caches:
         one.cache_clear()
     monkeypatch.setenv("CC", "no-such-compiler")

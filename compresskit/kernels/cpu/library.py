@@ -194,17 +194,28 @@ def _require(op: str, weight: Rows, width: int, numbers: Tensor, bias_O: Tensor 
         raise ValueError(f"{op}: {last} values and {SLACK_BYTES} bytes after them, got {values.numel()}")
 
 
-@cache
 def library(op: str, values: torch.dtype, path: str) -> ctypes.CDLL:
     """The kernels of ``op`` for one type of values.
 
     Raises:
         Unavailable: they cannot be compiled.
     """
+    found = attempt(op, values, path)
+    if isinstance(found, str):
+        raise Unavailable(found)
+    return found
+
+
+@cache
+def attempt(op: str, values: torch.dtype, path: str) -> ctypes.CDLL | str:
+    """As :func:`library`, or why not: nothing is compiled again at every product."""
     name = OPS.get(op, op)
-    found = load(f"{name}.c", (*PATHS[path], f"-DVALUE_TYPE={TYPES[values]}"))
-    for function in (function_of(found, "linear"), function_of(found, "expand")):
-        function.argtypes, function.restype = [ctypes.POINTER(Job), ctypes.c_void_p], None
+    try:
+        found = load(f"{name}.c", (*PATHS[path], f"-DVALUE_TYPE={TYPES[values]}"))
+        for function in (function_of(found, "linear"), function_of(found, "expand")):
+            function.argtypes, function.restype = [ctypes.POINTER(Job), ctypes.c_void_p], None
+    except Unavailable as error:
+        return str(error)
     return found
 
 

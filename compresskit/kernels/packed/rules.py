@@ -13,7 +13,8 @@ from torch import Tensor
 
 from compresskit.errors import EngineError, Fault, PatternError
 from compresskit.kernels.bitmap import VALUE_TYPES
-from compresskit.kernels.dispatch import implementation, reference
+from compresskit.kernels.cpu.build import Unavailable
+from compresskit.kernels.dispatch import forgo, implementation, reference
 from compresskit.kernels.packed.base import Case
 
 GROUP = 4
@@ -48,7 +49,15 @@ def runner(op: str, device: torch.device, dtype: torch.dtype) -> Callable[..., T
     """The function that computes ``op``; in float64, which is for checks, that is the reference."""
     if dtype == torch.float64:
         return reference(op)
-    return implementation(op, device.type)
+    run = implementation(op, device.type)
+
+    def run_or_reference(*given: Any) -> Any:
+        try:
+            return run(*given)
+        except Unavailable as error:  # for these values: dispatch has tried others
+            return forgo(op, "cpu", str(error))(*given)
+
+    return run_or_reference
 
 
 def complete(
