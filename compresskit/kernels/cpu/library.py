@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from compresskit.errors import EngineError, Fault
-from compresskit.kernels.cpu.build import Unavailable, function_of, load
+from compresskit.kernels.cpu.build import PROCESS, Unavailable, function_of, load
 from compresskit.kernels.dispatch import note
 from compresskit.kernels.packed.base import SLACK_BYTES
 
@@ -142,7 +142,7 @@ def linear(op: str, inputs: Tensor, weight: Rows, bias_O: Tensor | None) -> Tens
         input_type=TYPES[inputs.dtype],
         bias_type=0 if bias_O is None else TYPES[bias_O.dtype],
     )
-    library(op, weight.values.dtype, path()).linear(ctypes.byref(job), parallel())
+    library(op, weight.values.dtype, path()).linear(ctypes.byref(job), entry_for(job.threads))
     return out_NO.view(*inputs.shape[:-1], outs)
 
 
@@ -150,7 +150,7 @@ def expand(op: str, weight: Rows, out_OI: Tensor) -> None:
     """Write the dense weight into ``out_OI``, contiguous, in its type."""
     _require(op, weight, out_OI.shape[1], out_OI, None)
     job = weight.job(outputs=out_OI.data_ptr(), ins=out_OI.shape[1], input_type=TYPES[out_OI.dtype])
-    library(op, weight.values.dtype, path()).expand(ctypes.byref(job), parallel())
+    library(op, weight.values.dtype, path()).expand(ctypes.byref(job), entry_for(job.threads))
 
 
 def _require(op: str, weight: Rows, width: int, numbers: Tensor, bias_O: Tensor | None) -> None:
@@ -247,6 +247,16 @@ def paths() -> tuple[str, ...]:
     """Those of :data:`PATHS` that this processor has, the fastest last."""
     supports = function_of(load("features.c"), "supports")
     return tuple(name for number, name in enumerate(PATHS) if supports(number))
+
+
+def entry_for(threads: int) -> int | None:
+    """:func:`parallel` where there are several threads; a fork has none of those that it would wait for."""
+    if threads == 1:
+        return None
+    if os.getpid() == PROCESS:
+        return parallel()
+    note("This process is a fork of another: the kernels in C run in one thread.")
+    return None
 
 
 @cache
