@@ -101,6 +101,16 @@ def _costs_fault(path: Path) -> str:
     return ""
 
 
+def _times_fault(path: Path) -> str:
+    from compresskit.kernels.remembered import read_entry
+
+    try:
+        read_entry(path)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
+
+
 def _json_fault(path: Path) -> str:
     try:
         json.loads(path.read_text(encoding="utf-8"))
@@ -120,7 +130,7 @@ KINDS = {
     "teacher": Kind("what a teacher says of its rows", "teacher", HEX, _teacher_fault),
     "costs": Kind("what changing a layer costs a model", "costs", TIMES, _costs_fault),
     "kernels": Kind("a compiled kernel", "kernels", re.compile(r"^\w[^/]*\.[a-z]+$"), _compiled_fault),
-    "choices": Kind("times of packed layouts", "choices", TIMES, _json_fault),
+    "choices": Kind("times of packed layouts", "choices", TIMES, _times_fault),
     "latency": Kind("times of candidate shapes", "latency", TIMES, _json_fault),
     "built": Kind("a model built from a config.json", "built", re.compile(r"^\w.*$"), _model_fault),
 }

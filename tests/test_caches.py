@@ -17,6 +17,7 @@ from compresskit.data.cache import Piece, build_entry, key_of
 from compresskit.errors import InputError, OutputError
 from compresskit.home import VARIABLE
 from compresskit.kernels import cache as compiled
+from compresskit.kernels import remembered
 
 
 @pytest.fixture
@@ -25,9 +26,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     build_entry(tmp_path, key_of("a"), [Piece(list(range(5000)))], dtype="<u2")
     compiled.kept("gap_linear-0123.cubin", lambda: b"code" * 100)
-    for kind in ("choices", "latency"):
-        (tmp_path / kind).mkdir()
-        (tmp_path / kind / f"{'ab' * 16}.json").write_text("{}")
+    remembered.write({"device": "a"}, {"dense": {1: 2.0}}, ())
+    (tmp_path / "latency").mkdir()
+    (tmp_path / "latency" / f"{'ab' * 16}.json").write_text("{}")
     Store(tmp_path / "costs", {"weights": "ab"}).add({"head": {"w4a16": 0.25}})
     (tmp_path / "built" / "0a1b").mkdir(parents=True)
     (tmp_path / "built" / "0a1b" / "config.json").write_text("{}")

@@ -1,7 +1,7 @@
 """Times of layouts on disk: one file for each kind of layer, device and state of the kernels.
 
-A file holds the whole key besides what it stands for, so that a name that two keys share does no harm; one
-that cannot be read is as good as none, and is written again.
+A file holds the whole key besides what it stands for, so that a name that two keys share does no harm, and
+the SHA-256 of both; one that cannot be read, or was changed, is as good as none, and is written again.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -53,7 +54,7 @@ def place() -> Path:
 def read(key: Key) -> tuple[Times, tuple[str, ...]] | None:
     """What :func:`write` kept under ``key``; None where there is nothing, or nothing whole."""
     try:
-        said = json.loads(_path(key).read_text(encoding="utf-8"))
+        said = read_entry(_path(key))
         if said["key"] != key:
             return None
         times = {
@@ -67,6 +68,19 @@ def read(key: Key) -> tuple[Times, tuple[str, ...]] | None:
     return (times, notes) if whole else None
 
 
+def read_entry(path: Path) -> dict[str, Any]:
+    """What is in a file that :func:`write` made, without its checksum.
+
+    Raises:
+        ValueError: it is damaged; the message says how.
+        OSError: it cannot be read.
+    """
+    said = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(said, dict) or said.pop("sha256", "") != _digest(said):
+        raise ValueError("other contents than its checksum says")
+    return said
+
+
 def write(key: Key, times: Times, notes: tuple[str, ...]) -> tuple[str, ...]:
     """Keep ``times`` under ``key``; a reader finds the old file or the new one, never a part.
 
@@ -77,17 +91,24 @@ def write(key: Key, times: Times, notes: tuple[str, ...]) -> tuple[str, ...]:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"key": key, "times_ms": times, "notes": list(notes)}, indent=1)
+        said = json.loads(json.dumps({"key": key, "times_ms": times, "notes": list(notes)}))
+        text = json.dumps({**said, "sha256": _digest(said)}, indent=1)
         partial.write_text(text + "\n", encoding="utf-8")
         partial.replace(path)
     except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
         return (f"Times of layouts could not be kept in {path.parent}: {error.strerror}.",)
     return ()
 
 
 def _path(key: Key) -> Path:
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return place() / f"{digest[:32]}.json"
+    return place() / f"{_digest(key)[:32]}.json"
+
+
+def _digest(said: Key) -> str:
+    """SHA-256 of plain data, in hexadecimal digits."""
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 @cache
