@@ -362,15 +362,24 @@ class SparseLinear(nn.Module):
         if values is not None and not torch.equal(self.bitmap().mask_OB, weight.mask_OB.cpu()):
             error_msgs.append(f"{prefix}{MASK}: values are trained under another one; call settle() first")
             return
-        if self.bias is not None and f"{prefix}bias" in state_dict:
+        bias = state_dict.get(f"{prefix}bias")
+        if self.bias is not None and bias is not None and bias.shape != self.bias.shape:
+            expected, got = tuple(self.bias.shape), tuple(bias.shape)
+            error_msgs.append(f"{prefix}bias: expected one of {expected}, got {got}")
+            return
+        was, wish, device, self.layer = self.choice, self.wish, self.device, layer
+        if device.type == "meta" and local_metadata.get("assign_to_params_buffers"):
+            device = weight.mask_OB.device  # as any module's whose state is assigned
+        if self.bias is not None and bias is not None:
+            if self.bias.device != device:
+                self.bias = nn.Parameter(torch.empty_like(self.bias, device=device), self.bias.requires_grad)
             with torch.no_grad():
-                self.bias.copy_(state_dict[f"{prefix}bias"])
+                self.bias.copy_(bias)
         elif self.bias is not None and strict:
             missing_keys.append(f"{prefix}bias")
         if values is not None:
             values.data.copy_(weight.values_K)
             return
-        was, wish, device, self.layer = self.choice, self.wish, self.device, layer
         self._drop()
         self._hold(weight, device, copy=True)
         if was is not None:
