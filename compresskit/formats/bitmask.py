@@ -220,6 +220,9 @@ def layers_of(config: Mapping[str, Any]) -> dict[str, PackedLayer]:
     layers = config.get("layers")
     if not isinstance(layers, Mapping):
         raise FormatError(Fault(f"{where}.layers", "a mapping", type(layers).__name__, AGAIN))
+    ignore = config.get("ignore", ())
+    if not isinstance(ignore, (list, tuple)) or not all(isinstance(name, str) for name in ignore):
+        raise FormatError(Fault(f"{where}.ignore", "a list of names", repr(ignore)[:80], AGAIN))
     made: dict[str, PackedLayer] = {}
     faults: list[Fault] = []
     for name, plain in layers.items():

@@ -156,7 +156,7 @@ def _form_faults(weight: Bitmap, where: str, cure: str) -> list[Fault]:
     if (values.dtype == torch.int8) != (scales is not None):
         got = "none" if scales is None else f"scales beside {values.dtype} values"
         faults.append(Fault(f"{where} scales", "scales beside int8 values, and only there", got, cure))
-    if scales is not None:
+    if scales is not None and mask.dim() == 2:
         groups = scales.shape[-1] if scales.dim() == 2 else 0
         if not groups or scales.shape[0] != len(mask) or weight.in_features % groups:
             expected = f"({len(mask)}, a divisor of {weight.in_features})"

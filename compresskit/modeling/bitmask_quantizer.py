@@ -14,6 +14,7 @@ from compresskit.errors import Fault, FormatError
 from compresskit.formats.bitmask import (
     AGAIN,
     MAX_NAMED,
+    PARTS,
     SHAPE,
     PackedLayer,
     form_faults,
@@ -60,6 +61,7 @@ def prepare(model: Any, config: Mapping[str, Any], files: Iterable[str] | None) 
     for name, layer in layers.items():
         if (found := names[name]) is not None:
             faults += _misfits(name, layer, model.get_submodule(found))
+            faults += _tied_faults(name, f"{found}.weight", model)
         if stored:
             faults += _file_faults(name, layer, stored)
     if faults:
@@ -165,11 +167,23 @@ def _misfits(name: str, layer: PackedLayer, module: nn.Module) -> list[Fault]:
     shape = tuple(module.weight.shape)[::-1] if turned else tuple(module.weight.shape)
     if turned == layer.transposed and shape == layer.shape:
         return []
+    if shape == layer.shape:
+        got = f"transposed: {layer.transposed} in config.json"
+        return [Fault(name, f"transposed: {turned}, as {type(module).__name__} stores it", got, AGAIN)]
     return [Fault(name, f"the model's shape {shape}", f"{layer.shape} in config.json", AGAIN)]
 
 
+def _tied_faults(name: str, weight: str, model: Any) -> list[Fault]:
+    """The dense weight of a packed layer is no tensor that another module could share."""
+    tied = model.all_tied_weights_keys
+    if weight not in {*tied, *tied.values()}:
+        return []
+    cure = "Export the model again, which leaves such layers dense, or set tie_word_embeddings to false."
+    return [Fault(name, "a weight of its own", "one that config.json ties to another module's", cure)]
+
+
 def _file_faults(name: str, layer: PackedLayer, stored: Mapping[str, Stored]) -> list[Fault]:
-    found = {part: stored[key] for part in layer.parts if (key := f"{name}.{part}") in stored}
+    found = {part: stored[key] for part in PARTS if (key := f"{name}.{part}") in stored}
     return form_faults(name, layer, {part: (place.dtype, place.shape) for part, place in found.items()})
 
 
@@ -178,9 +192,11 @@ def _reading_faults(name: str, layer: SparseLinear) -> list[Fault]:
     read = [part for part, tensor in parts.items() if getattr(tensor, LOADED, False)]
     if len(read) < len(parts):
         return [missing_fault(name, layer.layer, [SHAPE, *read])]
-    if layer.device.type == "meta":
+    if any(tensor.device.type == "meta" for tensor in (*layer.parameters(), *layer.buffers())):
         cure = "Load the model onto one device, or export it to dense (`compresskit export --to dense`)."
         return [Fault(name, "a packed weight in memory", "one offloaded to the disk", cure)]
+    if layer.bias is not None and not getattr(layer.bias, LOADED, False):
+        return [Fault(name, "the bias that the model has", "none", AGAIN)]
     values = parts["values"]
     if values.is_floating_point() and values.dtype != layer.dtype:  # some models keep layers in float32
         layer.retype(values.dtype)

@@ -148,6 +148,8 @@ def test_files_that_contradict_themselves_are_refused(harm: Harm, told: str) -> 
     [
         ({"version": 2}, "version 1, got compresskit-bitmask, version 2. Read it with the compresskit that"),
         ({"quant_method": "gptq"}, "got gptq, version 1"),
+        ({"ignore": "head"}, "ignore: expected a list of names, got 'head'"),
+        ({"ignore": 3}, "ignore: expected a list of names, got 3"),
         ({"layers": []}, "expected a mapping, got list"),
         ({"layers": {"a": 3}}, "layers.a: expected a mapping, got 3"),
         ({"layers": {"a": {"shape": [1, 2]}}}, "layers.a: expected kept, dtype, got none"),
@@ -166,7 +168,7 @@ def test_files_that_contradict_themselves_are_refused(harm: Harm, told: str) -> 
 def test_configurations_that_cannot_be_are_refused(said: dict[str, Any], told: str) -> None:
     config = Bitmask({"plain": PackedLayer(shape=(5, 13), kept=20, dtype="float32")}).config({}, [])
     config = json.loads(json.dumps(config))
-    outer = said.keys() & {"version", "quant_method", "layers"}
+    outer = said.keys() & {"version", "quant_method", "layers", "ignore"}
     (config if outer else config["layers"]["plain"]).update(said)
     with pytest.raises(FormatError, match=told):
         layers_of(config)

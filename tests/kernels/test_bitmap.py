@@ -70,6 +70,7 @@ EIGHT = pack(sparse((4, 12), torch.int8), torch.ones(4, 3))
         (replace(WHOLE, values_K=WHOLE.values_K.double()), "one row of float32"),
         (replace(WHOLE, values_K=WHOLE.values_K * torch.nan), "finite numbers"),
         (replace(WHOLE, scales_OG=torch.ones(5, 1)), "and only there"),
+        (replace(EIGHT, mask_OB=torch.tensor(1, dtype=torch.uint8)), "uint8 of (outputs, 2)"),
         (replace(EIGHT, scales_OG=None), "scales beside int8 values"),
         (replace(EIGHT, scales_OG=torch.ones(4, 5)), "a divisor of 12"),
         (replace(EIGHT, scales_OG=torch.full((4, 3), torch.inf)), "finite numbers"),
