@@ -18,13 +18,16 @@ from compresskit.foresight.pace import Pace, Work, flops_of, pace
 from compresskit.foresight.peak import WHOLE_BLOCKS, Load, Moment, loss_inside, peak
 from compresskit.foresight.pipeline import Course, pipeline_pace, pipeline_peak, ranks_of
 from compresskit.foresight.split import exchanged_bytes
-from compresskit.foresight.states import ITEM, Engine, engine_of
+from compresskit.foresight.states import ITEM, Engine, engine_of, numbers
 from compresskit.foresight.subject import LIVE_TEACHERS, Subject
 from compresskit.options import Choice
 from compresskit.training.faults import broken_rules, number_faults
 from compresskit.training.lesson import REPLICATE
 from compresskit.training.mesh.plan import tensor_faults
+from compresskit.training.outlook import synchronising_bytes
+from compresskit.training.rules.asynchronous import ZENFLOW
 from compresskit.training.rules.pipeline import STAGES_A_RANK
+from compresskit.training.rules.zenflow import shape_faults
 from compresskit.training.setting import Setting
 
 SHARD = "shard"
@@ -173,7 +176,8 @@ def refusal(stage: Any, machine: Machine) -> str:
     setting = Setting(stage, machine.processes, machine.device.kind)
     for fault in number_faults(stage, "stage"):
         return str(fault)
-    for rule, fault in broken_rules(setting, "stage"):
+    # What other rows mend, which have other rows in a pass, is told last.
+    for rule, fault in sorted(broken_rules(setting, "stage"), key=lambda b: b[0].field == "micro_batch_size"):
         if machine.here or not rule.name.endswith(ELSEWHERE):
             return f"{rule.name}: expected {fault.expected}, got {fault.got}. {fault.cure}"
     return ""
@@ -208,10 +212,12 @@ def weighed(subject: Subject, machine: Machine, combination: Combination) -> Row
 
 
 def divided_faults(subject: Subject, stage: Any) -> list[Fault]:
-    """Why such a model cannot be split, or has too few blocks for a pipeline."""
+    """Why such a model cannot be split, has too few blocks for a pipeline, or weights unfit for ZenFlow."""
     config, anatomy = subject.model.config, subject.model.anatomy
     if stage.tensor_parallel > 1:
         return tensor_faults(config, anatomy, stage.tensor_parallel, "stage")
+    if stage.synchronise == ZENFLOW:
+        return shape_faults(subject.shapes(stage), "stage")
     stages = stage.pipeline_stages * STAGES_A_RANK.get(stage.pipeline_schedule, 1)
     if stage.pipeline_stages > 1 and stages > len(anatomy.blocks):
         expected, got = f"at least {stages} blocks, one for each stage", str(len(anatomy.blocks))
@@ -251,11 +257,12 @@ def load_of(subject: Subject, stage: Any, setting: Setting, passes: int) -> Load
         precision=stage.precision,
         teaches=subject.teacher is not None,
     )
-    engine = engine_of(setting)
+    engine, held = engine_of(setting), subject.held(stage)
+    largest = max(map(prod, held.trained), default=0)
     return Load(
         passed=subject.passed(stage, rows),
         blocks=len(subject.model.anatomy.blocks),
-        held=subject.held(stage),
+        held=held,
         units=subject.units(stage),
         loss=inside,
         teaching=subject.teaching(stage, rows, subject.tokens),
@@ -263,6 +270,7 @@ def load_of(subject: Subject, stage: Any, setting: Setting, passes: int) -> Load
         accumulates=passes > 1,
         device=setting.device,
         gathered=gathered_of(subject, stage, engine),
+        synchronising=synchronising_bytes(stage, numbers(held.trained), largest),
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from compresskit.errors import Fault, PlanError
 from compresskit.foresight.candidates import Row, best, candidates
 from compresskit.foresight.devices import Machine
+from compresskit.foresight.seldom import seldom_hint
 from compresskit.foresight.sketch import sketched
 from compresskit.foresight.states import ITEM
 from compresskit.foresight.subject import Subject, teacher_of, untold
@@ -139,7 +140,9 @@ def foresee(recipe: Recipe, machine: Machine) -> Foresight:
                 name = f"{index + 1}-{stage.kind}"
                 subject = Subject(name, stage, outlook, teacher_of(stage, source))
                 rows = candidates(subject, machine)
-                found.append(Forecast(subject, tuple(rows), (*untold(stage), _loading(subject, machine))))
+                hint = seldom_hint(subject, machine, best(rows))
+                notes = (*untold(stage), *hint, _loading(subject, machine))
+                found.append(Forecast(subject, tuple(rows), notes))
         outlook = _after(stage, outlook)
     if not any(stage.trains for stage in recipe.stages):
         cure = "Plan it without --gpus or --here."

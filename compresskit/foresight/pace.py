@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from compresskit.foresight.devices import HOST_LINK_BYTES_S, Device, Machine
+from compresskit.foresight.devices import GB, HOST_LINK_BYTES_S, Device, Machine
 from compresskit.foresight.states import ITEM, Engine, Held, numbers
 from compresskit.modeling.anatomy import Anatomy
+from compresskit.training.rules.asynchronous import ZENFLOW
+from compresskit.training.rules.zenflow import SELECTED
 
 FORWARD, WHOLE = 1, 3
 """Products of a forward pass, and of that with its backward pass: for inputs and for weights."""
@@ -19,6 +21,11 @@ FROZEN = 2
 """The same where weights take no gradient."""
 STEP_TRAFFIC = 7
 """Numbers that AdamW reads or writes for a weight: it, its gradient and both moments, three of them twice."""
+EXCHANGE_TRAFFIC = {"local_sgd": 6, "diloco": 20}
+"""The same of an exchange: laid out, divided and put in place, each read and written. Of DiLoCo also the
+difference to the outer weight, 3, and the outer SGD with Nesterov's momentum, 11 as torch does it."""
+CPU_BYTES_S = 10 * GB
+"""That a process's Adam on the CPU reads and writes: of a server's memory, some 80 GB/s, an eighth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +123,12 @@ def pace(
     flops = work.blocks * (factor + recomputed) / work.ways + work.head * WHOLE + work.teacher
     second = device.peak_flops[precision] * device.efficiency
     compute = passes * each * flops / second
+    step = _stepping_s(engine, held, device)
     sent, hides = _sent(engine, held, machine, passes, work.ways)
-    exposed = max(0.0, sent - 0.5 * compute) if hides else sent
+    if engine.is_alone:  # a step's share of an exchange, which a delay's steps hide
+        exposed = max(0.0, sent - engine.delay * (compute + step) / engine.every)
+    else:
+        exposed = max(0.0, sent - 0.5 * compute) if hides else sent
     if work.ways > 1:  # each layer waits for the one before
         whole = 2 * each * work.exchanged_bytes + work.head_bytes
         splitting = passes * _ring(whole, work.ways, machine)
@@ -126,15 +137,27 @@ def pace(
         gathering = passes * _ring(work.gathered_bytes, machine.processes, machine)
         exposed += max(0.0, gathering - passes * each * work.teacher / second)
         sent += gathering
-    stepped = engine.part(held.trained) if engine.shards > 1 else numbers(held.trained)
-    step = step_s(stepped, device)
-    if engine.offloads:
-        step += 2 * ITEM * stepped / HOST_LINK_BYTES_S + ITEM * STEP_TRAFFIC * stepped / (10 * 10**9)
     total = compute + exposed + step
     return Pace(compute, sent, exposed, step, passes * each * (machine.processes // work.ways) / total)
 
 
-def step_s(stepped: int, device: Device) -> float:
+def _stepping_s(engine: Engine, held: Held, device: Device) -> float:
+    """Seconds of the optimisers in a step, and of copies to the host and back where one steps there."""
+    everything = numbers(held.trained)
+    stepped = engine.part(held.trained) if engine.shards > 1 else everything
+    copy, on_cpu = ITEM * stepped / HOST_LINK_BYTES_S, ITEM * STEP_TRAFFIC * stepped / CPU_BYTES_S
+    if engine.synchronise == ZENFLOW:
+        # The device sums up gradients, but the sum lies on the host: each step writes it, all but the first
+        # read it; of the last Adam gets a copy, and its weights come back. Of n steps 2 n + 1 copies.
+        copies = (2 * engine.every + 1) * copy
+        return step_s(SELECTED * everything, device) + (copies + on_cpu) / engine.every
+    if engine.is_alone:
+        exchange = ITEM * EXCHANGE_TRAFFIC[engine.synchronise] * everything / device.memory_bytes_s
+        return step_s(stepped, device) + exchange / engine.every
+    return step_s(stepped, device) + (2 * copy + on_cpu if engine.offloads else 0.0)
+
+
+def step_s(stepped: float, device: Device) -> float:
     """Seconds in which an optimiser looks at so many numbers."""
     return ITEM * STEP_TRAFFIC * stepped / device.memory_bytes_s
 
@@ -147,7 +170,7 @@ def _sent(engine: Engine, held: Held, machine: Machine, passes: int, ways: int) 
     if count == 1:
         return 0.0, True
     if engine.kind == "ddp":
-        return 2 * _ring(trained, count, machine), True
+        return 2 * _ring(trained, count, machine) / (engine.every if engine.is_alone else 1), True
     if engine.kind == "fsdp":
         copies, group = count // engine.shards, engine.shards
         gather = 2 * _ring(everything, group, machine, ways)  # once forward, once back
@@ -158,7 +181,9 @@ def _sent(engine: Engine, held: Held, machine: Machine, passes: int, ways: int) 
     if engine.kind == "zero3":
         return passes * (2 * _ring(everything, count, machine) + _ring(trained, count, machine)), False
     reductions = passes if engine.kind == "zero2" else 1
-    return reductions * 2 * _ring(trained, count, machine) + _ring(trained, count, machine), False
+    # Of ZenFlow each step gathers the gradients of the chosen columns, and the last of n the weights.
+    gathers = SELECTED + 1 / engine.every if engine.synchronise == ZENFLOW else 1
+    return (reductions * 2 + gathers) * _ring(trained, count, machine), False
 
 
 def _ring(whole: float, count: int, machine: Machine, abreast: int = 1) -> float:

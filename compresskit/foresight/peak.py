@@ -37,6 +37,7 @@ TERMS = (
     "buffers",
     "frozen",
     "masks",
+    "synchronise",
 )
 """What a process holds, in the order it is told."""
 WHOLE_BLOCKS = {"begin": 0, "forward": 2, "loss": 1, "loss back": 1, "backward": 3, "end": 1}
@@ -91,6 +92,7 @@ class Load:
         accumulates: whether a step has several passes.
         device: ``cpu`` or ``cuda``.
         gathered: phase -> numbers of weights that ZeRO-3 has whole in it.
+        synchronising: bytes that ``synchronise`` keeps, and those besides while weights are exchanged.
     """
 
     passed: Pass
@@ -103,6 +105,7 @@ class Load:
     accumulates: bool
     device: str
     gathered: Mapping[str, int] = field(default_factory=dict)
+    synchronising: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +128,8 @@ class Moment:
 
 def peak(load: Load, engine: Engine) -> Moment:
     """The moment of a step at which a process holds most."""
-    return fullest(always(load, engine), (*_passes(load, engine), stepping(load, engine)))
+    exchange = "exchange", {"synchronise": float(load.synchronising[1])}
+    return fullest(always(load, engine), (*_passes(load, engine), stepping(load, engine), exchange))
 
 
 def fullest(kept: Mapping[str, float], times: Iterable[tuple[str, Mapping[str, float]]]) -> Moment:
@@ -157,6 +161,7 @@ def always(load: Load, engine: Engine) -> dict[str, float]:
         "buffers": buffers,
         "frozen": frozen_bytes(held, engine),
         "masks": held.extra_bytes,
+        "synchronise": load.synchronising[0],
     }
 
 
@@ -164,7 +169,7 @@ def _passes(load: Load, engine: Engine) -> Iterator[tuple[str, dict[str, float]]
     """The teacher, then each phase forward and back."""
     passed, blocks = load.passed, load.blocks
     total = ITEM * numbers_of(load.held.trained)
-    keeps = engine.kind not in ("ddp", "zero2", "zero3")
+    keeps = not engine.has_views and engine.kind not in ("zero2", "zero3")
     before = total if load.accumulates and keeps else 0
     if load.teaching.passing:
         yield "teacher", {"teacher": load.teaching.passing, "gradients": before}
@@ -201,7 +206,7 @@ def _back(
     if engine.kind == "fsdp":
         late = load.passed.head_back.gradient if load.units.is_tied and done else 0.0
         return {"gradients": late + (done - late) / engine.shards + own}
-    if engine.kind == "ddp":
+    if engine.has_views:
         return {"gradients": own}
     if not engine.is_zero:
         return {"gradients": done + own}
@@ -240,7 +245,7 @@ def stepping(load: Load, engine: Engine) -> tuple[str, dict[str, float]]:
     gradients = gradient_bytes(load.held, engine)
     making = stepping_bytes(load.held, engine, load.optimizer, load.device)
     twice = {"zero1": 2, "zero2": 2, "zero3": 1}.get(engine.kind, 1)  # laid out as one tensor once more
-    kept = 0 if engine.kind == "ddp" else twice * gradients
+    kept = 0 if engine.has_views else twice * gradients
     return "step", {"gradients": kept, "buffers": making}
 
 

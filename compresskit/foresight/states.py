@@ -14,6 +14,7 @@ from typing import Any
 
 from compresskit.training.fields import TrainingFields
 from compresskit.training.optimizers import OPTIMIZERS
+from compresskit.training.rules.asynchronous import ALONE, EVERY_STEP
 from compresskit.training.setting import Setting
 
 Shape = tuple[int, ...]
@@ -77,6 +78,9 @@ class Engine:
         prefetch: numbers of parameters that ZeRO-3 gathers ahead together.
         whole: a parameter of so many numbers or fewer is never divided by ZeRO-3.
         offloads: whether the optimiser's states and the weights it steps lie in the host's memory.
+        synchronise: how ranks come to have the same weights, as the stage's field names it.
+        every: steps from one exchange of weights, or one late update, to the next.
+        delay: steps that ranks go on while an exchange is under way.
     """
 
     kind: str
@@ -87,6 +91,19 @@ class Engine:
     prefetch: int = 0
     whole: int = 0
     offloads: bool = False
+    synchronise: str = EVERY_STEP
+    every: int = 1
+    delay: int = 0
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether ranks step alone."""
+        return self.synchronise in ALONE
+
+    @property
+    def has_views(self) -> bool:
+        """Whether gradients are views of DDP's buckets, as they are where it sums them up."""
+        return self.kind == "ddp" and not self.is_alone
 
     @property
     def divides_weights(self) -> bool:
@@ -120,8 +137,12 @@ def engine_of(setting: Setting) -> Engine:
         return Engine("pipeline")
     if setting.strategy == "fsdp":
         return Engine("fsdp", max(shards, 1))
+    seldom: dict[str, Any] = {}
+    if fields.synchronise != EVERY_STEP:
+        every, delay = fields.synchronise_every, fields.synchronise_delay
+        seldom = {"synchronise": fields.synchronise, "every": every, "delay": delay}
     if setting.strategy != "deepspeed":
-        return Engine(setting.strategy)
+        return Engine(setting.strategy, **seldom)
     zero = _zero_section(fields)
     read = {n: int(float(zero[n])) if _is_number(zero.get(n)) else int(d) for n, d in ZERO_DEFAULTS.items()}
     offload = zero.get("offload_optimizer") or {}
@@ -137,6 +158,7 @@ def engine_of(setting: Setting) -> Engine:
         prefetch=read[PREFETCH],
         whole=read[WHOLE],
         offloads=offloads,
+        **seldom,
     )
 
 

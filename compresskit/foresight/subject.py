@@ -32,6 +32,7 @@ from compresskit.training.adapters.outlook import as_stored_layers, trained_para
 from compresskit.training.bias_norm import biases_and_norms
 from compresskit.training.lesson import TEXT_ALONE
 from compresskit.training.outlook import LONGEST_ROW, live_copy_bytes
+from compresskit.training.rules.asynchronous import ALONE
 from compresskit.training.rules.base import adapter_of
 from compresskit.training.trainable import ALL, LOW_RANK
 
@@ -347,6 +348,9 @@ def untold(stage: Any) -> tuple[str, ...]:
         "Products in int8 are timed and weighed as those in float.": stage.matmul != "float",
         "Products in fp8 are timed and weighed as those in bf16.": stage.precision == "fp8",
         "Activations that wait on the host are counted on the device.": stage.offload_activations,
+        f"The first {stage.synchronise_from} steps, which average gradients, are timed as the others are.": (
+            stage.synchronise in ALONE and stage.synchronise_from > 0
+        ),
         f"Adapter {adapter_of(stage)} is weighed as LoRA of its rank.": adapter_of(stage)
         not in (*LOW_RANK, ""),
     }

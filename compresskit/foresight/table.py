@@ -9,6 +9,7 @@ from compresskit.foresight.candidates import Row
 from compresskit.foresight.devices import RESERVED_FRACTION
 from compresskit.foresight.forecast import Forecast, Foresight, settings
 from compresskit.progress import size
+from compresskit.training.rules.asynchronous import EVERY_STEP
 
 SAID = {
     "weights": "that it computes with, in fp32 as always while it trains",
@@ -22,6 +23,7 @@ SAID = {
     "buffers": "of communication, or of the optimiser's step",
     "frozen": "weights in few bits",
     "masks": "masks, and copies of weights that are rounded",
+    "synchronise": "outer weights, their momentum, sums under way; or columns that are stepped at once",
 }
 """What a term is, for people."""
 FORM = "{:<18} {:<10} {:<9} {:>5} {:>7} {:>11} {:>9} {:>11}  {}"
@@ -47,7 +49,7 @@ def _stage(one: Forecast, foresight: Foresight) -> str:
     lines = [
         "",
         f"{one.subject.name}: {model.anatomy.num_parameters:,} parameters, {stage.batch_size} rows of "
-        f"{one.subject.tokens} tokens a step, {stage.precision}",
+        f"{one.subject.tokens} tokens a step, {stage.precision}{_seldom(stage)}",
         FORM.format("strategy", "recompute", "teacher", "rows", "passes", "peak", "step", "tokens/s", ""),
     ]
     lines += [_line(row) for row in shown(one.rows)]
@@ -55,13 +57,23 @@ def _stage(one: Forecast, foresight: Foresight) -> str:
         lines.append(f"and {left} more, which --json tells")
     chosen = one.best
     if chosen is None:
-        least = min((r.peak.bytes for r in one.rows if r.peak), default=0)
+        least = min((r.peak.bytes for r in one.rows if r.peak), default=None)
         lines.append(
-            f"Nothing fits; the least is {size(least)}. Use more or larger devices, or shorter rows."
+            "Every way is refused, for the reason beside it."
+            if least is None
+            else f"Nothing fits; the least is {size(least)}. Use more or larger devices, or shorter rows."
         )
     else:
         lines += _explained(chosen, stage)
     return "\n".join([*lines, *one.notes])
+
+
+def _seldom(stage: Any) -> str:
+    """How often ranks exchange, where they do not at every step."""
+    if stage.synchronise == EVERY_STEP:
+        return ""
+    late = f", {stage.synchronise_delay} late" if stage.synchronise_delay else ""
+    return f", {stage.synchronise} every {stage.synchronise_every} steps{late}"
 
 
 def shown(rows: Iterable[Row]) -> list[Row]:

@@ -18,10 +18,13 @@ from compresskit.foresight.rank import PEAK, STEPS
 from compresskit.home import cache_home
 from compresskit.options import Choice
 from compresskit.training.launch import JOB, TRACEBACK_LINES, launch
+from compresskit.training.rules.asynchronous import ALONE, ZENFLOW
 
 MODULE = "compresskit.foresight.rank"
 QUIET: Mapping[str, Any] = {"eval_every": 0, "keep_best": False, "trackers": (), "checkpoint_every": 0}
 """Fields of a trial: nothing but steps."""
+SELDOM: Mapping[str, Any] = {"synchronise_every": 2, "synchronise_from": 0, "steps": 5}
+"""Where ranks step alone: what an exchange keeps is there after the first, and in use at the second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,7 @@ def verify(foresight: Foresight, one: Forecast, row: Row, cache: Path | None = N
         What was predicted, and what was measured.
 
     Raises:
-        PlanError: the stage is given a model that another stage has yet to cut.
+        PlanError: the stage is given a model that another stage has yet to cut, or ZenFlow steps.
         WorkerError: a process died.
     """
     index = int(one.subject.name.partition("-")[0]) - 1
@@ -94,14 +97,20 @@ def verify(foresight: Foresight, one: Forecast, row: Row, cache: Path | None = N
         cure = "Verify without the cut, or run the recipe up to this stage and verify from there."
         got = "one after a cut, whose model is not there yet"
         raise PlanError(Fault(f"stages[{index}]", "a stage whose model is there", got, cure))
+    if one.subject.stage.synchronise == ZENFLOW:
+        cure = "Verify with synchronise every_step, or leave --verify out."
+        got = "zenflow, whose steps DeepSpeed takes by itself"
+        raise PlanError(Fault(f"stages[{index}].synchronise", "steps that can be watched", got, cure))
     assert row.peak is not None
     assert row.pace is not None
     cache = cache or cache_home()
-    changes = {name: _plain(value) for name, value in row.combination.changes.items()}
+    changes = {name: _plain(value) for name, value in row.combination.changes.items()} | {"steps": STEPS}
+    if one.subject.stage.synchronise in ALONE:
+        changes |= {**SELDOM, "synchronise_delay": min(one.subject.stage.synchronise_delay, 1)}
     job = {
         "recipe": foresight.recipe.to_json(),
         "stage": index,
-        "changes": {**changes, **QUIET, "steps": STEPS},
+        "changes": {**changes, **QUIET},
         "cache": str(cache),
     }
     processes = int(changes["processes"])
@@ -109,7 +118,7 @@ def verify(foresight: Foresight, one: Forecast, row: Row, cache: Path | None = N
         _run(json.dumps(job), processes, Path(place), zero=changes["strategy"] == "deepspeed")
         read = [json.loads((Path(place) / PEAK.format(r)).read_text("utf-8")) for r in range(processes)]
     ends, fullest = read[0]["step_ends"], max(read, key=lambda found: found["peak_bytes"])
-    tokens = (STEPS - 1) * one.subject.stage.batch_size * one.subject.tokens
+    tokens = (changes["steps"] - 1) * one.subject.stage.batch_size * one.subject.tokens
     return Verified(
         name=one.subject.name,
         strategy=row.combination.strategy,

@@ -158,6 +158,28 @@ def kept_per_token(fields: TrainingFields, blocks: int, width: int, inner: int, 
     return rest + kept + (whole if again or offloads else 0) + 4 * inner
 
 
+def synchronising_bytes(fields: TrainingFields, parameters: int, largest: int) -> tuple[int, int]:
+    """What ``synchronise`` keeps in each process, beside weights, gradients and states of the optimiser.
+
+    Args:
+        fields: of the stage.
+        parameters: that are trained.
+        largest: numbers of the largest of them, which is exchanged alone.
+
+    Returns:
+        Bytes that are kept all the time, and bytes besides while weights are exchanged.
+    """
+    bucket = min(parameters, max(BUCKET, largest))
+    if fields.synchronise == "local_sgd":
+        return 0, 4 * bucket
+    if fields.synchronise == "diloco":  # outer weights and their momentum; what is under way, and was then
+        delayed = fields.synchronise_delay > 0
+        return parameters * (16 if delayed else 8), bucket * (4 if delayed else 8)
+    if fields.synchronise == ZENFLOW:  # gradients and moments of the columns that each process steps at once
+        return round(12 * SELECTED * parameters), 0
+    return 0, 0
+
+
 def forecast_training(
     fields: TrainingFields,
     model: Outlook,
@@ -189,14 +211,7 @@ def forecast_training(
     states = (parameters * 8 + kept + frozen_bytes) // shards
     if setting.strategy == "deepspeed" and fields.zero_stage < 3:
         states = parameters * 8 + kept // shards + frozen_bytes
-    bucket = min(parameters, max(BUCKET, vocabulary * width))
-    if fields.synchronise == "local_sgd":
-        states += 4 * bucket
-    if fields.synchronise == "diloco":  # outer weights and their momentum; what is under way, and was then
-        states += parameters * (16 if fields.synchronise_delay else 8)
-        states += bucket * (4 if fields.synchronise_delay else 8)
-    if fields.synchronise == ZENFLOW:  # gradients and moments of the columns that each process steps at once
-        states += round(12 * SELECTED * parameters)
+    states += sum(synchronising_bytes(fields, parameters, vocabulary * width))
     activations = 4 * tokens * kept_per_token(fields, len(anatomy.blocks), width, inner, model.device)
     logits = loss_bytes(tokens, vocabulary, width, model.device)
     if fields.tensor_parallel > 1:
