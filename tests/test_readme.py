@@ -13,6 +13,9 @@ import pytest
 from tests.conftest import ROOT
 from tests.tiny import tiny_llama
 
+NAMES = r"COMPRESSKIT_[A-Z_]+"
+OURS = {"COMPRESSKIT_NOTES", "COMPRESSKIT_PARENT", "COMPRESSKIT_MAX_RESTARTS"}
+"""Environment variables that compresskit sets for the processes that it starts."""
 README = (ROOT / "README.md").read_text()
 
 
@@ -38,6 +41,11 @@ def commands() -> list[str]:
 
 def test_there_are_commands() -> None:
     assert len(commands()) >= 7
+
+
+def test_every_environment_variable_is_told() -> None:
+    code = "".join(path.read_text() for path in (ROOT / "compresskit").rglob("*.py"))
+    assert set(re.findall(rf"\| `({NAMES})` \|", README)) == set(re.findall(NAMES, code)) - OURS
 
 
 @pytest.mark.slow
