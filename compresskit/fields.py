@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
@@ -79,6 +80,8 @@ def describe(hint: Any) -> str:
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(describe(option) for option in get_args(hint))
+    if is_sequence(hint) and is_sequence(get_args(hint)[0]):
+        return "a mapping"  # as pairs, so that it can be hashed
     if is_sequence(hint):
         return f"a list of {describe(get_args(hint)[0])}"
     if origin is Mapping:
@@ -86,6 +89,16 @@ def describe(hint: Any) -> str:
     if is_dataclass(hint):
         return "a path or a mapping of " + ", ".join(f.name for f in fields(hint))
     return NAMES.get(hint, str(hint))
+
+
+def documented(cls: type[Any]) -> dict[str, str]:
+    """The ``Attributes:`` of a class and its bases: field -> what is said of it, on one line."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        section = (base.__doc__ or "").partition("Attributes:")[2]
+        for name, text in re.findall(r"^ {8}(\w+): ((?:.|\n {12})*)", section, re.M):
+            found[name] = re.sub(r"\s+", " ", text).strip()
+    return found
 
 
 def _listed(value: Any, target: Any) -> list[Any]:

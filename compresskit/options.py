@@ -58,8 +58,8 @@ class Within:
         )
 
     def __str__(self) -> str:
-        text = f"{'above' if self.above else 'at least'} {self.least:g}"
-        return text if self.most == inf else f"{text} and at most {self.most:g}"
+        text = f"{'above' if self.above else 'at least'} {self.least:.10g}"
+        return text if self.most == inf else f"{text} and at most {self.most:.10g}"
 
 
 def freeze_options(options: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> Options:
@@ -144,7 +144,7 @@ def option_faults(
         elif not fit(value, hints[name])[0]:
             wanted = describe(hints[name])
             faults.append(Fault(f"{where}.{name}", wanted, repr(value), f"Write {name} as {wanted}."))
-        elif (bounds := _bounds(method, name)) is not None and value is not None and value not in bounds:
+        elif (bounds := bounds_of(method, name)) is not None and value is not None and value not in bounds:
             cure = f"Leave {name} out, which is {known[name].default!r}, or choose one {bounds}."
             faults.append(Fault(f"{where}.{name}", f"a number {bounds}", repr(value), cure))
     for name, field in known.items():
@@ -155,7 +155,7 @@ def option_faults(
     return faults
 
 
-def _bounds(method: type[Any], name: str) -> Within | None:
-    """The :class:`Within` that a field is annotated with."""
+def bounds_of(method: type[Any], name: str) -> Within | None:
+    """The :class:`Within` that the field ``name`` of ``method`` is annotated with."""
     notes = get_args(get_type_hints(method, include_extras=True)[name])
     return next((note for note in notes if isinstance(note, Within)), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from functools import cached_property
@@ -12,6 +13,8 @@ from typing import Any, Generic, TypeVar, cast
 from compresskit.errors import Fault, UnknownMethodError
 
 T = TypeVar("T")
+NAMED = re.compile(r"(?:a name|names) of ``(compresskit[\w.]*)\.([A-Z_]+)``")
+"""How a docstring says that a field takes the names of a table."""
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -70,3 +73,12 @@ class Registry(Mapping[str, type[T]], Generic[T]):
 
     def __len__(self) -> int:
         return len(self._targets)
+
+
+def spelt_out(text: str) -> str:
+    """``text``, which says ``a name of`` a table by the table's own name, with the names themselves."""
+
+    def names(found: re.Match[str]) -> str:
+        return ", ".join(f"``{name}``" for name in locate(f"{found[1]}:{found[2]}"))
+
+    return NAMED.sub(names, text)

@@ -41,6 +41,7 @@ ORDER = (
     FAMILIES,
     {"exports"},
     {"recipe"},
+    {"methods"},
     {"schema", "artifact"},
     {"foresight"},
     {"planned"},
@@ -182,7 +183,7 @@ def test_every_method_documents_itself(label: str, cls: type[Any], verb: str) ->
 def test_every_stage_is_frozen_and_documents_each_field(kind: str) -> None:
     from dataclasses import fields
 
-    from compresskit.cli.common import documented
+    from compresskit.fields import documented
 
     cls: Any = STAGES[kind]
     assert cls.__dataclass_params__.frozen

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 import click
 
 from compresskit.errors import Fault, OutputError
-from compresskit.fields import describe, fit, is_sequence
+from compresskit.fields import describe, documented, fit, is_sequence
 from compresskit.recipe import Recipe, recipe_from
 from compresskit.training.machines import MAX_RESTARTS, machines_of, unused_machines
 from compresskit.training.setting import launched_processes, this_rank
@@ -33,16 +32,6 @@ LAUNCH = ("nnodes", "node_rank", "rdzv", "nproc", "rdzv_timeout", "max_restarts"
 TALKATIVE = ("DeepSpeed", "torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
 
 
-def documented(cls: type[Any]) -> dict[str, str]:
-    """The ``Attributes:`` of a class and its bases: field -> first clause of what is said of it."""
-    found: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        section = (base.__doc__ or "").partition("Attributes:")[2]
-        for name, text in re.findall(r"^ {8}(\w+): ((?:.|\n {12})*)", section, re.M):
-            found[name] = re.sub(r"\s+", " ", text).replace("``", "").strip()
-    return found
-
-
 def stage_options(cls: type[Any], *, skip: tuple[str, ...] = ()) -> Callable[[F], F]:
     """One option per field of the stage ``cls``, with the help its docstring gives."""
 
@@ -50,7 +39,8 @@ def stage_options(cls: type[Any], *, skip: tuple[str, ...] = ()) -> Callable[[F]
         said, hints = documented(cls), get_type_hints(cls)
         for field in reversed(fields(cls)):
             if field.name not in HIDDEN + skip:
-                function = _option(field, hints[field.name], said.get(field.name, ""))(function)
+                text = said.get(field.name, "").replace("``", "")
+                function = _option(field, hints[field.name], text)(function)
         return function
 
     return decorate

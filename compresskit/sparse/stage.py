@@ -36,7 +36,8 @@ class Prune:
     """Zero the weights a method finds least useful, or cut layers, neurons, heads and channels away.
 
     Attributes:
-        method: a name of ``compresskit.sparse.PRUNERS`` or ``STRUCTURED_PRUNERS``.
+        method: a name of ``compresskit.sparse.PRUNERS`` or a name of
+            ``compresskit.sparse.STRUCTURED_PRUNERS``.
         pattern: where zeros may go: ``50%`` or ``0.5`` (of each row), ``50%:layer`` (of the whole layer),
             ``2:4`` (keep 2 of every 4 inputs), ``50%:16x16`` (of the layer's blocks of 16 outputs by 16
             inputs, each of which goes or stays whole). A structured method has no use for it.

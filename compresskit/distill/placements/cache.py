@@ -1,4 +1,7 @@
-"""What the teacher says is written down once, before training, and read from then on. No torch at import."""
+"""What the teacher says is written down once, before training, and read from then on.
+
+No torch at import.
+"""
 
 from __future__ import annotations
 

@@ -73,10 +73,10 @@ class Cut:
 
     Attributes:
         layers: blocks to keep.
-        ffn: neurons of each feed-forward network to keep.
-        heads: query heads of each block to keep; they go with the key/value head they share, and its other
-            query heads. The size of a head stays.
-        hidden: channels of the residual stream to keep.
+        ffn: neurons of each feed-forward network to keep: a fraction, or how many.
+        heads: query heads of each block to keep: a fraction, or how many. They go with the key/value head
+            they share, and its other query heads; the size of a head stays.
+        hidden: channels of the residual stream to keep: a fraction, or how many.
         parameters: fraction of all parameters to keep; what ``trim`` names and is not given is chosen so.
         milliseconds: of a request at most; what ``trim`` names and is not given is chosen so that most
             parameters stay.
