@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 import compresskit.distill
 import compresskit.distill.align
@@ -18,6 +19,7 @@ import compresskit.sparse.structured
 from compresskit.cli import main
 from compresskit.cli.common import one_stage_recipe
 from compresskit.data.spec import DataSpec
+from compresskit.exports import EXPORTS
 from compresskit.methods import FAMILIES, Family
 from compresskit.methods.page import as_options, as_recipe, page, rows_of
 from compresskit.options import Choice, choice_faults, option_faults
@@ -25,6 +27,7 @@ from compresskit.recipe import STAGES, Recipe, recipe_from
 from compresskit.registry import Registry
 from compresskit.sparse import STRUCTURED_PRUNERS
 from compresskit.training.rollout import OnPolicy
+from compresskit.training.trainable import TRAINABLES
 from compresskit.yaml12 import parse_yaml
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
@@ -90,3 +93,16 @@ def test_an_example_has_no_faults_of_its_own(family: Family) -> None:
     else:
         told = tuple(option for option in options if family.key != "features" or option[0] != "layers")
         assert choice_faults(Choice(name, told), table, where="here") == []
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_help_names_every_method_and_no_table(kind: str) -> None:
+    said = CliRunner().invoke(main, [kind.replace("_", "-"), "--help"]).output
+    tables = [
+        table for family in FAMILIES if kind in family.stages and not family.of for table in family.tables
+    ]
+    tables += [EXPORTS] + [TRAINABLES] * (kind in ("distill", "finetune"))
+    words = set(re.findall(r"[\w-]+", re.sub(r"(?<=\w-)\s+", "", said)))  # lines are broken at hyphens too
+    assert {name for table in tables for name in table} <= words
+    assert "docs/methods.md" in said
+    assert not re.search(r"compresskit\.\w", said)

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 import click
 
 from compresskit.errors import Fault, OutputError
+from compresskit.exports import EXPORTS
 from compresskit.fields import describe, documented, fit, is_sequence
 from compresskit.recipe import Recipe, recipe_from
+from compresskit.registry import spelt_out
 from compresskit.training.machines import MAX_RESTARTS, machines_of, unused_machines
 from compresskit.training.setting import launched_processes, this_rank
 from compresskit.yaml12 import parse_yaml
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 RENAMED = {"processes": "--nproc", "overrides": "--override"}
 HIDDEN = ("options", "data")
+ALSO = f"Also as {', '.join(EXPORTS)}."
+SETTING = "Any other field: a method's own, as docs/methods.md lists them, or data.KEY."
 LAUNCH = ("nnodes", "node_rank", "rdzv", "nproc", "rdzv_timeout", "max_restarts")
 # Imported by accelerate and transformers wherever they are installed, these warn of there being no GPU, of
 # kernels built for another Python, and of kernels on a hub, which nothing here uses.
@@ -33,13 +37,13 @@ TALKATIVE = ("DeepSpeed", "torchao", "torch.utils._pytree", "bitsandbytes.backen
 
 
 def stage_options(cls: type[Any], *, skip: tuple[str, ...] = ()) -> Callable[[F], F]:
-    """One option per field of the stage ``cls``, with the help its docstring gives."""
+    """One option per field of the stage ``cls``, with the help its docstring gives and the names it takes."""
 
     def decorate(function: F) -> F:
         said, hints = documented(cls), get_type_hints(cls)
         for field in reversed(fields(cls)):
             if field.name not in HIDDEN + skip:
-                text = said.get(field.name, "").replace("``", "")
+                text = spelt_out(said.get(field.name, "")).replace("``", "")
                 function = _option(field, hints[field.name], text)(function)
         return function
 
@@ -77,8 +81,8 @@ def plan_options(function: F) -> F:
             click.option("--dtype", help="auto, float32, bfloat16 or float16. [auto]"),
             click.option("--device", help="auto, cpu, cuda or cuda:N. [auto]"),
             click.option("--trust-remote-code", is_flag=True, help="Let code in model directories run."),
-            click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other field."),
-            click.option("--export", "exports", multiple=True, metavar="TARGET", help="Also as gguf ..."),
+            click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help=SETTING),
+            click.option("--export", "exports", multiple=True, metavar="TARGET", help=ALSO),
             click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, last line."),
             click.option("-v", "--verbose", is_flag=True, help="Show what the libraries log."),
         ]

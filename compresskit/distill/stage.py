@@ -38,8 +38,8 @@ class Distill(TrainableFields):
         features: what else is learnt from the teacher, block by block: a name of
             ``compresskit.distill.FEATURE_LOSSES``, or a mapping of ``method``, ``weight``, ``layers`` and
             the method's own fields, or a list of these, which are added up.
-        alignment: how a teacher with another tokenizer is compared: ``none``, ``spans`` or ``uld``, or a
-            mapping of ``method`` and its own fields.
+        alignment: how a teacher with another tokenizer is compared: ``none``, a name of
+            ``compresskit.distill.align.ALIGNMENTS``, or a mapping of ``method`` and its own fields.
         on_policy: how much is learnt from text that the student generates and the teacher scores: a mapping
             of ``fraction`` of the steps, ``max_new_tokens``, ``sampling_temperature``, ``top_p`` and
             ``prompt_fraction``; None learns from the data alone.

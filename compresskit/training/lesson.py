@@ -126,8 +126,8 @@ class TaughtFields(TrainingFields):
         features: what else is learnt from a teacher, block by block: a name of
             ``compresskit.distill.FEATURE_LOSSES``, or a mapping of ``method``, ``weight``, ``layers`` and
             the method's own fields, or a list of these, which are added up.
-        alignment: how a teacher with another tokenizer is compared: ``none``, ``spans`` or ``uld``, or a
-            mapping of ``method`` and its own fields.
+        alignment: how a teacher with another tokenizer is compared: ``none``, a name of
+            ``compresskit.distill.align.ALIGNMENTS``, or a mapping of ``method`` and its own fields.
         data: text to train on; None takes the recipe's.
     """
 
