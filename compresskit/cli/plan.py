@@ -8,13 +8,15 @@ from typing import Any
 import click
 
 from compresskit.cli._foresight import asks_machine, machine_options, show_foresight
-from compresskit.cli.common import execute, plan_options
+from compresskit.cli.common import execute, plan_options, quiet_libraries
 from compresskit.cli.run import recipe_with
 
 
 @click.command()
 @click.argument("recipe", type=click.Path(), required=False)
-@click.option("--schema", is_flag=True, help="Print the JSON Schema of a recipe and do nothing else.")
+@click.option(
+    "--schema", is_flag=True, help="Print the JSON Schema of a recipe, each method's fields included."
+)
 @machine_options
 @plan_options
 def plan(recipe: str | None, schema: bool, **given: Any) -> None:
@@ -24,6 +26,7 @@ def plan(recipe: str | None, schema: bool, **given: Any) -> None:
     time, and which is best. Then a config.json is enough of a model.
     """
     if schema:
+        quiet_libraries(verbose=given["verbose"])
         from compresskit.schema import recipe_schema
 
         click.echo(json.dumps(recipe_schema(), indent=1))

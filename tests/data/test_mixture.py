@@ -87,6 +87,7 @@ def test_ways_to_write_sources(tmp_path: Path) -> None:
     shares = (Share(source="a.jsonl", weight=0.7), Share(source="b.jsonl", weight=0.3))
     expected = DataSpec(sources=shares)
     columns = {"weight": 0.3, "columns": ["q", "a"]}
+    schema = jsonschema.Draft202012Validator(recipe_schema())
     for data in (
         "a.jsonl=0.7,b.jsonl=0.3",
         {"source": "a.jsonl = 0.7, b.jsonl = .3"},
@@ -97,9 +98,9 @@ def test_ways_to_write_sources(tmp_path: Path) -> None:
         assert recipe.data == expected
         assert recipe.stages[0].data == expected  # type: ignore[attr-defined]
         assert recipe_from(recipe.to_json(), {}) == recipe
-        jsonschema.validate(recipe.to_json(), recipe_schema())
+        schema.validate(recipe.to_json())
         assert recipe_from(parse_yaml(recipe.to_yaml(), "")[0], {}) == recipe
-        jsonschema.validate({"model": "m", "data": data, "stages": [{"finetune": {}}]}, recipe_schema())
+        schema.validate({"model": "m", "data": data, "stages": [{"finetune": {}}]})
         assert DataSpec(**json.loads(json.dumps(asdict(recipe.data)))) == expected
         assert hash(recipe.data) == hash(expected)
     told = recipe_from(

@@ -195,7 +195,7 @@ def test_a_recipe_is_read_back_equal(features: Any, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     again = load_recipe(tmp_path / "recipe.yaml")
     assert again == recipe
-    jsonschema.validate(recipe.to_json(), recipe_schema())
+    jsonschema.Draft202012Validator(recipe_schema()).validate(recipe.to_json())
     assert len({*recipe.stages, *again.stages}) == 2
     if isinstance(features, dict) and isinstance(features.get("layers"), dict):
         pairs = {**features, "layers": [[0, 1], [1, 3]]}
