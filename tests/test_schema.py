@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 
+from compresskit.api import plan
+from compresskit.errors import CompressKitError
 from compresskit.methods import FAMILIES, Family
 from compresskit.methods.page import as_recipe
 from compresskit.recipe import STAGES, recipe_from
 from compresskit.schema import recipe_schema
 from compresskit.yaml12 import parse_yaml
 from tests.conftest import ROOT
+from tests.tiny import tiny_llama
 
 DOCS = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
 EXAMPLES = [text for text, kind in re.findall(r"`(?:- )?((\w+): \{.*?\})`", DOCS) if kind in STAGES]
@@ -44,7 +48,7 @@ BAD = (
     "prune: {method: wanda, damping: 0.1}",
     "prune: {damping: 0.1}",
     "prune: {method: sparsegpt, damping: 2}",
-    "prune: {method: cut, importance: tailor}",
+    "prune: {method: cut, parameters: 0.5, importance: tailor}",
     "prune: {method: cut, layers: half}",
     "prune: {allocation: owls}",
     "prune: {allocation: {method: owl, spred: 0.1}}",
@@ -70,6 +74,11 @@ def schema() -> Any:
     found = recipe_schema()
     jsonschema.Draft202012Validator.check_schema(found)
     return jsonschema.Draft202012Validator(found)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("schema") / "model")
 
 
 def read(text: str) -> Any:
@@ -106,8 +115,12 @@ def test_there_are_stages_in_the_docs() -> None:
 
 
 @pytest.mark.parametrize("stage", BAD)
-def test_what_nothing_knows_is_refused(stage: str, schema: Any) -> None:
-    assert not schema.is_valid(around(stage))
+def test_what_nothing_knows_is_refused_as_a_plan_refuses_it(stage: str, schema: Any, model: Path) -> None:
+    written = around(stage) | {"model": str(model)}
+    assert not schema.is_valid(written)
+    with pytest.raises(CompressKitError) as caught:
+        plan(recipe_from(written, {}))
+    assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.title)
