@@ -27,7 +27,7 @@ def split(spec: DataSpec, name: str) -> list[str]:
     return list(documents(spec, name))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip), min_size=2, max_size=30),
     st.floats(0, 0.99),

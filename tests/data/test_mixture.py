@@ -288,7 +288,7 @@ def test_an_empty_source_among_several_is_named(
         examples(spec, tokenizer, context_length=8, cache=tmp_path / "cache")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4))
 def test_named_weights_survive_the_name(a: int, b: int, digits: int) -> None:
     spec = DataSpec(sources=(Share(source="x", weight=a / 10**digits), Share(source="y", weight=b * 1e6)))

@@ -208,7 +208,7 @@ def test_documents_without_a_token_are_counted_and_left_out(tmp_path: Path) -> N
     )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.text(min_size=1), min_size=1, max_size=8))
 def test_every_text_survives_the_tokenizer(texts: list[str]) -> None:
     tokenizer = train_tokenizer(TEXTS, vocabulary=280)

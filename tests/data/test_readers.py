@@ -107,7 +107,7 @@ def test_numbers_that_a_piece_cuts_in_two(
     assert [row for _, row in jsonfile.json_rows(path)] == rows
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(json_values, max_size=8), st.sampled_from([None, 1, "\t"]), st.integers(1, 40))
 def test_an_array_read_in_pieces_is_the_array(
     tmp_path_factory: pytest.TempPathFactory, rows: list[object], indent: int | str | None, piece: int
@@ -124,7 +124,7 @@ def test_an_array_read_in_pieces_is_the_array(
     assert all(1 <= number <= body.count("\n") + 1 for number in numbers)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(json_values, min_size=1, max_size=5), st.data())
 def test_a_truncated_array_is_always_an_error(
     tmp_path_factory: pytest.TempPathFactory, rows: list[object], data: st.DataObject
@@ -136,7 +136,7 @@ def test_a_truncated_array_is_always_an_error(
         list(jsonfile.json_rows(path))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(min_size=1), st.integers(1, 12))
 def test_pieces_of_lines_are_the_lines(
     tmp_path_factory: pytest.TempPathFactory, text: str, longest: int

@@ -172,7 +172,7 @@ talks = st.lists(st.tuples(texts, texts), min_size=1, max_size=4).map(lambda tur
 
 
 @pytest.mark.parametrize("template", [None, CHATML, MARKED])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(talk=talks)
 def test_what_is_learnt_decodes_to_exactly_the_responses(template: str | None, talk: Dialogue) -> None:
     tokenizer = chat_tokenizer(template)

@@ -153,7 +153,7 @@ def test_sensitivity_spares_the_layer_that_costs_most() -> None:
     assert got == {"a.0": pytest.approx(0.6), "b.0": pytest.approx(0.4)}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.dictionaries(st.sampled_from("abcdef"), st.tuples(st.integers(2, 9), st.integers(2, 40)), min_size=1),
     st.floats(0.2, 0.8),
@@ -181,7 +181,7 @@ def test_patterns_have_the_zeros_asked_for(
     assert abs(zeros - wanted) <= max(portions)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.dictionaries(st.sampled_from("abcdef"), st.tuples(st.integers(4, 9), st.integers(7, 40)), min_size=1),
     st.floats(0.2, 0.8),

@@ -136,7 +136,7 @@ def test_no_zeros_one_zero_and_no_weights() -> None:
     assert str(detect(torch.tensor([[True]]))) == "unstructured"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 20), st.integers(1, 40), st.floats(0, 1), st.integers(0, 10_000))
 def test_what_is_named_holds(rows: int, columns: int, share: float, seed: int) -> None:
     zero = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < share

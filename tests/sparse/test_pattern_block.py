@@ -45,7 +45,7 @@ def cases(draw: st.DrawFn, pad: bool) -> tuple[Block, torch.Tensor]:
     return Block(zeros / (high * wide), rows, columns, pad=pad), score
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.booleans().flatmap(cases))
 def test_it_is_the_loop_over_blocks(case: tuple[Block, torch.Tensor]) -> None:
     pattern, score = case
@@ -57,7 +57,7 @@ def test_it_is_the_loop_over_blocks(case: tuple[Block, torch.Tensor]) -> None:
     assert pattern.missing(~keep) == ()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.booleans().flatmap(cases), st.data())
 def test_one_weight_too_many_is_found(case: tuple[Block, torch.Tensor], data: st.DataObject) -> None:
     pattern, score = case
@@ -73,7 +73,7 @@ def test_one_weight_too_many_is_found(case: tuple[Block, torch.Tensor], data: st
         assert said.endswith(f"of {size}")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.booleans().flatmap(cases), st.integers(1, 3))
 def test_parts_make_the_share_of_the_whole(case: tuple[Block, torch.Tensor], units: int) -> None:
     pattern, score = case

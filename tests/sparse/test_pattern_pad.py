@@ -43,7 +43,7 @@ def test_it_is_the_padded_weight_cut_to_size(name: str, plain: NM | Block) -> No
     assert plain.missing(want.weight_OI == 0) == ()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(2, 20), st.integers(1, 19), st.integers(1, 50), st.integers(0, 999), st.booleans())
 def test_groups_one_by_one(of: int, keep: int, in_features: int, seed: int, ties: bool) -> None:
     """The last group is short, and lacks as many zeros as it lacks inputs."""
