@@ -114,20 +114,24 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
-def sweep(folder: Path, identity: str, *, keep: int, spare: Path | None = None) -> None:
+def discard(checkpoint: Path) -> None:
+    """Remove it, if it is there: first the mark, so that a kill leaves no half of it that looks complete."""
+    (checkpoint / MARK).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def sweep(folder: Path, identity: str, *, keep: int) -> None:
     """Remove checkpoints that are older, half-written, or of another run.
 
     Args:
         folder: where they are.
         identity: of the run.
         keep: so many of its latest complete ones stay.
-        spare: one that is being written.
     """
     whole = sorted((c for c in _all(folder) if _is_whole(c, identity)), key=step_of)
     for checkpoint in _all(folder):
-        if checkpoint != spare and checkpoint not in whole[-keep:]:
-            (checkpoint / MARK).unlink(missing_ok=True)
-            shutil.rmtree(checkpoint, ignore_errors=True)
+        if checkpoint not in whole[-keep:]:
+            discard(checkpoint)
 
 
 def _all(folder: Path) -> list[Path]:

@@ -99,8 +99,10 @@ class KeptTrainer(MeshTrainer):
         """Write, wait for all ranks, then declare it complete; of others the one before stays."""
         folder = Path(str(self.args.output_dir))
         made = folder / f"{checkpoint.PREFIX}{self.state.global_step}"
-        if self.is_world_process_zero():
-            checkpoint.sweep(folder, self._identity, keep=1, spare=made)
+        if self.is_world_process_zero():  # what a kill left there is no part of it
+            checkpoint.discard(made)
+            checkpoint.sweep(folder, self._identity, keep=1)
+        _barrier()
         with checkpoint.written(made):
             super()._save_checkpoint(model, trial)
         _barrier()

@@ -46,7 +46,7 @@ from compresskit.training.rules.deepspeed import config_at, learnt_of
 from compresskit.training.rules.memory import NOISE
 from compresskit.training.rules.shares import MEASURED
 from compresskit.training.sentences import idle_warnings, on_sentences, without_gradient
-from compresskit.training.setting import Setting, launched_processes, this_rank
+from compresskit.training.setting import Setting, launched_processes
 from compresskit.training.shares import SharingTrainer
 from compresskit.training.surroundings import quiet_transformers, surroundings, trainable
 from compresskit.training.trace import trace_steps
@@ -273,8 +273,6 @@ class Run:
         ]
         before = self._before(start)
         if before is not None:
-            if this_rank() == 0:  # another engine must not write into what a kill has left half-written
-                checkpoint.sweep(folder, self.identity, keep=2)
             sentences.append(
                 f"{self.title} went on from {after} of {words(before)}, on {words(self.carried)}."
             )

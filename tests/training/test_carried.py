@@ -162,6 +162,19 @@ def test_smaller_passes_go_on_where_larger_ones_ended(make_model: Make, rows: Ro
     assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "whole"), rel=2e-5)
 
 
+def test_what_a_kill_left_of_another_engine_is_no_part_of_a_checkpoint(
+    make_model: Make, rows: Rows, tmp_path: Path
+) -> None:
+    """Also of the first one, where no complete one tells that the engine is another."""
+    left = tmp_path / "checkpoints" / "checkpoint-3" / "pytorch_model_fsdp_0" / "__0_0.distcp"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    with broken_off_in(step=5):
+        train(make_model(), rows, tmp_path)
+    assert not left.exists()
+    assert train(make_model(), rows, tmp_path).resumed_from == 3
+
+
 def test_a_refusal_leaves_the_checkpoint_alone(make_model: Make, rows: Rows, tmp_path: Path) -> None:
     train(make_model(), rows, tmp_path, steps=3)
     mark = tmp_path / "checkpoints" / "checkpoint-3" / MARK
