@@ -1,7 +1,9 @@
-"""Training that is broken off, as by a kill, and continued by a second start."""
+"""Training that is broken off, as by a kill or a disk that takes no more, and continued by a second start."""
 
 from __future__ import annotations
 
+import resource
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,3 +48,16 @@ def _instead(name: str, stop: Callable[..., Any]) -> Iterator[None]:
         patch.setattr(StageTrainer, name, stop)
         with pytest.raises(Interrupted):
             yield
+
+
+@contextmanager
+def files_of_at_most(size_bytes: int) -> Iterator[None]:
+    """What this process writes beyond that fails with an OSError, as on a full disk."""
+    least, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (least, most))
+        signal.signal(signal.SIGXFSZ, before)

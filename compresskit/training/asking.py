@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from compresskit.errors import Fault, RunError
+from compresskit.errors import CheckpointError, Fault, RunError
 from compresskit.training.finite import on_every_rank
 from compresskit.training.objective import Remote, Signal, TeacherProvider
 from compresskit.training.order import FED
@@ -79,8 +79,8 @@ class Asking:
         """What :attr:`keep` says; a disk that takes nothing must not hide why the run ends."""
         try:
             return self.keep()
-        except OSError as error:
-            return f"No checkpoint of it could be written: {error}."
+        except (OSError, CheckpointError) as error:
+            return f"No checkpoint of it could be written: {error}".rstrip(".") + "."
 
 
 def _first(lost: RunError | None) -> tuple[Fault | str, ...]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from broken import files_of_at_most
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from compresskit.errors import Fault, RunError
 from compresskit.training.fields import TrainingFields
 from compresskit.training.objective import CrossEntropy, Head, Hidden, Signal
 from compresskit.training.order import Rows
@@ -64,6 +67,21 @@ class Silent:
         return Signal(Hidden(states, Head(torch.zeros(48, 4))))
 
 
+class Lost(Silent):
+    """One elsewhere, that is lost after so many answers."""
+
+    is_remote = True
+
+    def __init__(self, answers: int) -> None:
+        self.answers = answers
+
+    def signal(self, inputs: Mapping[str, Tensor]) -> Signal:
+        if not self.answers:
+            raise RunError(Fault("teacher there", "an answer", "none", "Start it again."))
+        self.answers -= 1
+        return super().signal(inputs)
+
+
 def train(make_model: Make, rows: Rows, scratch: Path, objective: Any) -> TrainOutcome:
     return Run(
         make_model(),
@@ -96,3 +114,23 @@ def test_a_restart_goes_on_where_the_progress_was(make_model: Make, rows: Rows, 
     assert train(make_model, rows, tmp_path, objective).resumed_from == 4
     assert objective.training == [step / STEPS for step in range(4, STEPS) for _ in range(2)]
     assert set(objective.evaluating) == {1.0}
+
+
+def test_a_full_disk_does_not_hide_that_the_teacher_was_lost(
+    make_model: Make, rows: Rows, tmp_path: Path
+) -> None:
+    run = Run(
+        make_model(),
+        rows,
+        fields=replace(FIELDS, checkpoint_every=0, eval_every=0),
+        scratch=tmp_path,
+        objective=Recording(),
+        teacher=Lost(answers=2),
+        device="cpu",
+    )
+    with (
+        files_of_at_most(10_000),
+        pytest.raises(RunError, match=r"teacher there: expected an answer(.|\n)*No checkpoint of it"),
+    ):
+        run.train()
+    assert not list((tmp_path / "checkpoints").glob("checkpoint-*"))
