@@ -75,19 +75,19 @@ class Ranks:
             What rank 0's ``judge`` returned.
 
         Raises:
-            WorkerError: a rank failed or was lost before it said anything, or asks of another matter.
+            WorkerError: a rank failed, ended or was lost before it said anything, or asks of another matter.
         """
         self._matters += 1
         place = f"matter {self._matters}"
         self._store.set(f"{place}/{self.rank}", json.dumps([name, mine]))
         if self.rank == 0:
             said = [f"{place}/{rank}" for rank in range(self.processes)]
-            self._wait(said)
+            self._wait(said, range(self.processes))
             names, values = zip(*map(json.loads, self._store.multi_get(said)), strict=True)
             other = next((rank for rank in range(self.processes) if names[rank] != name), None)
             answer = [None, judge(values)] if other is None else [other, names[other]]
             self._store.set(f"{place}/judged", json.dumps(answer))
-        self._wait([f"{place}/judged"])
+        self._wait([f"{place}/judged"], (0,))
         apart, told = json.loads(self._store.get(f"{place}/judged"))
         if apart is not None:
             where = f"training process {apart} of {self.processes}"
@@ -104,9 +104,16 @@ class Ranks:
         hosts = sorted({self._hosts[rank] for rank in ranks})
         return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} ({', '.join(hosts)})"
 
-    def _wait(self, keys: list[str]) -> None:
+    def _wait(self, keys: list[str], ranks: Sequence[int]) -> None:
+        """Until all ``keys`` are there, each set by that of ``ranks`` which has its place."""
         while not self._store.check(keys):
             self.check()
+            if self._store.add("gone", 0):
+                for rank, key in zip(ranks, keys, strict=True):
+                    if self._store.check([f"gone/{rank}"]) and not self._store.check([key]):
+                        where = f"training process {rank} of {self.processes} ({self._hosts[rank]})"
+                        got = "its end, before it said anything of that"
+                        raise WorkerError(Fault(where, "the same steps as all others", got, CURE))
             time.sleep(POLL_S)
 
     def start(self) -> None:
@@ -123,7 +130,8 @@ class Ranks:
         else:
             self._announce(hello, deadline)
         self._heart.set(f"beat/{self.rank}", "0")
-        self._wait([f"beat/{rank}" for rank in (range(self.processes) if self.rank == 0 else (0,))])
+        looked_at = range(self.processes) if self.rank == 0 else (0,)
+        self._wait([f"beat/{rank}" for rank in looked_at], looked_at)
         self._thread.start()
 
     def _join(self, company: str) -> None:
@@ -231,6 +239,9 @@ class Ranks:
                 where = f"training process {self.rank} of {self.processes} ({socket.gethostname()})"
                 got = f"{type(error).__name__}: {error}".splitlines()[0]
                 self._post(Fault(where, "its part of the run", got, "See its own error."), self._store)
+            if error is None:  # its silence will be no loss: who waits for it has to look
+                self._store.set(f"gone/{self.rank}", "")
+                self._store.add("gone", 1)
             if self.rank == 0:
                 self._see_off(LOST_S if error is None else 3 * BEAT_S)
         self._is_ending.set()

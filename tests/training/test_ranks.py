@@ -157,6 +157,19 @@ def test_a_rank_that_fails_is_told_to_the_others_with_its_error(port: int) -> No
         assert "OutputError: no disk here" in str(error)
 
 
+@pytest.mark.parametrize("gone", [0, 1])
+def test_a_rank_that_ends_in_peace_is_missed_by_those_that_wait_for_it(port: int, gone: int) -> None:
+    """Rank 0 waits for what the others say, and they wait for what it judges."""
+
+    def work(us: Ranks) -> str:
+        return "done" if us.rank == gone else us.told("word", "")
+
+    found = on_all(port, work)
+    assert found.pop(gone) == "done"
+    assert [type(error) for error in found] == [WorkerError] * 2
+    assert any(f"training process {gone} of 3" in str(e) and "got its end, before" in str(e) for e in found)
+
+
 def test_a_rank_that_falls_silent_is_lost(port: int) -> None:
     """Its thread ends without a goodbye, as at a kill; the third, which only rank 0 looks at."""
 
