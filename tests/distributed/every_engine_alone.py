@@ -192,6 +192,9 @@ def main(out: Path) -> None:
         if rank == 0:
             save_file({k: t.clone() for k, t in saved.items()}, out / f"{run}.safetensors")
             (out / f"{run}.json").write_text(json.dumps(asdict(outcome)))
+        if run in AGAIN:
+            ended = train(run, out / run, {})
+            (out / f"{run}-ended-{rank}.json").write_text(json.dumps(asdict(ended)))
     dist.destroy_process_group()
 
 

@@ -185,6 +185,8 @@ def main(out: Path) -> None:
         if dist.get_rank() == 0:
             save_file({k: t.clone() for k, t in saved.items()}, out / f"{run}.safetensors")
             (out / f"{run}.json").write_text(json.dumps(asdict(outcome)))
+        if run == "again":
+            (out / f"ended-{dist.get_rank()}.json").write_text(json.dumps(asdict(start(saved={}))))
     dist.destroy_process_group()
 
 

@@ -93,6 +93,13 @@ def test_every_pruned_weight_is_zero_in_the_saved_result(run: str, launched: Pat
 
 
 @pytest.mark.parametrize("run", AGAIN)
+def test_a_restart_behind_the_last_step_tells_of_the_exchanges_before_it(run: str, launched: Path) -> None:
+    found = outcome_of(launched, f"{run}-ended-0")
+    assert found["resumed_from"] == STEPS
+    assert found["engine"] == NAMES[run.removesuffix("-again")]
+
+
+@pytest.mark.parametrize("run", AGAIN)
 def test_a_restart_goes_on_exactly(run: str, launched: Path) -> None:
     """Also with weights that differ between ranks, and with an exchange under way."""
     whole, found = run.removesuffix("-again"), outcome_of(launched, run)

@@ -97,6 +97,11 @@ def test_every_pruned_weight_is_zero_in_the_saved_result(run: str, launched: Pat
         assert (saved[f"{layer}.weight"] != was)[was != 0].any(), layer
 
 
+def test_a_restart_behind_the_last_step_tells_of_the_late_updates_before_it(launched: Path) -> None:
+    found = read(launched, "ended-0")
+    assert (found["resumed_from"], found["engine"]) == (STEPS, NAME)
+
+
 def test_a_restart_goes_on_exactly(launched: Path) -> None:
     """From where no update is owed, with the columns that are chosen there."""
     found = read(launched, "again")

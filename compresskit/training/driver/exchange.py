@@ -26,7 +26,8 @@ class Exchange(Protocol):
     """Of the weights that ranks train alone; every rank calls each method at the same step.
 
     Attributes:
-        done: exchanges whose result was taken over, in this start.
+        done: exchanges whose result was taken over, also before a restart; a checkpoint has it beside
+            :meth:`state`.
     """
 
     done: int

@@ -25,7 +25,7 @@ from compresskit.training.objective import LOSS
 from compresskit.training.order import supervised
 from compresskit.training.trainer import StageTrainer, summed
 
-NORM, TOKENS = "norm", "tokens"
+NORM, TOKENS, DONE = "norm", "tokens", "exchanges done"
 
 
 class LocalTrainer(OwnState):
@@ -161,9 +161,10 @@ class LocalTrainer(OwnState):
         super()._save_checkpoint(model, trial)
 
     def more_state(self) -> dict[str, Any]:
-        """The exchange's."""
-        return self._exchange.state()
+        """The exchange's, and how many there were."""
+        return {**self._exchange.state(), DONE: self._exchange.done}
 
     def load_more(self, state: dict[str, Any]) -> None:
-        """The exchange's."""
+        """Inverse of :meth:`more_state`; older checkpoints do not tell how many there were."""
         self._exchange.load(state)
+        self._exchange.done = state.get(DONE, 0)

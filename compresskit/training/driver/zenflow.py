@@ -30,6 +30,8 @@ from compresskit.training.rules.zenflow import shape_faults
 from compresskit.training.trainer import StageTrainer
 
 ELSE = "Use synchronise every_step."
+LATE = "late"
+"""Key of the entry in the trainer's log that tells of the first step which put gradients off."""
 
 
 class ZenFlowTrainer(StageTrainer):
@@ -48,7 +50,6 @@ class ZenFlowTrainer(StageTrainer):
             if kwargs.get(name) is not None:
                 raise PlanError(Fault("synchronise", f"every_step beside {name}", "zenflow", ELSE))
         super().__init__(model, *args, **kwargs)
-        self._late = 0
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         named = cast(nn.Module, self.model).named_parameters()
@@ -64,7 +65,12 @@ class ZenFlowTrainer(StageTrainer):
     def engine(self) -> str:
         """See :attr:`StageTrainer.engine`; with what was late in fact."""
         every = self._setting.fields.synchronise_every
-        return f"{super().engine}, zenflow every {every}" if self._late else super().engine
+        return f"{super().engine}, zenflow every {every}" if self._was_late else super().engine
+
+    @property
+    def _was_late(self) -> bool:
+        """Whether gradients were put off in any step, also before a restart."""
+        return any(LATE in entry for entry in self.state.log_history)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """What stands for those that DeepSpeed makes, by the section ``optimizer`` of its configuration."""
@@ -98,8 +104,9 @@ class ZenFlowTrainer(StageTrainer):
         super().when_stepping()
 
     def stepped(self, *, late: bool) -> None:
-        """After each step; ``late`` where most gradients were put off."""
-        self._late += late
+        """After each step; ``late`` where most gradients were put off: checkpoints have the log of that."""
+        if late and not self._was_late:
+            self.state.log_history.append({LATE: 1.0, "step": self.state.global_step + 1})
 
     def _keep(self) -> str:
         """Where the last checkpoint is: between them updates are owed, which none holds."""
