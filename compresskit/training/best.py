@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compresskit.errors import Fault, NumericError
+from compresskit.training.arguments import CHECKPOINTS
+from compresskit.training.checkpoint import disk_told
 
 BEST = "best.safetensors"
 
@@ -38,13 +40,20 @@ class Best:
             loss: of this evaluation; the same on every rank.
             before: the lowest of earlier ones, also of those before a restart.
             gathered: the whole weights, on the main process; every rank calls it, or none.
+
+        Raises:
+            CheckpointError: they could not be written; the file before is as it was.
         """
         if not loss < before:
             return
         if tensors := gathered():
             part = self.path.with_suffix(".partial")
-            save_file(dict(tensors), part, metadata={"step": str(step), "loss": repr(loss)})
-            os.replace(part, self.path)
+            with disk_told(self.path, "the best weights on the disk", self.path.parent / CHECKPOINTS):
+                try:
+                    save_file(dict(tensors), part, metadata={"step": str(step), "loss": repr(loss)})
+                    os.replace(part, self.path)
+                finally:
+                    part.unlink(missing_ok=True)
 
     def forget(self) -> None:
         """Remove what another run left; on the main process, before the first evaluation."""

@@ -24,6 +24,8 @@ from compresskit.progress import size
 MARK = "complete.json"
 TRAINED = "trained.safetensors"
 PREFIX = "checkpoint-"
+WRITING = (OSError, RuntimeError, SafetensorError, CheckpointException)
+"""Errors of what writes files, and of other things too."""
 DISK = ("inline_container", "PytorchStreamWriter", "No space left", "iostream")
 """Words in RuntimeErrors of torch that could not write a file."""
 SAID = 300
@@ -82,18 +84,38 @@ def written(checkpoint: Path) -> Iterator[None]:
     Raises:
         CheckpointError: it could not be written; the one before is as it was.
     """
+    with disk_told(checkpoint, "a checkpoint on the disk", checkpoint.parent):
+        try:
+            yield
+        except WRITING as error:
+            if _is_of_the_disk(error):
+                shutil.rmtree(checkpoint, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def disk_told(path: Path, expected: str, folder: Path) -> Iterator[None]:
+    """While ``path`` is written: a full disk, or any other that fails, is told.
+
+    Args:
+        path: that is written.
+        expected: what it is, in words.
+        folder: of the checkpoints, at the last of which the same command goes on.
+
+    Raises:
+        CheckpointError: it could not be written.
+    """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+    except WRITING as error:
         if not _is_of_the_disk(error):
             raise
-        shutil.rmtree(checkpoint, ignore_errors=True)
-        free = shutil.disk_usage(checkpoint.parent).free
+        free = shutil.disk_usage(path.parent).free
         got = f"{' '.join(str(error).split())[-SAID:]} ({size(free)} are free now)"
-        before = max((c for c in _all(checkpoint.parent) if _is_whole(c, None)), key=step_of, default=None)
+        before = max((c for c in _all(folder) if _is_whole(c, None)), key=step_of, default=None)
         kept = f"goes on after step {step_of(before)}" if before else "begins anew"
         cure = f"Free some disk, or choose another place; the same command {kept}."
-        raise CheckpointError(Fault(str(checkpoint), "a checkpoint on the disk", got, cure)) from error
+        raise CheckpointError(Fault(str(path), expected, got, cure)) from error
 
 
 def _is_of_the_disk(error: BaseException) -> bool:

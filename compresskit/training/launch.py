@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from compresskit import errors
-from compresskit.errors import CompressKitError, Fault, WorkerError
+from compresskit.errors import CompressKitError, Fault, RunError, WorkerError
 from compresskit.training.machines import max_restarts
 from compresskit.training.setting import NOTES, PARENT, this_rank
 
@@ -26,6 +27,8 @@ POLL_S = 0.1
 GRACE_S = 10.0
 TRACEBACK_LINES = 30
 PR_SET_PDEATHSIG = 1
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of errors that tell of a disk, or a share of it, that takes no more."""
 
 
 def launch(job: str, processes: int, scratch: Path, *, module: str = WORKER) -> None:
@@ -168,8 +171,11 @@ def note_failure(error: BaseException) -> None:
     """Leave what the parent needs to tell of ``error``, if it is ours; called by the rank that raised it."""
     if (scratch := noted_in()) is None:
         return
-    faults = error.faults if isinstance(error, CompressKitError) else ()
     rank = this_rank()
+    if isinstance(error, OSError) and error.errno in FULL:  # which a restart would find again
+        cure = "Free some disk, or choose another place; the same command continues the run."
+        error = RunError(Fault(f"training process {rank}", "room on the disk", str(error), cure))
+    faults = error.faults if isinstance(error, CompressKitError) else ()
     note: dict[str, Any] = {
         "time": time.time(),
         "rank": rank,

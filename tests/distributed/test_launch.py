@@ -22,12 +22,13 @@ from tiny import stories, tiny_llama
 from torch import Tensor
 
 from compresskit.data.spec import DataSpec
-from compresskit.errors import CheckpointError, NumericError, WorkerError
+from compresskit.errors import CheckpointError, NumericError, RunError, WorkerError
 from compresskit.training.fields import TrainingFields
 from compresskit.training.job import Part, TrainJob, train
-from compresskit.training.launch import failure_of
+from compresskit.training.launch import failure_of, is_worth_a_restart, note_failure
 from compresskit.training.objective import Head, Signal
 from compresskit.training.outcome import outcome_from_json
+from compresskit.training.setting import NOTES
 from compresskit.training.watch import LossLog
 
 HERE = Path(__file__)
@@ -139,6 +140,20 @@ def test_a_killed_process_is_told(tmp_path: Path) -> None:
     error = failure_of(tmp_path, [(0, -signal.SIGTERM), (1, -signal.SIGKILL)])
     assert isinstance(error, WorkerError)
     assert "training process 1: expected a normal end, got signal 9 (SIGKILL)" in str(error)
+
+
+def test_a_full_disk_that_a_rank_finds_is_told_and_none_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(NOTES, str(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(OSError, match="No space left") as full:
+        Path("/dev/full").write_text("x")
+    note_failure(full.value)
+    error = failure_of(tmp_path, [(0, 1)])
+    assert isinstance(error, RunError)
+    assert "training process 0: expected room on the disk, got [Errno 28]" in str(error)
+    assert not is_worth_a_restart(error)
 
 
 WAITS_FOR_AN_ORPHAN = """

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from broken import files_of_at_most
 from test_run import FIELDS, Make, losses, train
 from torch import Tensor
 
-from compresskit.errors import DataError, NumericError
+from compresskit.errors import CheckpointError, DataError, NumericError
 from compresskit.training import run as run_module
 from compresskit.training.objective import CrossEntropy
 from compresskit.training.order import Rows
@@ -72,6 +73,13 @@ def test_the_best_evaluation_is_kept_also_over_a_restart(
 def test_the_best_needs_rows_to_evaluate_on(make_model: Make, rows: Rows, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="keep_best: expected validation rows"):
         train(make_model(), rows, tmp_path, keep_best=True, eval_every=2)
+
+
+def test_a_full_disk_is_told_and_the_best_before_stays(make_model: Make, rows: Rows, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"keep_best": True, "eval_every": 2, "steps": 4, "validation": rows}
+    with files_of_at_most(10_000), pytest.raises(CheckpointError, match=r"best.safetensors: .*begins anew"):
+        train(make_model(), rows, tmp_path, **changes)
+    assert not list(tmp_path.glob("best.*"))
 
 
 def test_the_best_of_another_run_is_never_given(make_model: Make, rows: Rows, tmp_path: Path) -> None:
