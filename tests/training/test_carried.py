@@ -21,7 +21,7 @@ from compresskit.training.checkpoint import MARK, mark_of
 from compresskit.training.fields import TrainingFields
 from compresskit.training.order import Rows
 from compresskit.training.outcome import TrainOutcome
-from compresskit.training.portable.sources import Files
+from compresskit.training.portable.sources import Files, Parts
 from compresskit.training.portable.take import take_over
 from compresskit.training.run import Run
 from compresskit.training.setting import Setting
@@ -202,6 +202,9 @@ def test_what_a_source_lacks_or_has_otherwise_is_named(make_model: Make, rows: R
         assert int(state["step"]) == 3
         assert torch.equal(state["exp_avg"], source.states(name, parameter.shape)["exp_avg"]), name
         assert torch.equal(parameter, source.tensor(name, parameter.shape)), name
+    for names in ([], [n for n in mark_of(made)["names"] if n != "model.norm.weight"]):
+        with pytest.raises(EngineError, match="checkpoint-3: expected a name model"):
+            take_over(Files(made, names), model, optimizer, Whole())
     number = source._numbers["model.norm.weight"]
     source._states[number]["exp_avg"] = torch.zeros(2)
     with pytest.raises(EngineError, match=r"exp_avg of model.norm.weight"):
@@ -209,3 +212,10 @@ def test_what_a_source_lacks_or_has_otherwise_is_named(make_model: Make, rows: R
     del source._files["model.norm.weight"]
     with pytest.raises(EngineError, match=r"model.norm.weight: expected \(\d+,\), got none"):
         take_over(source, model, optimizer, Whole())
+
+
+def test_states_in_parts_without_a_name_are_no_fresh_ones(tmp_path: Path) -> None:
+    torch.save({"model": {}, "states": {"0": {"step": ("same", "", 3)}}}, tmp_path / "part-shard0.pt")
+    assert Parts(tmp_path, ["known"]).states("known", torch.Size([2])) == {"step": 3}
+    with pytest.raises(EngineError, match="a name unknown of states of the optimiser, got 1 other names"):
+        Parts(tmp_path, ["known"]).states("unknown", torch.Size([2]))

@@ -35,7 +35,11 @@ class Source(Protocol):
         ...
 
     def states(self, name: str, shape: torch.Size) -> dict[str, Any]:
-        """The optimiser's states of the parameter of that name; empty where it has none."""
+        """The optimiser's states of the parameter of that name; empty where it has none.
+
+        Raises:
+            EngineError: nothing tells which states are of that name.
+        """
         ...
 
 
@@ -65,6 +69,7 @@ class Files:
         self._files = {name: path for path in checkpoint.glob("*.safetensors") for name in _names_in(path)}
         self._states = _mapped(checkpoint / "optimizer.pt")["state"]
         self._numbers = {name: number for number, name in enumerate(names)}
+        self._place = checkpoint
 
     def tensor(self, name: str, shape: torch.Size) -> Tensor | None:
         """See :meth:`Source.tensor`."""
@@ -76,7 +81,9 @@ class Files:
 
     def states(self, name: str, shape: torch.Size) -> dict[str, Any]:
         """See :meth:`Source.states`."""
-        return dict(self._states.get(self._numbers.get(name), {}))
+        if not self._states:
+            return {}  # of an optimiser that has none
+        return dict(self._states.get(_number_of(name, self._numbers, self._place), {}))
 
 
 class Distributed:
@@ -123,7 +130,8 @@ class Parts:
     def __init__(self, checkpoint: Path, names: Sequence[str]) -> None:
         paths = checkpoint.glob("part-*.pt")
         self._grid = {(_at("shard", p), _at("tensor", p)): _mapped(p) for p in paths}
-        self._numbers = {name: str(number) for number, name in enumerate(names)}
+        self._numbers = {name: number for number, name in enumerate(names)}
+        self._place = checkpoint
 
     def tensor(self, name: str, shape: torch.Size) -> Tensor | None:
         """See :meth:`Source.tensor`."""
@@ -136,7 +144,7 @@ class Parts:
 
     def states(self, name: str, shape: torch.Size) -> dict[str, Any]:
         """See :meth:`Source.states`."""
-        number = self._numbers[name]
+        number = str(_number_of(name, self._numbers, self._place))
         found = {}
         for key, (how, _, value) in self._grid[0, 0]["states"][number].items():
             found[key] = value
@@ -200,6 +208,15 @@ class Zero:
                 parts = [(self._states[r][g][key], start, n) for r, g, start, n in self._places[name]]
                 found[key] = _rejoined(parts, shape)
         return found
+
+
+def _number_of(name: str, numbers: Mapping[str, int], checkpoint: Path) -> int:
+    """By which the optimiser saved the states of ``name``: without them it would begin anew in silence."""
+    if name not in numbers:
+        cure = "Go back to the strategy and processes it was written by, or choose another directory."
+        got = f"{len(numbers)} other names" if numbers else "none"
+        raise EngineError(Fault(str(checkpoint), f"a name {name} of states of the optimiser", got, cure))
+    return numbers[name]
 
 
 def is_of_each(key: str, value: Any) -> bool:
