@@ -71,8 +71,8 @@ def number_faults(fields: TrainingFields, where: str) -> list[Fault]:
     for name in ("steps", "micro_batch_size", "context_length", "reference_batch_size"):
         if getattr(fields, name) is not None:
             least[name] = 2 if name == "context_length" else 1
-    finite = ("learning_rate", "epochs", "weight_decay")
-    odd = [name for name in finite if not isfinite(getattr(fields, name))]
+    values = {name: getattr(fields, name) for name in TrainingFields.__dataclass_fields__}
+    odd = [name for name, value in values.items() if isinstance(value, float) and not isfinite(value)]
     faults = [
         Fault(f"{where}.{name}", f"at least {low}", str(getattr(fields, name)), f"Raise {name}.")
         for name, low in least.items()
@@ -87,7 +87,7 @@ def number_faults(fields: TrainingFields, where: str) -> list[Fault]:
         for name in ("learning_rate", "max_grad_norm", "epochs")
         if name not in odd and not getattr(fields, name) > 0
     ]
-    if not fields.warmup_fraction < 1:
+    if "warmup_fraction" not in odd and not fields.warmup_fraction < 1:
         got = str(fields.warmup_fraction)
         faults.append(
             Fault(
