@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil
 from typing import Any, ClassVar
 
 from compresskit.options import Options, freeze_options
@@ -143,6 +145,10 @@ class TrainingFields:
         """
         times = self.batch_size / (self.reference_batch_size or self.batch_size)
         return self.learning_rate * self.rate_times(times)
+
+    def steps_over(self, rows: int) -> int:
+        """Optimiser steps on so many rows; 0.07 epochs of 100 are 7, though the float is a little more."""
+        return self.steps or max(1, ceil(Fraction(str(self.epochs)) * rows / self.batch_size))
 
     def rate_times(self, batch_times: float) -> float:
         """What the learning rate is multiplied by for a batch of so many times the rows."""

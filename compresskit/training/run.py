@@ -142,8 +142,7 @@ class Run:
     @cached_property
     def steps(self) -> int:
         """Optimiser steps; with ``epochs`` of a batch that grows there may be fewer."""
-        epochs = self.fields.epochs
-        return self.fields.steps or max(1, math.ceil(epochs * len(self.rows) / self.fields.batch_size))
+        return self.fields.steps_over(len(self.rows))
 
     @cached_property
     def identity(self) -> str:

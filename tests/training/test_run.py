@@ -196,6 +196,16 @@ def test_a_restart_of_a_model_whose_files_have_other_names(rows: Rows, tmp_path:
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize(
+    ("epochs", "rows", "batch_size", "steps"),
+    [(0.07, 100, 1, 7), (0.07, 101, 1, 8), (1.1, 30, 3, 11), (2, 10, 4, 5), (0.01, 10, 4, 1), (1.0, 9, 4, 3)],
+)
+def test_epochs_are_whole_steps_of_as_many_rows_as_are_written(
+    epochs: float, rows: int, batch_size: int, steps: int
+) -> None:
+    assert TrainingFields(epochs=epochs, batch_size=batch_size).steps_over(rows) == steps
+
+
 def test_other_rows_are_another_run(make_model: Make, rows: Rows, tmp_path: Path) -> None:
     """Of which there are as many: what a checkpoint has learnt is not theirs."""
     with broken_off_in(step=6):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import ceil
 from pathlib import Path
 
 from compresskit.data.corpus import open_corpus
@@ -80,7 +79,7 @@ def read_in_words(expected: tuple[int, bool], row_tokens: int, fields: TrainingF
     """
     tokens, whole = expected
     rows = max(1, -(-tokens // row_tokens))
-    items = fields.steps * fields.batch_size if fields.steps else ceil(fields.epochs * rows)
+    items = fields.steps_over(rows) * fields.batch_size
     more = "" if whole else " or more"
     said = f"It holds all rows of both splits, about {rows:,}{more} of {row_tokens:,} tokens"
     if items >= rows:

@@ -12,6 +12,7 @@ import torch
 from tiny import outlook, story, tiny_llama
 
 from compresskit.data.spec import DataSpec
+from compresskit.distill.cache.foresee import read_in_words
 from compresskit.distill.placements.cache import PASS_TOKENS
 from compresskit.distill.stage import Distill
 from compresskit.distill.teacher import Replica
@@ -19,6 +20,7 @@ from compresskit.modeling import ModelSource, open_model
 from compresskit.quant.qat import Qat
 from compresskit.sparse.train import SparseTrain
 from compresskit.stage import StageContext, StageResult
+from compresskit.training.fields import TrainingFields
 from compresskit.training.watch import LossLog
 
 FEW = {"steps": 8, "batch_size": 4, "context_length": 24, "learning_rate": 1e-2, "checkpoint_every": 0}
@@ -257,3 +259,8 @@ def test_a_plan_tells_how_many_rows_are_made_and_read(
     assert f" of {few['context_length']} tokens" in noted
     assert ("it serves longer runs" in noted) == (batch_size != 32), noted
     assert ("the steps read 8: " in noted) == (batch_size == 2)
+
+
+def test_epochs_read_whole_batches() -> None:
+    told = read_in_words((1000, True), 100, TrainingFields(epochs=0.5, batch_size=4))
+    assert "about 10 of 100 tokens, of which the steps read 8: " in told
