@@ -144,7 +144,7 @@ def failure_of(scratch: Path, failed: Sequence[tuple[int, int]]) -> CompressKitE
         if not failed:
             return None
         rank, code = (killed or list(failed))[0]
-        got = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit status {code}"
+        got = _signal_named(-code) if code < 0 else f"exit status {code}"
         cure = "Look for the out-of-memory killer in the system log; the same command continues the run."
         return WorkerError(Fault(f"training process {rank}", "a normal end", got, cure))
     first = min(notes, key=lambda note: float(note["time"]))
@@ -154,6 +154,12 @@ def failure_of(scratch: Path, failed: Sequence[tuple[int, int]]) -> CompressKitE
     where = f"training process {first['rank']} of {first['processes']}"
     lines = "\n".join(first["traceback"].splitlines()[-TRACEBACK_LINES:])
     return WorkerError(f"{where} failed; its traceback:\n{lines}")
+
+
+def _signal_named(number: int) -> str:
+    """``signal 9 (SIGKILL)``; most real-time signals have no name."""
+    named = number in [known.value for known in signal.Signals]
+    return f"signal {number} ({signal.Signals(number).name})" if named else f"signal {number}"
 
 
 def clear_notes(scratch: Path) -> None:

@@ -140,6 +140,8 @@ def test_a_killed_process_is_told(tmp_path: Path) -> None:
     error = failure_of(tmp_path, [(0, -signal.SIGTERM), (1, -signal.SIGKILL)])
     assert isinstance(error, WorkerError)
     assert "training process 1: expected a normal end, got signal 9 (SIGKILL)" in str(error)
+    nameless = signal.SIGRTMIN + 1
+    assert f"got signal {nameless}. " in str(failure_of(tmp_path, [(0, -nameless)]))
 
 
 def test_a_full_disk_that_a_rank_finds_is_told_and_none_starts_again(
