@@ -172,11 +172,16 @@ def test_our_deepspeed_config_sets_what_deepspeed_would_default() -> None:
 
 
 def test_a_users_deepspeed_config_is_kept_and_its_gaps_are_filled(tmp_path: Path) -> None:
-    theirs = {"zero_optimization": {"stage": 3, "overlap_comm": True}, "train_batch_size": "auto", "x": 1}
+    theirs = {
+        "zero_optimization": {"stage": "auto", "overlap_comm": True},
+        "train_batch_size": "auto",
+        "x": 1,
+    }
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(theirs))
     merged = deepspeed_config(setting(path))
     assert (merged["x"], merged["train_batch_size"], merged["gradient_clipping"]) == (1, 16, 0.7)
+    assert merged["zero_optimization"]["stage"] == 3
     assert merged["zero_optimization"]["overlap_comm"] is True
     assert merged["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
 

@@ -260,9 +260,10 @@ def test_a_ds_config_without_objects_is_refused(said: str, tmp_path: Path) -> No
     assert [f.where for f in training_faults(fields, "stage")] == ["stage.deepspeed_config"]
 
 
-def test_a_ds_config_may_have_the_recipes_own_numbers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [2, "auto"])
+def test_a_ds_config_may_have_the_recipes_own_numbers(tmp_path: Path, stage: int | str) -> None:
     own = dict(zip(deepspeed.NUMBERS, (32, 4, 2, 0.7), strict=True))
-    (tmp_path / "ds.json").write_text(json.dumps(own))
+    (tmp_path / "ds.json").write_text(json.dumps(own | {"zero_optimization": {"stage": stage}}))
     fields = TrainingFields(
         processes=4,
         strategy="deepspeed",

@@ -18,8 +18,8 @@ SECTIONS = ("zero_optimization", "bf16", "fp16")
 
 def _config_stage(s: Setting) -> bool:
     """Whether the user's ds_config.json names another ZeRO stage than the recipe."""
-    stage = read_config(s).get("zero_optimization", {}).get("stage", s.fields.zero_stage)
-    return bool(stage != s.fields.zero_stage)
+    stage = read_config(s).get("zero_optimization", {}).get("stage", AUTO)
+    return stage not in (AUTO, s.fields.zero_stage)
 
 
 def config_at(path: str | None) -> dict[str, Any] | None:
