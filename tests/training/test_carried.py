@@ -113,6 +113,17 @@ def test_a_ds_config_counts_by_what_it_says(tmp_path: Path) -> None:
     assert refusal(old, new, "adamw_torch", "here") is None
 
 
+@pytest.mark.parametrize("section", ["offload_optimizer", "offload_param"])
+def test_a_ds_config_may_put_states_on_a_drive_too(section: str, tmp_path: Path) -> None:
+    config = ds_config(tmp_path / "ds.json", **{section: {"device": "nvme", "nvme_path": "/nvme"}})
+    swept = way(2, strategy="deepspeed", deepspeed_config=config)
+    for old, new in ((swept, DDP), (DDP, swept)):
+        fault = refusal(old, new, "adamw_torch", "here")
+        assert fault is not None
+        assert fault.expected == "states in memory"
+    assert refusal(swept, dict(swept), "adamw_torch", "here") is None
+
+
 @pytest.mark.parametrize(
     ("changed", "is_another"),
     [
