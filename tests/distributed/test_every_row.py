@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Mapping
 from itertools import chain
@@ -75,6 +76,9 @@ def test_every_row_has_its_tests() -> None:
 @pytest.mark.parametrize("test", sorted(set(chain(*TESTS.values()))))
 def test_it_is_there_among_those_of_several_processes(test: str) -> None:
     name, _, function = test.partition("::")
-    text = (HERE / f"test_{name}.py").read_text(encoding="utf-8")
-    assert f"def {function}(" in text
-    assert "pytest.mark.distributed" in text
+    tree = ast.parse((HERE / f"test_{name}.py").read_text(encoding="utf-8"))
+    (found,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
+    of_file = [line for line in map(ast.unparse, tree.body) if line.startswith("pytestmark = ")]
+    marks = " ".join([*map(ast.unparse, found.decorator_list), *of_file])
+    assert "pytest.mark.distributed" in marks
+    assert not re.search(r"\b(skip|skipif|xfail)\b", marks + ast.unparse(found))
