@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from compresskit.artifact import (
@@ -100,8 +101,6 @@ def run(
             if measure is not None:
                 _measure(models, work, measure)
             assemble(plan, models[-1], states, work, out, keep_stages)
-    _clear(work)
-    shutil.rmtree(work, ignore_errors=True)
     return open_artifact(out)
 
 
@@ -141,6 +140,7 @@ def _workplace(plan: Plan, key: str, work: Path, out: Path) -> Iterator[None]:
     """Take ``work`` for this process alone; what another plan left there is thrown away.
 
     A plan that differs only in how its training is carried out is no other: it goes on with what is there.
+    After an error all stays there; else it is removed, as long as no other process can have taken it.
     """
     if not work.exists():
         plan.check_disk(work)
@@ -148,6 +148,8 @@ def _workplace(plan: Plan, key: str, work: Path, out: Path) -> Iterator[None]:
     with (work / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(lock.fileno()), os.stat(work / LOCK)):
+                raise BlockingIOError("another process has ended here, and a third begun")
         except OSError as error:
             raise OutputError(
                 Fault(
@@ -165,6 +167,10 @@ def _workplace(plan: Plan, key: str, work: Path, out: Path) -> Iterator[None]:
             write_json(work / MATTER, matter)
             write_json(work / KEY, key)
         yield
+        _clear(work)
+        (work / LOCK).unlink()
+    with suppress(OSError):  # no longer ours: another process may be at work there
+        work.rmdir()
 
 
 def _run_stages(plan: Plan, work: Path) -> tuple[list[ModelSource], list[dict[str, Json]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import compresskit as ck
+from compresskit import pipeline
 from compresskit.artifact import open_artifact
 from compresskit.errors import Fault, OutputError, PlanError, PromiseError
 from compresskit.modeling import ModelSource, open_model
@@ -257,6 +259,56 @@ def test_two_processes_at_one_output(model: Path, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setitem(CHANGES, "double", start_another)
     run(planned(model, double()), tmp_path / "out")
+
+
+def test_who_comes_while_the_work_is_cleared_is_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def met(work: Path) -> None:
+        with pytest.raises(OutputError, match="another compresskit process"):
+            run(planned(model, prune()), tmp_path / "out", overwrite=True)
+        refused.append(work)
+        real(work)
+
+    refused: list[Path] = []
+    real = pipeline._clear
+    monkeypatch.setattr(pipeline, "_clear", met)
+    run(planned(model, double()), tmp_path / "out")
+    assert refused == [tmp_path / ".out.work"] * 2, "of what another plan left, and at the end"
+    assert not refused[0].exists()
+
+
+def test_who_comes_after_the_work_is_cleared_keeps_what_is_its_own(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the end of the lock and that of its directory."""
+
+    def met(work: Path) -> None:
+        monkeypatch.setattr(Path, "rmdir", real)
+        with pytest.raises(Interrupted):
+            run(planned(model, double(), Edit("die")), tmp_path / "out", overwrite=True)
+        real(work)
+
+    real = Path.rmdir
+    monkeypatch.setattr(Path, "rmdir", met)
+    run(planned(model, double()), tmp_path / "out")
+    monkeypatch.setitem(CHANGES, "die", lambda w: 3 * w)
+    run(planned(model, double(), Edit("die")), tmp_path / "out", overwrite=True)
+    assert RUNS == ["double", "double", "die", "die"], "its first stage was finished"
+
+
+def test_a_lock_that_its_owner_has_removed_is_none(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(lock: Any, how: int) -> None:
+        (tmp_path / ".out.work" / "lock").unlink()  # it was opened before
+        real(lock, how)
+
+    real = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(OutputError, match="another compresskit process"):
+        run(planned(model, double()), tmp_path / "out")
+    assert RUNS == []
 
 
 def test_cutting_what_was_pruned_or_training_what_is_packed_is_refused(model: Path, tmp_path: Path) -> None:
