@@ -31,8 +31,7 @@ from compresskit.timing import processor
 if TYPE_CHECKING:
     from compresskit.modeling.source import ModelSource
 
-ROOMS = ("calibration", "modeling", "quant", "sparse")
-"""Of this package; what they say makes the figures: the measure, grids, scores, choices among scores."""
+SOURCES = (".py", ".c", ".h", ".cu", ".cuh")
 FOLDER = "costs"
 DIGEST_BYTES = 20
 NO_MATTER = ("_name_or_path", "transformers_version")
@@ -190,9 +189,13 @@ def read_entry(path: Path) -> Figures:
 
 @cache
 def _package() -> str:
-    """Digest of the code that figures come from."""
-    place = Path(__file__).parents[1]
-    paths = sorted(path for room in ROOMS for path in (place / room).rglob("*.py"))
+    """Digest of the code that figures come from: of all of this package, for a rounding is in ``formats``, a
+    product in ``kernels``, and a list of rooms would miss the next one."""
+    return _code(Path(__file__).parents[1])
+
+
+def _code(place: Path) -> str:
+    paths = sorted(path for path in place.rglob("*") if path.suffix in SOURCES)
     return _digest(
         part for path in paths for part in (str(path.relative_to(place)).encode(), path.read_bytes())
     )

@@ -158,6 +158,29 @@ def test_all_that_a_cost_depends_on_misses(
     assert kept(source, rows, tmp_path, EIGHT)[1] == [], "all those stand beside it"
 
 
+@pytest.mark.parametrize("part", ["calibration/sweep.py", "formats/grid.py", "kernels/ops.py", "targets.py"])
+def test_the_code_of_every_room_counts(part: str, tmp_path: Path) -> None:
+    place = Path(module.__file__).parents[1]
+    (tmp_path / part).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / part).write_bytes((place / part).read_bytes())
+    before = module._code(tmp_path)
+    (tmp_path / part).write_text("ROUNDED = 1\n")
+    assert module._code(tmp_path) != before
+
+
+def test_every_module_that_is_loaded_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those behind a rounding among them, wherever they are."""
+    read: set[Path] = set()
+    real = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (read.add(path), real(path))[1])
+    module._package.cache_clear()
+    module._package()
+    names = [name for name in sys.modules if name.startswith("compresskit.")]
+    loaded = {Path(str(sys.modules[name].__file__)) for name in names}
+    assert {path.parent.name for path in loaded} >= {"formats", "kernels", "modeling", "quant", "sparse"}
+    assert loaded <= read
+
+
 def test_where_a_model_lies_and_how_it_is_sharded_are_no_matter(
     source: ModelSource, rows: Rows, tmp_path: Path
 ) -> None:
