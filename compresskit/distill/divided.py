@@ -14,6 +14,7 @@ from compresskit.errors import PlanError
 from compresskit.modeling import ModelSource
 from compresskit.modeling.forwards import keeping
 from compresskit.modeling.skeleton import resolve_dtype
+from compresskit.training.beginning import identity_of
 from compresskit.training.division import divided, whole
 from compresskit.training.isolation import isolation_fault, sees_across
 from compresskit.training.objective import Head, Hidden, Signal, head_of
@@ -43,6 +44,11 @@ class Divided:
 
     hidden = None
     """Whether documents see each other is tried when the weights are there."""
+
+    @property
+    def identity(self) -> str:
+        """See ``Known``."""
+        return identity_of(self, beside=("offload",))
 
     @cached_property
     def _source(self) -> ModelSource:

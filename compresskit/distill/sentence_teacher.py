@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compresskit.distill.teacher import frozen
+from compresskit.training.beginning import identity_of
 from compresskit.training.features import Looks, Watched, looking_at, watched_in
 from compresskit.training.objective import Classified, Embedded, Signal
 from compresskit.training.sentences import LOGITS, STATES, read_by
@@ -33,6 +34,11 @@ class SentenceReplica:
     trust_remote_code: bool = False
     blocks: Sequence[int] = ()
     attended: Sequence[int] = ()
+
+    @property
+    def identity(self) -> str:
+        """See ``Known``."""
+        return identity_of(self)
 
     @cached_property
     def _model(self) -> nn.Module:

@@ -38,6 +38,12 @@ class Served:
     hidden = None
     is_remote: ClassVar[bool] = True
 
+    @property
+    def identity(self) -> str:
+        """See ``Known``: the same model at another address is the same teacher."""
+        told = {name: self.server[name] for name in ("model", "top_k", "vocabulary")}
+        return f"{type(self).__name__} {told}"
+
     def load(self) -> None:
         """There is nothing to read."""
 

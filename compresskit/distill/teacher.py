@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from compresskit.modeling import load_model
 from compresskit.modeling.skeleton import resolve_dtype
+from compresskit.training.beginning import identity_of
 from compresskit.training.features import Looks, Watched, looking_at, watched_in
 from compresskit.training.objective import Head, Hidden, Signal, head_of
 
@@ -49,6 +50,11 @@ class Replica:
     blocks: Sequence[int] = ()
     attended: Sequence[int] = ()
     dtype: str = "auto"
+
+    @property
+    def identity(self) -> str:
+        """See ``Known``."""
+        return identity_of(self)
 
     @cached_property
     def _model(self) -> nn.Module:

@@ -19,6 +19,7 @@ from compresskit.modeling.skeleton import load_config
 from compresskit.options import freeze_options
 from compresskit.registry import locate
 from compresskit.training.adaptation import Adaptation, Plain
+from compresskit.training.beginning import digest_of_files, words_of_teacher
 from compresskit.training.fields import TrainingFields
 from compresskit.training.hold import require_held
 from compresskit.training.isolation import isolation_fault, model_sees_across, sees_across
@@ -146,6 +147,8 @@ def carry_out(job: TrainJob) -> TrainOutcome:
     rows, validation, notes = _rows(job)
     teacher = job.teacher.make() if job.teacher else None
     prepared = _prepared(job, teacher, rows, validation)
+    # Not of the loaded weights: an adaptation adds to them, and an engine may have them laid out otherwise.
+    began = {"weights": digest_of_files(source.directory), "teacher": words_of_teacher(teacher)}
     if not Setting(job.training, launched_processes() or 1, "cpu").computes_loss(this_rank()):
         teacher = None  # it would only take memory here
     adaptation: Adaptation = job.adaptation.make() if job.adaptation else Plain()
@@ -185,6 +188,7 @@ def carry_out(job: TrainJob) -> TrainOutcome:
         evaluates_first=job.evaluates_first,
         on_policy=_policy(job, source),
         warnings=notes + prepared.notes,
+        began=began,
     ).train()
     outcome = replace(outcome, teacher=prepared.figures)
     if this_rank() == 0:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from functools import cached_property, partial
@@ -22,6 +21,7 @@ from compresskit.training import checkpoint
 from compresskit.training.access import cast_like, local_bytes
 from compresskit.training.agreement import require_same
 from compresskit.training.arguments import CHECKPOINTS, training_arguments
+from compresskit.training.beginning import began_with, words_of
 from compresskit.training.best import BEST, Best
 from compresskit.training.carried import BESIDE, COUNTS, HOW, Carried, carried_out, moved, refusal, words
 from compresskit.training.driver.local import LocalTrainer
@@ -55,8 +55,6 @@ from compresskit.training.trainer import StageTrainer
 from compresskit.training.watch import LOSSES, LossLog, Watch, held_bytes
 from compresskit.training.zeroing import Zeroing
 
-ADDRESS = re.compile(r" at 0x[0-9a-f]+")
-"""Of an object without a name of its own: another one in each process."""
 LAST = 10
 """Steps whose mean is the final training loss."""
 
@@ -87,6 +85,8 @@ class Run:
         warnings: of whoever made the rows; passed on in the outcome.
         evaluates_first: whether to evaluate before the first step too.
         on_policy: how much is learnt from the model's own text, or None.
+        began: what stands for the weights to begin with and the teacher's; None has them looked at, so that
+            the model must have the same ones at each start.
     """
 
     model: nn.Module
@@ -108,6 +108,7 @@ class Run:
     warnings: tuple[str, ...] = ()
     evaluates_first: bool = False
     on_policy: OnPolicy | None = None
+    began: Mapping[str, str] | None = None
 
     @cached_property
     def setting(self) -> Setting:
@@ -167,7 +168,8 @@ class Run:
         facts["learnt by deepspeed_config"] = json.dumps(learnt_of(config), sort_keys=True)
         facts |= {"processes": setting.processes, "strategy": setting.strategy, "device": setting.device}
         told = {"objective": self.objective, "zeroing": self.zeroing, "on_policy": self.on_policy}
-        facts |= {name: ADDRESS.sub("", repr(value)) for name, value in told.items()}
+        facts |= words_of(told)
+        facts |= self.began or began_with(self.model, self.teacher)
         facts |= {"adaptation": self.adaptation, "held": self.held}
         for name in ("eval_every", *BESIDE):
             facts.pop(name)

@@ -17,7 +17,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from compresskit.distill.divergences import Divergences
 from compresskit.errors import DataError, InputError, NumericError, PlanError, PromiseError
 from compresskit.training.checkpoint import MARK, latest
 from compresskit.training.fields import TrainingFields
@@ -282,28 +281,6 @@ def test_checkpoints_of_another_run_are_ignored(make_model: Make, rows: Rows, tm
     train(make_model(), rows, tmp_path, checkpoint_every=2)
     assert train(make_model(), rows, tmp_path, checkpoint_every=2, seed=1).resumed_from == 0
     assert train(make_model(), rows, tmp_path, checkpoint_every=2, seed=1).resumed_from == 8
-
-
-class Nameless(Divergences):
-    """An objective that does not say what it is made of."""
-
-    __repr__ = object.__repr__
-
-
-def test_where_an_objective_lies_in_memory_makes_no_other_run(
-    make_model: Make, rows: Rows, tmp_path: Path
-) -> None:
-    """A second start is another process: what has no words of its own must not set it apart."""
-
-    def identity(objective: Divergences) -> str:
-        run = Run(make_model(), rows, objective=objective, fields=FIELDS, scratch=tmp_path, device="cpu")
-        return run.identity
-
-    first, second = Nameless(), Nameless()
-    assert repr(first) != repr(second)
-    assert identity(first) == identity(second)
-    assert identity(first) != identity(Divergences())
-    assert identity(Divergences()) != identity(Divergences(temperature=2.0))
 
 
 def prune(model: nn.Module) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from compresskit.distill.align.spelling import Spelling, beginnings, spelling_of
 from compresskit.distill.few_bits import sample
 from compresskit.errors import Fault, ModelError
 from compresskit.modeling import load_tokenizer
+from compresskit.training.beginning import identity_of, words_of_teacher
 from compresskit.training.job import Part
 from compresskit.training.objective import IGNORED, Approximate, Hidden, Signal, TeacherProvider
 from compresskit.training.order import Rows
@@ -62,6 +63,12 @@ class Aligned:
     students: int
     temperature: float = 1.0
     trust_remote_code: bool = False
+
+    @property
+    def identity(self) -> str:
+        """See ``Known``."""
+        beside = ("teacher", "student_tokenizer", "teacher_tokenizer")
+        return f"{identity_of(self, beside=beside)} of {words_of_teacher(self._provider)}"
 
     @cached_property
     def _provider(self) -> TeacherProvider:

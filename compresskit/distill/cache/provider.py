@@ -24,6 +24,7 @@ from compresskit.distill.placements.cache import HIDDEN, SAMPLED, TOP_K
 from compresskit.distill.teacher import Replica
 from compresskit.errors import DataError, Fault, PlanError
 from compresskit.modeling import ModelSource, resolve_device
+from compresskit.training.beginning import identity_of
 from compresskit.training.isolation import isolation_fault, sees_across
 from compresskit.training.objective import IGNORED, Head, Prepared, Signal, softcap_in
 from compresskit.training.order import Rows
@@ -64,6 +65,11 @@ class Cached:
     temperature: float = 1.0
     dir: str | None = None
     _store: Store | None = field(default=None, init=False, repr=False)
+
+    @property
+    def identity(self) -> str:
+        """See ``Known``."""
+        return identity_of(self, beside=("dir",))
 
     def prepare(self, rows: Sequence[Rows], cache: Path, device: str) -> Prepared:
         """Open the cache of these rows; made first where it is not there, by one process of many.
