@@ -48,6 +48,8 @@ SOURCE = "0-source"
 LOCK = "lock"
 MATTER = "matter.json"
 """The key of the work, however it is carried out; ``KEY`` is that of the plan that is at it."""
+TAKEN, PUBLISHED = "place of work", "artifact"
+"""What rank 0 tells the others it has."""
 POLL_S = 0.2
 
 Measure = Callable[[Mapping[str, Path]], Mapping[str, Json]]
@@ -90,17 +92,24 @@ def run(
     work = out.with_name(f".{out.name}.work")
     with accompanied() as ranks:
         key = plan.resume_key if ranks is None else _shared_key(plan, out, work, ranks, overwrite=overwrite)
-        if not overwrite and _is_done(key, out):
+        is_done = not overwrite and _is_done(key, out)
+        if ranks is not None:  # rank 0 may have finished before this one looks
+            is_done = bool(ranks.told("finished before", "yes" if is_done else ""))
+        if is_done:
             _require_kept(out, measured=measure is not None, stages=keep_stages)
             return open_artifact(out)
         if ranks is not None and ranks.rank > 0:
             return _follow(plan, key, out, work, ranks)
         check_output(out, overwrite=overwrite)
         with _workplace(plan, key, work, out):
+            if ranks is not None:
+                ranks.told(TAKEN, "")
             models, states = _run_stages(plan, work)
             if measure is not None:
                 _measure(models, work, measure)
             assemble(plan, models[-1], states, work, out, keep_stages)
+            if ranks is not None:
+                ranks.told(PUBLISHED, "")  # the others may still look at the work
     return open_artifact(out)
 
 
@@ -337,10 +346,11 @@ def _shared_key(plan: Plan, out: Path, work: Path, ranks: Ranks, *, overwrite: b
 def _follow(plan: Plan, key: str, out: Path, work: Path, ranks: Ranks) -> Artifact:
     """The part of a rank above 0: join the stages that train, leave all else to rank 0.
 
-    Rank 0 cannot finish a stage that trains without this rank, but it may finish all that comes after the
-    last such stage, and remove ``work``, before this rank looks.
+    Between the two words of rank 0 all that is in ``work`` is of this run; before, it may be of another, and
+    ``out`` an older artifact of the same key.
     """
-    _wait_until(lambda: _is_done(key, out) or _key_of(work) == key, ranks)
+    ranks.told(TAKEN, "")
+    _wait_until(lambda: _key_of(work) == key, ranks)  # some file systems show it late
     model = plan.source
     made = _first_promises(plan)
     last = max((i for i, stage in enumerate(plan.stages) if stage.trains), default=-1)
@@ -355,6 +365,7 @@ def _follow(plan: Plan, key: str, out: Path, work: Path, ranks: Ranks) -> Artifa
             _wait_until(state.is_file, ranks)
             model = open_model(state.parent, trust_remote_code=plan.recipe.trust_remote_code)
             made += [promise_from_json(p) for p in _read_state(state.parent)["result"]["promises"]]
+    ranks.told(PUBLISHED, "")
     _wait_until(lambda: _is_done(key, out), ranks)
     return open_artifact(out)
 

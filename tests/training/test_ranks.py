@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+from safetensors.torch import load_file, save_file
+from tiny import tiny_llama
 from torch.distributed import TCPStore
 
 from compresskit import pipeline
 from compresskit.artifact import write_json
-from compresskit.errors import CompressKitError, OutputError, PlanError, WorkerError
+from compresskit.errors import CompressKitError, Fault, OutputError, PlanError, WorkerError
+from compresskit.modeling import ModelSource
+from compresskit.planned import Plan
+from compresskit.planner import plan
+from compresskit.recipe import Recipe
+from compresskit.stage import Forecast, Outlook, StageContext, StageResult
 from compresskit.training import agreement, ranks
 from compresskit.training.agreement import require_same, require_shared
 from compresskit.training.ranks import Ranks
@@ -229,3 +239,94 @@ def test_ranks_that_never_come_are_named(port: int, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ranks, "JOIN_S", 0.3)
     with pytest.raises(WorkerError, match=r"all within 0 s, got 1; missing: 1, 2"):
         company(port, 0).start()
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A stage that all ranks take part in, or none gets on; rank 0 writes."""
+
+    kind: ClassVar[str] = "joined"
+    trains: ClassVar[bool] = True
+    reshapes: ClassVar[bool] = False
+    met: ClassVar[threading.Barrier] = threading.Barrier(RANKS, timeout=5.0)
+
+    def faults(self, model: Outlook, where: str) -> list[Fault]:
+        return []
+
+    def forecast(self, model: Outlook) -> Forecast:
+        return Forecast(after=model, layers=1, memory_bytes=0)
+
+    def run(self, model: ModelSource, context: StageContext) -> StageResult:
+        if self.met.wait() == 0:
+            self.ran.append(model.directory.name)
+        if HERE.us.rank == 0:
+            shutil.copytree(model.directory, context.out, dirs_exist_ok=True)
+            (context.out / "stage.json").unlink(missing_ok=True)
+            tensors = load_file(context.out / "model.safetensors")
+            tensors["model.norm.weight"] *= 2
+            save_file(tensors, context.out / "model.safetensors", {"format": "pt"})
+        self.met.wait()
+        return StageResult()
+
+    ran: ClassVar[list[str]] = []
+
+
+HERE = threading.local()
+"""``us``: the ranks as this thread sees them."""
+
+
+@pytest.fixture
+def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    monkeypatch.setattr(pipeline, "accompanied", lambda: nullcontext(HERE.us))
+    monkeypatch.setattr(pipeline, "POLL_S", 0.01)
+    Joined.met.reset()
+    Joined.ran.clear()
+    (tmp_path / "text.txt").write_text("Some text.")
+    tiny_llama(tmp_path / "model")
+    stages = (Joined(), Joined())
+    return plan(Recipe(model=str(tmp_path / "model"), stages=stages, data=str(tmp_path / "text.txt")))
+
+
+def run_on_all(port: int, planned: Plan, out: Path, *, overwrite: bool) -> list[Any]:
+    def work(us: Ranks) -> Any:
+        HERE.us = us
+        return pipeline.run(planned, out, overwrite=overwrite)
+
+    return on_all(port, work)
+
+
+def test_all_ranks_replace_an_artifact_of_the_same_run(port: int, planned: Plan, tmp_path: Path) -> None:
+    """Beside what another plan has left of its own first stage."""
+    out, work = tmp_path / "out", tmp_path / ".out.work"
+    first = run_on_all(port, planned, out, overwrite=False)
+    assert Joined.ran == ["model", "1-joined"]
+    (work / "1-joined").mkdir(parents=True)
+    (work / "1-joined" / "stage.json").write_text("{}")
+    write_json(work / pipeline.KEY, "key of another plan")
+    again = run_on_all(port, planned, out, overwrite=True)
+    assert Joined.ran == ["model", "1-joined"] * 2
+    assert len({artifact.digest for artifact in (*first, *again)}) == 1
+    assert not work.exists()
+    run_on_all(port, planned, out, overwrite=False)
+    assert len(Joined.ran) == 4, "it is done already"
+
+
+def test_no_rank_ends_well_where_rank_0_has_failed(
+    port: int, planned: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OutputError("no disk here")
+
+    out = tmp_path / "out"
+    run_on_all(port, planned, out, overwrite=False)
+    real = pipeline.assemble
+    monkeypatch.setattr(pipeline, "assemble", full)
+    first, *others = run_on_all(port, planned, out, overwrite=True)
+    assert isinstance(first, OutputError)
+    for error in others:
+        assert isinstance(error, WorkerError)
+        assert "OutputError: no disk here" in str(error)
+    monkeypatch.setattr(pipeline, "assemble", real)
+    made = run_on_all(port, planned, out, overwrite=True)
+    assert len({artifact.digest for artifact in made}) == 1
+    assert len(Joined.ran) == 4, "both stages were finished"
