@@ -9,7 +9,7 @@ from typing import Any
 from compresskit.errors import Fault
 from compresskit.training.optimizers import OPTIMIZERS
 from compresskit.training.rules.asynchronous import EVERY_STEP
-from compresskit.training.rules.deepspeed import config_at
+from compresskit.training.rules.deepspeed import config_at, is_on_nvme
 from compresskit.training.setting import Setting
 
 Carried = Mapping[str, Any]
@@ -112,21 +112,12 @@ def refusal(old: Carried, new: Carried, optimizer: str, place: str) -> Fault | N
     for kind, expected in OF_RANKS.items():
         if kind in (kind_of(old), kind_of(new)):
             return Fault(place, expected, f"{words(new)} after {words(old)}", cure)
-    if is_on_nvme(old) or is_on_nvme(new):
+    if any(one["offload_device"] == "nvme" or is_on_nvme(one["deepspeed_config"]) for one in (old, new)):
         return Fault(place, "states in memory", "states on a drive (nvme)", cure)
     if not is_by_parameter(optimizer):
         expected = "an optimiser whose states are numbers of single weights (adamw_torch, sgd, muon ...)"
         return Fault(place, expected, optimizer, cure)
     return None
-
-
-def is_on_nvme(carried: Carried) -> bool:
-    """Whether fields or the user's ds_config.json put states or parameters on a drive."""
-    config = carried["deepspeed_config"] or {}
-    zero = config.get("zero_optimization", {}) if isinstance(config, Mapping) else {}
-    sections = [zero.get(name) for name in ("offload_optimizer", "offload_param")]
-    devices = [section.get("device") for section in sections if isinstance(section, Mapping)]
-    return "nvme" in (carried["offload_device"], *devices)
 
 
 def is_by_parameter(optimizer: str) -> bool:

@@ -191,8 +191,11 @@ def note_failure(error: BaseException) -> None:
         "traceback": "".join(traceback.format_exception(error)),
     }
     partial = scratch / f"failure-{rank}.partial"
-    partial.write_text(json.dumps(note), encoding="utf-8")
-    os.replace(partial, scratch / f"failure-{rank}.json")
+    try:
+        partial.write_text(json.dumps(note), encoding="utf-8")
+        os.replace(partial, scratch / f"failure-{rank}.json")
+    except OSError:  # the disk that is full may be this one: then the log has it
+        print(note["traceback"], file=sys.stderr)
 
 
 def die_with_parent() -> None:

@@ -203,8 +203,6 @@ class SharingTrainer(StageTrainer):
         """Which epoch of the loader to begin in, and how many batches to leave out: it has only one epoch."""
         super()._init_training_state(max_steps, steps_an_epoch, epochs, resume_from_checkpoint, trial)
         step = self.state.global_step
-        if step >= max_steps:
-            return epochs, 0
         kept = Path(resume_from_checkpoint or "") / STATE
         if resume_from_checkpoint and kept.is_file():
             data = json.loads(kept.read_text(encoding="utf-8"))
@@ -212,5 +210,10 @@ class SharingTrainer(StageTrainer):
             # Else nothing is divided yet, or for other ranks and passes than these: it measures anew.
             if step >= found.first and found.fit(ranks=self.args.world_size, micro_batch_size=micro):
                 self.shares = found
-                self._divide()
+                if step < max_steps:
+                    self._divide()
+                elif step > found.first:
+                    self.divided = found.rows
+        if step >= max_steps:
+            return epochs, 0
         return 0, step * int(self.args.gradient_accumulation_steps)

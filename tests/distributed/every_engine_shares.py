@@ -57,6 +57,8 @@ def main(out: Path) -> None:
         seen: list[int] = []
         outcome = train(run, out / run, seen, sleep_s=SLEEPS_S[rank], **changes)
         (out / f"{run}-{rank}.json").write_text(json.dumps({**asdict(outcome), "seen": seen}))
+    outcome = train("ended", out / "broken", [], sleep_s=SLEEPS_S[rank], **RUNS["broken"])
+    (out / f"ended-{rank}.json").write_text(json.dumps(asdict(outcome)))
     torch.distributed.destroy_process_group()
 
 

@@ -158,6 +158,15 @@ def test_a_full_disk_that_a_rank_finds_is_told_and_none_starts_again(
     assert not is_worth_a_restart(error)
 
 
+def test_a_note_that_cannot_be_written_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(NOTES, str(tmp_path / "absent"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    note_failure(RunError("teacher lost"))
+    assert "teacher lost" in capsys.readouterr().err
+
+
 WAITS_FOR_AN_ORPHAN = """
 import os, sys, time
 from pathlib import Path

@@ -64,3 +64,6 @@ def test_a_restart_keeps_the_shares(launched: tuple[Path, TrainOutcome]) -> None
     kept = json.loads((out / "broken" / "checkpoints" / f"checkpoint-{CHECKPOINT}" / STATE).read_text())
     assert kept["first"] <= CHECKPOINT
     assert found["shares"] == kept["rows"]
+    ended = json.loads((out / "ended-0.json").read_text())
+    assert ended["resumed_from"] == STEPS, "there was nothing left to do"
+    assert ended["shares"] == kept["rows"]

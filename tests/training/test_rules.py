@@ -234,6 +234,15 @@ def test_a_broken_rule_is_told_with_its_cure(
     assert "{" not in str(faults[0])
 
 
+@pytest.mark.parametrize("section", ["offload_optimizer", "offload_param"])
+def test_what_a_ds_config_puts_on_a_drive_is_on_a_drive(section: str, tmp_path: Path) -> None:
+    said = {"zero_optimization": {section: {"device": "nvme", "nvme_path": "/nvme"}}}
+    (tmp_path / "ds.json").write_text(json.dumps(said))
+    fields = TrainingFields(strategy="deepspeed", deepspeed_config=str(tmp_path / "ds.json"), zero_stage=3)
+    (fault,) = training_faults(fields, "stage")
+    assert fault.expected.startswith("a GPU for offload_device nvme")
+
+
 @pytest.mark.parametrize(("cores", "most"), [(1, 8), (2, 8), (4, 16), (0, 10**6)])
 def test_a_cpu_has_room_for_a_few_processes_a_core(cores: int, most: int) -> None:
     for processes, refused in ((most, False), (most + 1, cores > 0)):

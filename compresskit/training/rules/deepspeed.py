@@ -45,6 +45,8 @@ NUMBERS = {
     "gradient_clipping": "max_grad_norm",
 }
 """Keys of a ds_config.json that fix a number -> what of the setting, or of its fields, it follows from."""
+OFFLOADED = ("offload_optimizer", "offload_param")
+"""Keys of ``zero_optimization`` whose objects say what lies off the device, and where."""
 BESIDE = ("steps_per_print", "wall_clock_breakdown", "aio")
 """Keys that say what is printed, and how drives are read."""
 WHERE = (
@@ -67,6 +69,13 @@ WHERE = (
     "stage3_gather_16bit_weights_on_model_save",
 )
 """Keys of ``zero_optimization`` that say where numbers lie, and in which portions they are moved."""
+
+
+def is_on_nvme(config: Mapping[str, Any] | None) -> bool:
+    """Whether a ds_config.json puts states or parameters on a drive."""
+    zero = (config or {}).get("zero_optimization", {})
+    sections = [zero.get(name) for name in OFFLOADED]
+    return any(isinstance(section, Mapping) and section.get("device") == "nvme" for section in sections)
 
 
 def learnt_of(config: Mapping[str, Any] | None) -> dict[str, Any]:

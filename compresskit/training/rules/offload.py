@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from compresskit.training.rules.base import Rule
-from compresskit.training.rules.deepspeed import read_config
+from compresskit.training.rules.deepspeed import OFFLOADED, is_on_nvme, read_config
 from compresskit.training.setting import Setting
 
 OFFLOADS = ("none", "optimizer", "parameters")
@@ -17,13 +17,14 @@ def _offloads(s: Setting) -> bool:
 
 
 def _to_nvme(s: Setting) -> bool:
-    """Whether something is to be written to a drive, by an engine that could."""
-    return _offloads(s) and s.strategy == "deepspeed" and s.fields.offload_device == "nvme"
+    """Whether the recipe or a file has something written to a drive, by an engine that could."""
+    named = _offloads(s) and s.fields.offload_device == "nvme"
+    return s.strategy == "deepspeed" and (named or is_on_nvme(read_config(s)))
 
 
 def _says_so_itself(s: Setting) -> bool:
     """Whether the user's ds_config.json has sections of its own."""
-    return bool({"offload_optimizer", "offload_param"} & set(read_config(s).get("zero_optimization", {})))
+    return bool(set(OFFLOADED) & set(read_config(s).get("zero_optimization", {})))
 
 
 def _writes_asynchronously() -> bool:
@@ -98,7 +99,7 @@ RULES: tuple[Rule, ...] = (
         lambda s: _to_nvme(s) and s.fields.zero_stage < 3,
         "zero_stage 3 for offload_device nvme",
         "zero_stage {zero_stage}",
-        "Set zero_stage to 3, or offload_device to cpu.",
+        "Set zero_stage to 3, or offload_device (in the file: device) to cpu.",
     ),
     Rule(
         "offload-nvme-cpu",
@@ -106,7 +107,7 @@ RULES: tuple[Rule, ...] = (
         lambda s: _to_nvme(s) and s.device == "cpu",
         "a GPU for offload_device nvme, whose memory it is meant to spare",
         "{device}",
-        "Set offload_device to cpu.",
+        "Set offload_device (in the file: device) to cpu.",
     ),
     Rule(
         "offload-nvme-library",
@@ -114,7 +115,8 @@ RULES: tuple[Rule, ...] = (
         lambda s: _to_nvme(s) and s.device == "cuda" and not _writes_asynchronously(),
         "the library libaio with its headers, for offload_device nvme",
         "a machine where deepspeed.ops.aio cannot be built",
-        "Install them (Debian: `apt install libaio-dev`), or set offload_device to cpu.",
+        "Install them (Debian: `apt install libaio-dev`), "
+        "or set offload_device (in the file: device) to cpu.",
     ),
     Rule(
         "offload-nvme-zeros",
@@ -122,6 +124,6 @@ RULES: tuple[Rule, ...] = (
         lambda s: _to_nvme(s) and getattr(s.fields, "kind", "") == "sparse_train",
         "offload_device cpu in a stage that changes which weights are zero",
         "nvme, where weights between steps are out of reach",
-        "Set offload_device to cpu.",
+        "Set offload_device (in the file: device) to cpu.",
     ),
 )
