@@ -222,8 +222,18 @@ def _detail(kind: str, fields: Mapping[str, Json]) -> str:
     if kind == "quantize":
         return f"{method} {fields.get('scheme', '')}".strip()
     steps = f"{fields['steps']} steps" if fields.get("steps") else f"{fields.get('epochs', 1):g} epochs"
-    named = [fields.get(name, "") for name in ("method", "pattern", "scheme", "loss")]
-    return " ".join(str(word) for word in (*named, steps) if word)
+    named = [_word(fields.get(name, "")) for name in ("method", "pattern", "scheme", "loss")]
+    return " ".join(word for word in (*named, steps) if word)
+
+
+def _word(choice: Json) -> str:
+    """How a reader says a name, a mapping of ``method`` and its own fields, or a list of such."""
+    if isinstance(choice, list):
+        return " + ".join(map(_word, choice))
+    if not isinstance(choice, Mapping):
+        return str(choice or "")
+    own = [f"{name} {value}" for name, value in choice.items() if name != "method"]
+    return f"{choice['method']} ({', '.join(own)})" if own else str(choice["method"])
 
 
 def _checked(chain: Chain) -> Chain:

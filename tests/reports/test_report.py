@@ -143,6 +143,11 @@ def test_the_artifact_has_its_own_row_beside_a_measured_last_stage(make_artifact
             {"method": "maskllm", "pattern": "2:4", "loss": "cross_entropy", "steps": 9},
             "maskllm 2:4 cross_entropy 9 steps",
         ),
+        (
+            "distill",
+            {"loss": [{"method": "jsd", "beta": 0.3, "weight": 2.0}, {"method": "taid"}], "steps": 9},
+            "jsd (beta 0.3, weight 2.0) + taid 9 steps",
+        ),
     ],
 )
 def test_what_a_stage_was_asked_for(
