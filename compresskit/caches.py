@@ -66,11 +66,7 @@ class Kind:
 def _tokens_fault(path: Path) -> str:
     from compresskit.data.cache import read_entry
 
-    try:
-        read_entry(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return str(error)
-    return ""
+    return _reading(read_entry, path)
 
 
 def _teacher_fault(path: Path) -> str:
@@ -94,27 +90,24 @@ def _compiled_fault(path: Path) -> str:
 def _costs_fault(path: Path) -> str:
     from compresskit.calibration.costs import read_entry
 
-    try:
-        read_entry(path)
-    except (OSError, ValueError) as error:
-        return str(error)
-    return ""
+    return _reading(read_entry, path)
 
 
 def _times_fault(path: Path) -> str:
     from compresskit.kernels.remembered import read_entry
 
-    try:
-        read_entry(path)
-    except (OSError, ValueError) as error:
-        return str(error)
-    return ""
+    return _reading(read_entry, path)
 
 
 def _json_fault(path: Path) -> str:
+    return _reading(lambda path: json.loads(path.read_text(encoding="utf-8")), path)
+
+
+def _reading(read: Callable[[Path], object], path: Path) -> str:
+    """What is wrong with an entry that ``read`` reads; empty where it is whole."""
     try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        read(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return str(error)
     return ""
 

@@ -54,6 +54,7 @@ def test_prune_rightly(cli: Run, material: Path, tmp_path: Path) -> None:
     shown = cli("inspect", "out", "--verify")
     assert shown.exit_code == 0, shown.output
     assert "zeros 14/14" in shown.output
+    assert "model after 1 stage\n" in shown.output
     assert "50.0%" in shown.output
 
 
@@ -79,6 +80,13 @@ def test_choices_take_a_name_a_mapping_or_single_fields(cli: Run, material: Path
 
 def test_plan_prints_the_schema(cli: Run) -> None:
     assert json.loads(cli("plan", "--schema").stdout)["title"] == "compresskit recipe"
+
+
+@pytest.mark.parametrize("option", ["--out=x", "--measure=all", "--keep-stages", "--overwrite", "--dry-run"])
+def test_a_plan_takes_no_option_that_it_would_ignore(option: str, cli: Run) -> None:
+    done = cli("plan", "recipe.yaml", option)
+    assert done.exit_code == 2
+    assert f"No such option '{option.partition('=')[0]}'" in done.output
 
 
 def test_doctor_tells_versions_and_what_is_missing(cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:

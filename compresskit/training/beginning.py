@@ -22,6 +22,8 @@ LOOKED_AT = 1024
 """Numbers of a tensor."""
 STEP = 2_654_435_761
 """A prime, so that numbers of all rows and columns are looked at."""
+DECISIVE = ("*.safetensors", "config.json", "*.py")
+"""Files of a checkpoint that say what its model computes."""
 PIECES, PIECE_BYTES = 256, 1024
 """Of a file."""
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -89,7 +91,7 @@ def _sample(tensor: Tensor) -> Tensor:
 def digest_of_files(directory: Path) -> str:
     """SHA-256 of a checkpoint: names and sizes of its files, and a sample of their bytes."""
     digest = hashlib.sha256()
-    for path in sorted(path for kind in ("config.json", "*.safetensors") for path in directory.glob(kind)):
+    for path in sorted(path for kind in DECISIVE for path in directory.glob(kind)):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from math import isfinite
 
@@ -132,16 +132,16 @@ def crowd_faults(processes: int, where: str, *, device: str, devices: int, cores
         cores: of this machine's CPU; 0 where that is no limit.
     """
     setting = Setting(TrainingFields(batch_size=processes), processes, device, devices, cores)
-    broken = broken_rules(setting, where)
-    return [replace(fault, where=where) for rule, fault in broken if rule.name in CROWDED]
+    rules = [rule for rule in RULES if rule.name in CROWDED]
+    return [replace(fault, where=where) for _, fault in broken_rules(setting, where, rules)]
 
 
-def broken_rules(setting: Setting, where: str) -> Iterator[tuple[Rule, Fault]]:
-    """The rules that ``setting``, whose numbers are in range, breaks, each with its fault."""
+def broken_rules(setting: Setting, where: str, rules: Iterable[Rule] = RULES) -> Iterator[tuple[Rule, Fault]]:
+    """Those of ``rules`` that ``setting``, whose numbers are in range, breaks, each with its fault."""
     fields = setting.fields
     said = {name: getattr(fields, name) for name in fields.__dataclass_fields__}
     said |= {name: getattr(setting, name) for name in SAID}
-    for rule in RULES:
+    for rule in rules:
         if rule.broken(setting):
             expected, got = rule.expected.format(**said), rule.got.format(**said)
             yield rule, Fault(f"{where}.{rule.field}", expected, got, rule.cure)

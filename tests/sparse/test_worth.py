@@ -14,7 +14,7 @@ import compresskit as ck
 from compresskit.kernels.limits import BF16, FP32, INT4_G128, INT8, Values, ZeroLayout
 from compresskit.planned import Plan
 from compresskit.planner import plan
-from compresskit.sparse.worth import Worth, joined, layout_of, short, usual_values
+from compresskit.sparse.worth import Worth, bytes_each, joined, layout_of, short, usual_values
 from tests.tiny import tiny_llama
 
 
@@ -47,6 +47,11 @@ def test_half_of_bf16(model: str) -> None:
     )
     assert f"1-prune: {facts}" in str(made)
     assert made.to_json()["stages"][0]["notes"] == [facts, advice]
+
+
+def test_bytes_are_counted_in_words() -> None:
+    said = ["1 byte a weight", "1.125 bytes a weight", "2 bytes a weight"]
+    assert [bytes_each(number) for number in (1.0, 1.125, 2.0)] == said
 
 
 def test_many_zeros_are_worth_more_than_eight_bits(model: str) -> None:

@@ -181,6 +181,10 @@ def test_other_weights_in_the_same_directory_are_another_job(tmp_path: Path, tok
     )
     assert [train_job(job).resumed_from, train_job(job).resumed_from] == [0, 2]
     before = digest_of_files(model)
+    (model / "modeling_own.py").write_text("SCALE = 2\n")
+    assert digest_of_files(model) != before, "code is part of a model"
+    (model / "modeling_own.py").unlink()
+    assert digest_of_files(model) == before
     tiny_llama(model, num_hidden_layers=1, seed=1)
     assert digest_of_files(model) != before
     assert train_job(job).resumed_from == 0

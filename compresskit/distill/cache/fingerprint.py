@@ -8,9 +8,8 @@ from pathlib import Path
 from compresskit.distill.cache.parts import checksum, file_checksum, write_whole
 from compresskit.errors import OutputError
 from compresskit.progress import Progress
+from compresskit.training.beginning import DECISIVE
 
-WEIGHTS = "*.safetensors"
-DECISIVE = (WEIGHTS, "config.json", "*.py")
 LARGE_BYTES = 1 << 32
 """From which reading all weights shows its progress."""
 
